@@ -1,0 +1,58 @@
+"""Every error chalot raises on purpose. Each message says what was found, what was expected, and what helps.
+
+    ChalotError
+    |- FormatError        a file or a message is not what it claims to be
+    |- UnsupportedError   well formed, but not something chalot can run
+    |- SchemeError        a scheme that does not exist or does not fit a tensor
+    |- WeightError        NaN or Inf among weights, named by tensor
+    |- TokenizerError     a tokenizer or chat template that is missing, broken or changed by conversion
+    |- ContextError       more tokens than the context holds
+    |- LimitError         memory, disk or time would not suffice
+    |- OutputError        the output cannot be written, or another process is writing it
+    |- KernelError        no kernel can run here, or a computation went wrong
+    `- HubError           the model hub refused or did not answer
+"""
+
+
+class ChalotError(Exception):
+    """Base of all errors of this package; commands print it in one line and exit with 1."""
+
+
+class FormatError(ChalotError):
+    """A file or a message is not what it claims to be."""
+
+
+class UnsupportedError(ChalotError):
+    """Well formed, but not something chalot can run."""
+
+
+class SchemeError(ChalotError, ValueError):
+    """A scheme that does not exist or does not fit a tensor."""
+
+
+class WeightError(ChalotError):
+    """NaN or Inf among weights, named by tensor."""
+
+
+class TokenizerError(ChalotError):
+    """A tokenizer or chat template that is missing, broken or changed by conversion."""
+
+
+class ContextError(ChalotError, ValueError):
+    """More tokens than the context holds."""
+
+
+class LimitError(ChalotError):
+    """Memory, disk or time would not suffice."""
+
+
+class OutputError(ChalotError):
+    """The output cannot be written, or another process is writing it."""
+
+
+class KernelError(ChalotError):
+    """No kernel can run here, or a computation went wrong."""
+
+
+class HubError(ChalotError):
+    """The model hub refused or did not answer."""

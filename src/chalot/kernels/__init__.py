@@ -1,0 +1,1 @@
+"""Arithmetic: a handful of fused operations, each with a numpy oracle."""

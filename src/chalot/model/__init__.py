@@ -1,0 +1,1 @@
+"""From tensors to a program: configuration, layers, cache. Never opens a path."""

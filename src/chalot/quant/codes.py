@@ -1,0 +1,147 @@
+"""Weights to codes and back, in numpy: the definition of truth that native code must equal on every code.
+
+    int8:  scale = max |w| of a segment / 127, code = round(w / scale)
+    nl4:   for each row and group of 32 columns the level whose rounded table leaves the least squared
+           error, tried around the level whose largest value meets the group's largest weight
+
+Every operation is one correctly rounded float32 operation in a written order, so results do not depend on the machine.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import SchemeError
+from chalot.quant.grids import MAGNITUDES, magnitude, nl4_tables
+from chalot.quant.scheme import GROUP, PANEL, Scheme, round_up
+
+F32 = np.float32
+SEARCH_BELOW, SEARCH_ABOVE = 5, 1  # magnitudes tried around the one that meets the largest weight
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised matrix. Rows are padded to 16 and columns to 32, with zeros."""
+
+    scheme: Scheme
+    shape: tuple[int, int]  # rows, columns before padding
+    codes: NDArray[np.uint8]  # (rows16, columns32); int8 numbers as their two's complement
+    levels: NDArray[np.uint8] | None  # (rows16, columns32 / 32)
+    segments: NDArray[np.float16]  # (rows16, segments)
+    row_scale: NDArray[np.float32]  # (rows16,)
+
+
+def padded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The matrix with zero rows up to a multiple of 16 and zero columns up to a multiple of 32."""
+    rows, columns = weights.shape
+    out = np.zeros((round_up(rows, PANEL), round_up(columns, GROUP)), F32)
+    out[:rows, :columns] = weights
+    return out
+
+
+def scales(
+    weights: NDArray[np.float32], segment: int
+) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    """Row scales (rows,) and segment factors (rows, segments): their product is a segment's max |w| / 127.
+
+    The factor is relative to the row and rounded up to float16, so that no code passes 127 in size.
+    """
+    rows, columns = weights.shape
+    count = -(-columns // segment)
+    size = np.abs(weights)
+    largest = np.zeros((rows, count), F32)
+    for s in range(count):
+        largest[:, s] = size[:, s * segment : (s + 1) * segment].max(axis=1)
+    whole = largest.max(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(whole[:, None] > 0, largest / whole[:, None], F32(0))
+    factor = ratio.astype(np.float16)
+    factor = np.where(factor.astype(F32) < ratio, np.nextafter(factor, np.float16(2)), factor)
+    return whole / F32(127), factor
+
+
+def units(codes_or_scales: tuple[NDArray[np.float32], NDArray[np.float16]]) -> NDArray[np.float32]:
+    """(rows, segments) float32: what an integer value of 1 is worth."""
+    row_scale, factor = codes_or_scales
+    return row_scale[:, None] * factor.astype(F32)
+
+
+def spread(unit: NDArray[np.float32], segment: int, columns: int) -> NDArray[np.float32]:
+    """(rows, columns): each segment's number repeated over its columns."""
+    return np.repeat(unit, segment, axis=1)[:, :columns]
+
+
+def quantize(weights: NDArray[np.float32], scheme: Scheme) -> Codes:
+    """Codes of a float32 matrix (rows, columns). Raises SchemeError for a dense scheme.
+
+    Weights must be finite; the converter checks that and names the tensor.
+    """
+    if not scheme.is_coded:
+        raise SchemeError(f"{scheme} stores numbers, not codes; choose int8 or nl4")
+    w = padded(weights)
+    row_scale, factor = scales(w, scheme.segment)
+    unit = spread(units((row_scale, factor)), scheme.segment, w.shape[1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        v = np.where(unit > 0, w / unit, F32(0))
+    np.clip(v, -127, 127, out=v)
+    if scheme.has_levels:
+        codes, levels = nearest_levels(v)
+        return Codes(scheme, weights.shape, codes, levels, factor, row_scale)
+    codes = np.rint(v).astype(np.int8).view(np.uint8)
+    return Codes(scheme, weights.shape, codes, None, factor, row_scale)
+
+
+def values(coded: Codes) -> NDArray[np.int8]:
+    """(rows16, columns32) int8: the integers that the product multiplies."""
+    if coded.levels is None:
+        return coded.codes.view(np.int8)
+    rows, columns = coded.codes.shape
+    grouped = coded.codes.reshape(rows, -1, GROUP)
+    return nl4_tables()[coded.levels[:, :, None], grouped].reshape(rows, columns)
+
+
+def dequantize(coded: Codes) -> NDArray[np.float32]:
+    """The matrix (rows, columns) float32 that the codes stand for."""
+    v = values(coded).astype(F32)
+    unit = units((coded.row_scale, coded.segments))
+    w = v * spread(unit, coded.scheme.segment, v.shape[1])
+    rows, columns = coded.shape
+    return w[:rows, :columns]
+
+
+def group_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum of 32 numbers in the one order that native code shares: eight lanes, then a tree of them."""
+    lanes = x.reshape(*x.shape[:-1], 4, 8)
+    s = ((lanes[..., 0, :] + lanes[..., 1, :]) + lanes[..., 2, :]) + lanes[..., 3, :]
+    s = s[..., :4] + s[..., 4:]
+    s = s[..., :2] + s[..., 2:]
+    return s[..., 0] + s[..., 1]
+
+
+def nearest_levels(v: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Codes (rows, columns) and levels (rows, groups) for weights in units of their segment, |v| <= 127."""
+    rows, columns = v.shape
+    g = v.reshape(-1, GROUP)  # (groups, 32)
+    reach = np.array([127 * magnitude(m) for m in range(MAGNITUDES)], F32)
+    centre = np.searchsorted(reach, np.abs(g).max(axis=1), side="left")
+    table = nl4_tables().astype(F32)
+    best = np.full(len(g), np.inf, F32)
+    level = np.zeros(len(g), np.int64)
+    codes = np.zeros(g.shape, np.uint8)
+    for step in range(-SEARCH_BELOW, SEARCH_ABOVE + 1):
+        m = np.clip(centre + step, 0, MAGNITUDES - 1)
+        for half in range(4):  # sign and grid
+            sign = F32(-1 if half >= 2 else 1)
+            side = half % 2 * MAGNITUDES + m  # the level with positive sign
+            t = table[side]  # (groups, 16), ascending
+            middle = (t[:, 1:] + t[:, :-1]) * F32(0.5)
+            x = g * sign
+            code = (x[:, :, None] > middle[:, None, :]).sum(axis=2, dtype=np.uint8)
+            miss = x - np.take_along_axis(t, code.astype(np.intp), axis=1)
+            error = group_sum(miss * miss)
+            better = error < best
+            best[better] = error[better]
+            level[better] = (side + (half // 2) * 2 * MAGNITUDES)[better]
+            codes[better] = code[better]
+    return codes.reshape(rows, columns), level.astype(np.uint8).reshape(rows, columns // GROUP)

@@ -1,0 +1,159 @@
+"""Codes to the one physical layout and back (docs/format.md, "Matrices").
+
+A panel is 16 rows. Its codes are blocks of 128 columns (the last may be short, a multiple of 32), each four groups of
+32 columns followed, for schemes with levels, by 16 level bytes a group. Inside a group the k-th 64 bytes hold rows
+k, 4 + k, 8 + k, 12 + k in four 16-byte lanes; a lane is one row's 16 columns (8 bits) or 32 (4 bits, low nibble =
+columns 0..15). After all panels come the segments, float16 (panels, segments, 16), then the row scales, float32.
+Each of the three parts starts at a multiple of 64 bytes. Dense matrices are rows of numbers, padded to 16 columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import FormatError
+from chalot.quant.codes import Codes
+from chalot.quant.scheme import BLOCK, GROUP, PANEL, Scheme, round_up
+
+ALIGNMENT = 64  # bytes: one cache line, one 512-bit register
+DENSE = {"f32": np.dtype("<f4"), "bf16": np.dtype("<u2"), "f16": np.dtype("<f2")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a coded matrix lie in its extent. Offsets and sizes are in bytes."""
+
+    scheme: Scheme
+    rows: int
+    columns: int
+
+    @property
+    def panels(self) -> int:
+        """Groups of 16 rows."""
+        return -(-self.rows // PANEL)
+
+    @property
+    def segment_count(self) -> int:
+        """Segments of a row."""
+        return -(-round_up(self.columns, GROUP) // self.scheme.segment)
+
+    @property
+    def group_bytes(self) -> int:
+        """One group of 32 columns of one panel, level bytes included."""
+        return PANEL * GROUP * self.scheme.bits // 8 + (PANEL if self.scheme.has_levels else 0)
+
+    @property
+    def panel_bytes(self) -> int:
+        """One panel's codes and levels."""
+        return round_up(self.columns, GROUP) // GROUP * self.group_bytes
+
+    @property
+    def segments_at(self) -> int:
+        """Offset of the segment factors."""
+        return round_up(self.panels * self.panel_bytes, ALIGNMENT)
+
+    @property
+    def row_scale_at(self) -> int:
+        """Offset of the row scales."""
+        return self.segments_at + round_up(self.panels * self.segment_count * PANEL * 2, ALIGNMENT)
+
+    @property
+    def nbytes(self) -> int:
+        """The whole extent."""
+        return self.row_scale_at + self.panels * PANEL * 4
+
+
+def stored_bytes(scheme: Scheme, rows: int, columns: int) -> int:
+    """Bytes of a matrix in the file, without the alignment between extents."""
+    if scheme.is_coded:
+        return Layout(scheme, rows, columns).nbytes
+    return rows * round_up(columns, PANEL) * DENSE[scheme.name].itemsize
+
+
+def pack_groups(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """(rows16, columns32) codes -> (panels, groups, bytes of a group without levels)."""
+    panels, groups = codes.shape[0] // PANEL, codes.shape[1] // GROUP
+    # row = 4 * lane + load; a group is one (4 bits) or two (8 bits) runs of four loads
+    x = codes.reshape(panels, 4, 4, groups, 2, 16)  # panel, lane, load, group, half, column
+    if bits == 4:
+        nibbles = x[..., 0, :] | x[..., 1, :] << 4
+        return np.ascontiguousarray(nibbles.transpose(0, 3, 2, 1, 4)).reshape(panels, groups, -1)
+    return np.ascontiguousarray(x.transpose(0, 3, 4, 2, 1, 5)).reshape(panels, groups, -1)
+
+
+def unpack_groups(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The inverse of `pack_groups`."""
+    panels, groups = packed.shape[:2]
+    if bits == 4:
+        x = packed.reshape(panels, groups, 4, 4, 16)  # panel, group, load, lane, byte
+        both = np.stack([x & 15, x >> 4], axis=4)  # panel, group, load, lane, half, column
+        order = (0, 3, 2, 1, 4, 5)
+    else:
+        both = packed.reshape(panels, groups, 2, 4, 4, 16)  # panel, group, half, load, lane, column
+        order = (0, 4, 3, 1, 2, 5)
+    return np.ascontiguousarray(both.transpose(order)).reshape(panels * PANEL, groups * GROUP)
+
+
+def pack_panels(coded: Codes) -> NDArray[np.uint8]:
+    """(panels, panel_bytes): codes and levels in blocks."""
+    groups = pack_groups(coded.codes, coded.scheme.bits)
+    if coded.levels is None:
+        return groups.reshape(len(groups), -1)
+    levels = coded.levels.reshape(len(groups), PANEL, -1).transpose(0, 2, 1)  # panel, group, row
+    parts = []
+    for g in range(0, groups.shape[1], BLOCK // GROUP):
+        parts.append(groups[:, g : g + BLOCK // GROUP].reshape(len(groups), -1))
+        parts.append(levels[:, g : g + BLOCK // GROUP].reshape(len(groups), -1))
+    return np.concatenate(parts, axis=1)
+
+
+def pack(coded: Codes) -> NDArray[np.uint8]:
+    """The extent of a coded matrix: one run of bytes, as `Layout` describes it."""
+    layout = Layout(coded.scheme, *coded.shape)
+    out = np.zeros(layout.nbytes, np.uint8)
+    panels = pack_panels(coded).reshape(-1)
+    out[: panels.size] = panels
+    segments = pack_segments(coded.segments)
+    out[layout.segments_at : layout.segments_at + segments.size] = segments
+    out[layout.row_scale_at :] = coded.row_scale.astype("<f4").view(np.uint8)
+    return out
+
+
+def pack_segments(segments: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """(rows16, segments) factors -> bytes of (panels, segments, 16)."""
+    count = segments.shape[1]
+    by_panel = segments.reshape(-1, PANEL, count).transpose(0, 2, 1)
+    return np.ascontiguousarray(by_panel.astype("<f2")).reshape(-1).view(np.uint8)
+
+
+def unpack(data: NDArray[np.uint8], scheme: Scheme, shape: tuple[int, int]) -> Codes:
+    """Codes from an extent. Raises FormatError if it is not as long as its shape says."""
+    layout = Layout(scheme, *shape)
+    if data.size != layout.nbytes:
+        raise FormatError(
+            f"{scheme} matrix of {shape[0]} x {shape[1]}: extent has {data.size} bytes, "
+            f"expected {layout.nbytes}; was it written by another version?"
+        )
+    panels = data[: layout.panels * layout.panel_bytes].reshape(layout.panels, layout.panel_bytes)
+    groups = round_up(shape[1], GROUP) // GROUP
+    codes_size = PANEL * GROUP * scheme.bits // 8
+    levels = None
+    if scheme.has_levels:
+        code_parts, level_parts, at = [], [], 0
+        for g in range(0, groups, BLOCK // GROUP):
+            n = min(BLOCK // GROUP, groups - g)
+            code_parts.append(panels[:, at : at + n * codes_size])
+            level_parts.append(panels[:, at + n * codes_size : at + n * layout.group_bytes])
+            at += n * layout.group_bytes
+        panels = np.concatenate(code_parts, axis=1)
+        by_group = np.concatenate(level_parts, axis=1).reshape(layout.panels, groups, PANEL)
+        levels = by_group.transpose(0, 2, 1).reshape(layout.panels * PANEL, groups)
+    codes = unpack_groups(panels.reshape(layout.panels, groups, codes_size), scheme.bits)
+    count = layout.segment_count
+    segments = data[layout.segments_at :][: layout.panels * count * PANEL * 2].view("<f2")
+    by_row = segments.reshape(layout.panels, count, PANEL).transpose(0, 2, 1)
+    row_scale = data[layout.row_scale_at :].view("<f4")
+    return Codes(
+        scheme, shape, codes, levels, by_row.reshape(layout.panels * PANEL, count), row_scale
+    )

@@ -1,10 +1,11 @@
-"""Weights to codes and back, in numpy: the definition of truth that native code must equal on every code.
+"""Weights to codes and back, in numpy: the truth that native code must equal on every code.
 
     int8:  scale = max |w| of a segment / 127, code = round(w / scale)
-    nl4:   for each row and group of 32 columns the level whose rounded table leaves the least squared
-           error, tried around the level whose largest value meets the group's largest weight
+    nl4:   for each row and group of 32 columns the level whose rounded table leaves the least
+           squared error, tried around the level whose end meets the group's largest weight
 
-Every operation is one correctly rounded float32 operation in a written order, so results do not depend on the machine.
+Every operation is one correctly rounded float32 operation in a written order, so results do not
+depend on the machine.
 """
 
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ def padded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 def scales(
     weights: NDArray[np.float32], segment: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-    """Row scales (rows,) and segment factors (rows, segments): their product is a segment's max |w| / 127.
+    """Row scales (rows,) and segment factors (rows, segments); their product is max |w| / 127.
 
-    The factor is relative to the row and rounded up to float16, so that no code passes 127 in size.
+    The factor is relative to the row and rounded up to float16, so that no code passes 127.
     """
     rows, columns = weights.shape
     count = -(-columns // segment)
@@ -61,9 +62,8 @@ def scales(
     return whole / F32(127), factor
 
 
-def units(codes_or_scales: tuple[NDArray[np.float32], NDArray[np.float16]]) -> NDArray[np.float32]:
+def units(row_scale: NDArray[np.float32], factor: NDArray[np.float16]) -> NDArray[np.float32]:
     """(rows, segments) float32: what an integer value of 1 is worth."""
-    row_scale, factor = codes_or_scales
     return row_scale[:, None] * factor.astype(F32)
 
 
@@ -81,7 +81,7 @@ def quantize(weights: NDArray[np.float32], scheme: Scheme) -> Codes:
         raise SchemeError(f"{scheme} stores numbers, not codes; choose int8 or nl4")
     w = padded(weights)
     row_scale, factor = scales(w, scheme.segment)
-    unit = spread(units((row_scale, factor)), scheme.segment, w.shape[1])
+    unit = spread(units(row_scale, factor), scheme.segment, w.shape[1])
     with np.errstate(divide="ignore", invalid="ignore"):
         v = np.where(unit > 0, w / unit, F32(0))
     np.clip(v, -127, 127, out=v)
@@ -104,14 +104,14 @@ def values(coded: Codes) -> NDArray[np.int8]:
 def dequantize(coded: Codes) -> NDArray[np.float32]:
     """The matrix (rows, columns) float32 that the codes stand for."""
     v = values(coded).astype(F32)
-    unit = units((coded.row_scale, coded.segments))
+    unit = units(coded.row_scale, coded.segments)
     w = v * spread(unit, coded.scheme.segment, v.shape[1])
     rows, columns = coded.shape
     return w[:rows, :columns]
 
 
 def group_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum of 32 numbers in the one order that native code shares: eight lanes, then a tree of them."""
+    """Sums of 32 numbers in the order that native code shares: eight lanes, then their tree."""
     lanes = x.reshape(*x.shape[:-1], 4, 8)
     s = ((lanes[..., 0, :] + lanes[..., 1, :]) + lanes[..., 2, :]) + lanes[..., 3, :]
     s = s[..., :4] + s[..., 4:]
@@ -120,7 +120,7 @@ def group_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def nearest_levels(v: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Codes (rows, columns) and levels (rows, groups) for weights in units of their segment, |v| <= 127."""
+    """Codes (rows, columns) and levels (rows, groups) of weights in units of their segment."""
     rows, columns = v.shape
     g = v.reshape(-1, GROUP)  # (groups, 32)
     reach = np.array([127 * magnitude(m) for m in range(MAGNITUDES)], F32)

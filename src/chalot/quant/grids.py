@@ -1,9 +1,10 @@
 """The tables of the non-uniform 4-bit scheme: 256 levels of sixteen int8 values.
 
-level = 128 * sign + 64 * grid + magnitude;  table = round(+-GRID[grid] * 2^((magnitude - 63) / 8))
+    level = 128 * sign + 64 * grid + magnitude
+    table[level] = round(+-GRID[grid] * 2^((magnitude - 63) / 8))
 
-The first grid has the code points of IQ4_NL (llama.cpp); the second is shifted, so that a group whose
-mean leans to one side finds a grid that leans with it. The table is stored in every file that uses it.
+The first grid has the code points of IQ4_NL (llama.cpp); the second is shifted, so that a group
+whose mean leans to one side finds a grid that leans with it. Every file that uses the table has it.
 """
 
 import math
@@ -20,7 +21,7 @@ MAGNITUDES = 64
 
 
 def magnitude(m: int) -> float:
-    """2^((m - 63) / 8), by correctly rounded square roots so that every platform has the same bits."""
+    """2^((m - 63) / 8) by correctly rounded square roots: the same bits on every platform."""
     return math.sqrt(math.sqrt(math.sqrt(math.ldexp(1.0, m - MAGNITUDES + 1))))
 
 

@@ -1,10 +1,11 @@
 """Codes to the one physical layout and back (docs/format.md, "Matrices").
 
-A panel is 16 rows. Its codes are blocks of 128 columns (the last may be short, a multiple of 32), each four groups of
-32 columns followed, for schemes with levels, by 16 level bytes a group. Inside a group the k-th 64 bytes hold rows
-k, 4 + k, 8 + k, 12 + k in four 16-byte lanes; a lane is one row's 16 columns (8 bits) or 32 (4 bits, low nibble =
-columns 0..15). After all panels come the segments, float16 (panels, segments, 16), then the row scales, float32.
-Each of the three parts starts at a multiple of 64 bytes. Dense matrices are rows of numbers, padded to 16 columns.
+A panel is 16 rows. Its codes are blocks of 128 columns (the last may be short, a multiple of 32),
+each four groups of 32 columns followed, for schemes with levels, by 16 level bytes a group. Inside
+a group the k-th 64 bytes hold rows k, 4 + k, 8 + k, 12 + k in four 16-byte lanes; a lane is one
+row's 16 columns (8 bits) or 32 (4 bits, low nibble = columns 0..15). After all panels come the
+segments, float16 (panels, segments, 16), then the row scales, float32. Each of the three parts
+starts at a multiple of 64 bytes. Dense matrices are rows of numbers, padded to 16 columns.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,8 @@
 Coded schemes follow one arithmetic (docs/format.md):
 
     w[r, k] = row_scale[r] * segment[r, k // S] * value,   value an int8 number
-    int8:  value = code[r, k]                        nl4:  value = table[level[r, k // 32]][code[r, k]]
+    int8:  value = code[r, k]
+    nl4:   value = table[level[r, k // 32]][code[r, k]]
 
 Dense schemes store the numbers themselves.
 """
@@ -19,7 +20,7 @@ BLOCK = 128  # columns that share an activation scale
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one matrix is stored. `bits` is the width of a code; `segment` the columns under one factor."""
+    """How one matrix is stored: the width of a code, and the columns that share a factor."""
 
     name: str
     bits: int

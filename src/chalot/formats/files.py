@@ -1,0 +1,111 @@
+"""Files that may be hostile, opened carefully; files of our own, whole or absent.
+
+Reading: a name out of a checkpoint is one plain file name, and what it opens is a regular file that
+lies in the checkpoint's folder, or, for a folder of the hub's cache, in the same `models--*`
+directory (its snapshots are symbolic links to ../../blobs). Writing: a temporary name in the same
+directory, synced, then renamed, so that a kill or a full disk leaves nothing under the final name.
+"""
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from chalot.errors import FormatError, OutputError
+
+
+def quoted(name: object, width: int = 80) -> str:
+    """A name out of a file, safe to print: escaped, and cut to `width` characters."""
+    if not isinstance(name, str):
+        return f"a {type(name).__name__}"
+    return repr(name) if len(name) <= width else f"{name[:width]!r}..."
+
+
+def boundary(folder: Path) -> Path:
+    """The directory that links in `folder` may not leave: its `models--*` ancestor, or itself."""
+    real = folder.resolve()
+    # only the hub's own layout, <cache>/models--org--name/snapshots/<commit>
+    if len(real.parents) > 1 and real.parent.name == "snapshots":
+        repository = real.parents[1]
+        if repository.name.startswith("models--"):
+            return repository
+    return real
+
+
+def check_plain_name(name: object, where: object) -> str:
+    """`name` if it is a single file name; FormatError for a path, `..`, or what is no name."""
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or len(name) > 255
+        or any(character in "/\\:" or ord(character) < 32 for character in name)
+    ):
+        raise FormatError(
+            f"{where}: found {quoted(name)}, expected the plain name of a file in the same folder; "
+            "do not use this checkpoint"
+        )
+    return name
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """Open a regular file of a checkpoint's folder for reading.
+
+    Raises FormatError if it is missing, unreadable, not a regular file, or links out of `boundary`.
+    """
+    path = folder / check_plain_name(name, folder)
+    try:
+        target = path.resolve(strict=True)
+        if not target.is_relative_to(boundary(folder)):
+            raise FormatError(
+                f"{path}: is a link to {target}, outside the checkpoint's folder; "
+                "copy the file into the folder"
+            )
+        # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
+        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: cannot be opened ({reason})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path}: is not a regular file; expected one")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that appears at `path` only if the block ends without an error.
+
+    It is written beside `path` under a temporary name, synced and renamed; an existing `path` is
+    replaced in one step. Raises OutputError when the disk is full or the directory not writable.
+    A killed process can leave the temporary file (`.NAME.*.part`), never a part under `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(
+            f"{path}: cannot be written ({reason}); nothing was left there. "
+            "Free some space, or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make a rename survive a power cut; some file systems refuse, and lose nothing but that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

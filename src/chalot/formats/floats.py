@@ -1,0 +1,26 @@
+"""bfloat16 <-> float32 in numpy, which has no bfloat16: its bits travel as uint16.
+
+bfloat16 is the upper half of a float32, so widening is exact: bits << 16. Narrowing rounds to
+nearest, ties to even: (bits + 0x7FFF + lowest kept bit) >> 16; a NaN is kept quiet, so that the
+addition cannot carry it into infinity. Integer operations only: the same bits on every machine.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Values of bfloat16 bits, any shape; a new array. Exact, NaN payloads included."""
+    wide: NDArray[np.uint32] = np.left_shift(bits, np.uint32(16), dtype=np.uint32)
+    return wide.view(np.float32)
+
+
+def float32_to_bf16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Bits of the nearest bfloat16, ties to even; any shape. Past 3.39e38: infinite."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).reshape(values.shape)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
+    is_nan = (bits & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000)
+    return np.where(is_nan, quiet_nan, rounded).astype(np.uint16)

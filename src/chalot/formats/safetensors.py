@@ -33,6 +33,7 @@ from chalot.formats.safetensors_header import (
     MAX_SHARDS,
     Extent,
     header_length,
+    merge,
     parse_header,
     parse_index,
     weight_files,
@@ -126,7 +127,7 @@ class SafetensorsFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._shards: list[_Shard] = []
+        self._shards: dict[str, _Shard] = {}
         self._places: dict[str, tuple[_Shard, Extent]] = {}
         try:
             self._open()
@@ -185,7 +186,7 @@ class SafetensorsFolder:
 
     def close(self) -> None:
         """Give back the files. Views from `raw` stay valid; their memory goes with the last one."""
-        for shard in self._shards:
+        for shard in self._shards.values():
             shard.close()
 
     def __enter__(self) -> Self:
@@ -207,24 +208,13 @@ class SafetensorsFolder:
         if len(files) > MAX_SHARDS:
             raise FormatError(f"{self.path}: {len(files)} files; expected at most {MAX_SHARDS}")
         for name in files:
-            shard = _Shard(self.path, name)
-            self._shards.append(shard)
-            for tensor, extent in shard.extents.items():
-                if tensor in self._places:
-                    raise FormatError(
-                        f"{shard.path}: tensor {quoted(tensor)} is in "
-                        f"{self._places[tensor][0].path.name} too; expected it once"
-                    )
-                self._places[tensor] = (shard, extent)
-        for tensor, name in promised.items():
-            if tensor not in self._places or self._places[tensor][0].path.name != name:
-                raise FormatError(
-                    f"{self.path / INDEX}: says that {name} holds tensor {quoted(tensor)}, "
-                    "and it does not; download the folder again"
-                )
+            self._shards[name] = _Shard(self.path, name)
+        extents = {name: shard.extents for name, shard in self._shards.items()}
+        for tensor, name in merge(extents, promised, self.path).items():
+            self._places[tensor] = (self._shards[name], extents[name][tensor])
 
     def _files(self) -> list[Path]:
-        names = {*DOCUMENTS, *(shard.path.name for shard in self._shards)}
+        names = {*DOCUMENTS, *self._shards}
         return [self.path / name for name in sorted(names)]
 
     def _place(self, name: str) -> tuple[_Shard, Extent]:

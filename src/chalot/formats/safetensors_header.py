@@ -147,3 +147,28 @@ def parse_index(content: bytes, where: object) -> dict[str, str]:
     if (count := len(set(promised.values()))) > MAX_SHARDS:
         raise FormatError(f"{where}: names {count} files; expected at most {MAX_SHARDS}")
     return promised
+
+
+def merge(
+    shards: dict[str, dict[str, Extent]], promised: dict[str, str], where: object
+) -> dict[str, str]:
+    """Tensor -> file over all files, each tensor in one file only, and where the index says.
+
+    `shards` are the checked headers by file, `promised` the index or {}. Raises FormatError.
+    """
+    places: dict[str, str] = {}
+    for file, extents in shards.items():
+        for tensor in extents:
+            if tensor in places:
+                raise FormatError(
+                    f"{where}: tensor {quoted(tensor)} is in {places[tensor]} and in {file}; "
+                    "expected it once"
+                )
+            places[tensor] = file
+    for tensor, file in promised.items():
+        if places.get(tensor) != file:
+            raise FormatError(
+                f"{where}: {INDEX} says that {file} holds tensor {quoted(tensor)}, and it does "
+                "not; download the folder again"
+            )
+    return places

@@ -1,0 +1,234 @@
+// The only file that knows Python. Views of arrays are checked here; their owners are kept as long as a program lives.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <mutex>
+#include <stdexcept>
+
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace chalot;
+
+namespace {
+
+template <class T>
+using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+
+void expect(bool good, const char* what) {
+  if (!good) throw std::invalid_argument(what);
+}
+
+// (scheme, rows, columns, segment columns, data, tables or None); keeps the arrays alive in `keep`.
+Matrix matrix_of(nb::handle h, nb::list& keep) {
+  nb::tuple t = nb::cast<nb::tuple>(h);
+  expect(t.size() == 6, "matrix: expected (scheme, rows, columns, segment, data, tables)");
+  Matrix w{};
+  int scheme = nb::cast<int>(t[0]);
+  expect(scheme >= 0 && scheme <= int(Scheme::nl4), "matrix: unknown scheme");
+  w.scheme = Scheme(scheme);
+  w.rows = nb::cast<int>(t[1]);
+  w.columns = nb::cast<int>(t[2]);
+  expect(w.rows > 0 && w.columns > 0 && w.rows <= 1 << 28 && w.columns <= 1 << 24, "matrix: size");
+  auto data = nb::cast<In<uint8_t>>(t[4]);
+  w.data = data.data();
+  expect(reinterpret_cast<uintptr_t>(w.data) % 64 == 0, "matrix: data must start at a multiple of 64 bytes");
+  size_t expected;
+  if (is_coded(w.scheme)) {
+    int segment = nb::cast<int>(t[3]);
+    expect(segment > 0 && segment % kBlock == 0, "matrix: segment must be a multiple of 128");
+    w.segment_blocks = segment / kBlock;
+    size_t at = (size_t(w.panels()) * w.panel_bytes() + 63) / 64 * 64;
+    w.segments = reinterpret_cast<const uint16_t*>(w.data + at);
+    at = (at + size_t(w.panels()) * w.segment_count() * kPanel * 2 + 63) / 64 * 64;
+    w.row_scale = reinterpret_cast<const float*>(w.data + at);
+    expected = at + size_t(w.panels()) * kPanel * 4;
+  } else {
+    expected = size_t(w.rows) * round_up(w.columns, 16) * (w.scheme == Scheme::f32 ? 4 : 2);
+  }
+  expect(data.size() == expected, "matrix: data has another length than its shape");
+  if (w.scheme == Scheme::nl4) {
+    auto tables = nb::cast<In<int8_t>>(t[5]);
+    expect(tables.size() == 4096, "matrix: tables must be (256, 16)");
+    w.tables = tables.data();
+  }
+  keep.append(h);
+  return w;
+}
+
+const float* vector_of(nb::handle h, int width, nb::list& keep) {
+  if (h.is_none()) return nullptr;
+  auto v = nb::cast<In<float>>(h);
+  expect(int64_t(v.size()) >= round_up(width, 16), "vector: must be padded to 16");
+  keep.append(h);
+  return v.data();
+}
+
+// Kernels of one instruction set on one pool. A forked child makes its own pool at first use.
+class Machine {
+ public:
+  Machine(const std::string& isa, int threads) : threads_(threads) {
+    expect(threads >= 1 && threads <= 1024, "threads: expected 1 to 1024");
+    kernels = isa.empty() ? best_kernels() : find_kernels(isa.c_str());
+    expect(kernels != nullptr, "instruction set cannot run here");
+  }
+  ~Machine() {
+    if (owner_ != process()) (void)pool_.release();  // the parent's threads are not ours to join
+  }
+  Pool& pool() {
+    if (owner_ != process()) {
+      (void)pool_.release();
+      pool_ = std::make_unique<Pool>(threads_);
+      owner_ = process();
+    }
+    return *pool_;
+  }
+  int threads() const { return threads_; }
+  const Kernels* kernels;
+  std::mutex busy;
+
+ private:
+  static long process() {
+#ifdef _WIN32
+    return 1;
+#else
+    return getpid();
+#endif
+  }
+  int threads_;
+  long owner_ = 0;
+  std::unique_ptr<Pool> pool_;
+};
+
+// A program and the Python objects whose memory it reads.
+struct Model {
+  Model(const std::vector<std::pair<int, int>>& slots, nb::list ops, std::tuple<int, int, int, int> cache, int heads,
+        const std::vector<float>& inverse_frequency)
+      : program(slots_of(slots), ops_of(ops, slots), cache_of(cache), heads, inverse_frequency) {}
+
+  static std::vector<Slot> slots_of(const std::vector<std::pair<int, int>>& slots) {
+    std::vector<Slot> out;
+    for (auto [width, planes] : slots) out.push_back({width, planes});
+    return out;
+  }
+  static CacheShape cache_of(std::tuple<int, int, int, int> c) {
+    auto [type, layers, kv_heads, head_dim] = c;
+    expect(type == 0 || type == 1, "cache: unknown type");
+    return {CacheType(type), layers, kv_heads, head_dim};
+  }
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate); a part: (matrix, bias, column).
+  std::vector<Op> ops_of(nb::list ops, const std::vector<std::pair<int, int>>& slots) {
+    std::vector<Op> out;
+    for (nb::handle h : ops) {
+      nb::tuple t = nb::cast<nb::tuple>(h);
+      expect(t.size() == 9, "operation: expected nine fields");
+      Op op;
+      int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
+      expect(kind >= 0 && kind <= int(OpKind::gather) && (gate == 0 || gate == 1), "operation: unknown kind");
+      op.kind = OpKind(kind);
+      op.in = nb::cast<int>(t[1]);
+      op.out = nb::cast<int>(t[2]);
+      for (nb::handle part : nb::cast<nb::list>(t[3])) {
+        nb::tuple p = nb::cast<nb::tuple>(part);
+        expect(p.size() == 3, "part: expected (matrix, bias, column)");
+        Matrix w = matrix_of(p[0], keep);
+        op.parts.push_back({w, vector_of(p[1], w.rows, keep), nb::cast<int>(p[2])});
+      }
+      bool known = op.in >= 0 && size_t(op.in) < slots.size();
+      op.weight = vector_of(t[4], known ? slots[size_t(op.in)].first : 0, keep);
+      op.number = nb::cast<float>(t[5]);
+      op.layer = nb::cast<int>(t[6]);
+      op.add = nb::cast<bool>(t[7]);
+      op.gate = Gate(gate);
+      out.push_back(op);
+    }
+    return out;
+  }
+
+  void run(Machine& machine, In<int32_t> ids, In<int32_t> positions, In<int32_t> sequence, In<int32_t> pages,
+           In<int32_t> rows, Out<uint8_t> arena, Out<float> logits) {
+    expect(ids.ndim() == 1 && positions.size() == ids.size() && sequence.size() == ids.size(), "batch: sizes differ");
+    expect(pages.ndim() == 2, "batch: pages must be (sequences, pages)");
+    expect(rows.ndim() == 1 && logits.size() == rows.size() * size_t(program.vocabulary()), "batch: logits size");
+    Batch b{int(ids.size()),  int(pages.shape(0)), int(pages.shape(1)), int(rows.size()),
+            ids.data(),       positions.data(),    sequence.data(),     pages.data(),
+            rows.data(),      arena.data(),        arena.size() / program.cache().page_bytes(),
+            logits.data()};
+    nb::gil_scoped_release release;
+    std::scoped_lock lock(busy, machine.busy);
+    program.run(*machine.kernels, machine.pool(), b);
+  }
+
+  nb::list keep;
+  Program program;
+  std::mutex busy;
+};
+
+// Panels (16 rows each) of float32 weights, columns padded to 32, encoded over the machine's threads.
+void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<float> weights, Out<uint8_t> panels,
+            Out<uint16_t> segments, Out<float> row_scale) {
+  expect(weights.ndim() == 2 && weights.shape(0) % kPanel == 0 && weights.shape(1) % kGroup == 0, "encode: padding");
+  expect(scheme >= int(Scheme::int8) && scheme <= int(Scheme::nl4), "encode: not a coded scheme");
+  expect(segment > 0 && segment % kBlock == 0 && tables.size() == 4096, "encode: segment or tables");
+  Matrix w{};
+  w.scheme = Scheme(scheme);
+  w.rows = int(weights.shape(0));
+  w.columns = int(weights.shape(1));
+  w.segment_blocks = segment / kBlock;
+  w.tables = tables.data();
+  expect(panels.size() == w.panels() * w.panel_bytes() && row_scale.size() == size_t(w.rows), "encode: output size");
+  expect(segments.size() == size_t(w.panels()) * w.segment_count() * kPanel, "encode: segments size");
+  const float* from = weights.data();
+  uint8_t* to = panels.data();
+  uint16_t* factors = segments.data();
+  float* scales = row_scale.data();
+  nb::gil_scoped_release release;
+  std::scoped_lock lock(machine.busy);
+  std::vector<Buffer> scratch(size_t(machine.threads()));
+  for (Buffer& b : scratch) b.reserve(size_t(w.segment_count()) * 4 + 64);
+  machine.pool().run([&](int id) {
+    for (int p = int(int64_t(w.panels()) * id / machine.threads());
+         p < int(int64_t(w.panels()) * (id + 1) / machine.threads()); p++)
+      machine.kernels->encode(w, from + size_t(p) * kPanel * w.columns, to + p * w.panel_bytes(),
+                              factors + size_t(p) * w.segment_count() * kPanel, scales + size_t(p) * kPanel,
+                              scratch[size_t(id)].as<void>());
+  });
+}
+
+void exp_all(Machine& machine, In<float> x, Out<float> y) {
+  expect(x.size() == y.size(), "exp: sizes differ");
+  PlainArithmetic plain;
+  machine.kernels->exp(x.data(), y.data(), x.size());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of chalot. Use chalot.kernels.native.";
+  m.def("instruction_sets", [] {
+    std::vector<std::pair<std::string, bool>> out;
+    for (int i = 0; i < kernel_count(); i++) out.emplace_back(kernel_at(i).name, kernel_at(i).runs_here());
+    return out;
+  });
+  nb::class_<Machine>(m, "Machine")
+      .def(nb::init<const std::string&, int>(), nb::arg("isa"), nb::arg("threads"))
+      .def_prop_ro("isa", [](const Machine& s) { return std::string(s.kernels->name); })
+      .def_prop_ro("threads", &Machine::threads)
+      .def("encode", &encode)
+      .def("exp", &exp_all);
+  nb::class_<Model>(m, "Program")
+      .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
+                    const std::vector<float>&>())
+      .def("run", &Model::run)
+      .def_prop_ro("page_bytes", [](const Model& s) { return s.program.cache().page_bytes(); });
+}

@@ -1,0 +1,155 @@
+// The portable table: sixteen lanes as arrays. It is also the statement, in C++, of what each primitive means.
+#include "prelude.h"
+
+namespace {
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
+
+template <class Operation>
+inline F each(Operation f) {
+  F out;
+  for (int i = 0; i < 16; i++) out.v[i] = f(i);
+  return out;
+}
+inline F set(float x) {
+  return each([&](int) { return x; });
+}
+inline F zero() { return set(0.0f); }
+inline F load(const float* p) {
+  return each([&](int i) { return p[i]; });
+}
+inline void store(float* p, F x) {
+  for (int i = 0; i < 16; i++) p[i] = x.v[i];
+}
+inline F add(F a, F b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F sub(F a, F b) {
+  return each([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F mul(F a, F b) {
+  return each([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F div(F a, F b) {
+  return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F fma(F a, F b, F c) {  // a * b + c, rounded once
+  return each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+}
+inline F max(F a, F b) {  // the second where they do not compare, as x86 does
+  return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F min(F a, F b) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F round(F a) {  // to nearest even
+  return each([&](int i) { return __builtin_rintf(a.v[i]); });
+}
+inline I to_int(F a) {
+  I out;
+  for (int i = 0; i < 16; i++) {
+    bool fits = a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f;
+    out.v[i] = fits ? int32_t(a.v[i]) : INT32_MIN;
+  }
+  return out;
+}
+inline F to_float(I a) {
+  return each([&](int i) { return float(a.v[i]); });
+}
+inline F scale2(F a, F n) {  // a * 2^n for whole n in -126..127
+  return each([&](int i) {
+    uint32_t bits = uint32_t(int32_t(n.v[i]) + 127) << 23;
+    float power;
+    __builtin_memcpy(&power, &bits, 4);
+    return a.v[i] * power;
+  });
+}
+inline F zero_below(F a, F x, F bound) {  // 0 where x < bound, else a
+  return each([&](int i) { return x.v[i] < bound.v[i] ? 0.0f : a.v[i]; });
+}
+inline F load_f16(const uint16_t* p) {
+  return each([&](int i) { return half_to_float(p[i]); });
+}
+inline F load_bf16(const uint16_t* p) {
+  return each([&](int i) {
+    uint32_t bits = uint32_t(p[i]) << 16;
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  });
+}
+inline void store_f16(uint16_t* p, F a) {
+  for (int i = 0; i < 16; i++) p[i] = float_to_half(a.v[i]);
+}
+inline void store_i32(int32_t* p, I a) {
+  for (int i = 0; i < 16; i++) p[i] = a.v[i];
+}
+inline float sum(F a) {  // the one tree: lanes 8 apart, then 4, 2, 1
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) a.v[i] = a.v[i] + a.v[i + width];
+  return a.v[0];
+}
+inline float largest(F a) {
+  float high = a.v[0];
+  for (int i = 1; i < 16; i++) high = a.v[i] > high ? a.v[i] : high;
+  return high;
+}
+inline I join(I first, I second) {
+  I out;
+  for (int i = 0; i < 16; i++) out.v[i] = first.v[i] * 128 + second.v[i];
+  return out;
+}
+
+constexpr int kTokens = 4, kDenseRows = 2, kDenseTokens = 2;
+
+// `groups` groups of nl4 as the bytes that int8 would have.
+inline void decode(const uint8_t* block, int groups, const int8_t* tables, uint8_t* out) {
+  const uint8_t* levels = block + groups * 256;
+  for (int g = 0; g < groups; g++)
+    for (int i = 0; i < 256; i++) {
+      int r = i % 64 / 16 * 4 + i / 64;
+      const int8_t* table = tables + levels[g * 16 + r] * 16;
+      uint8_t byte = block[g * 256 + i];
+      out[g * 512 + i] = uint8_t(table[byte & 15]);
+      out[g * 512 + 256 + i] = uint8_t(table[byte >> 4]);
+    }
+}
+
+// out[s] = sixteen row sums of a block times code row s, rows `stride` apart. The sums of the codes, `sums`
+// apart, serve instruction sets whose product wants unsigned weights.
+template <int N, class Coder>
+inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride, const int32_t*,
+                int, I* out) {
+  alignas(64) uint8_t plain[4 * Int8::group_bytes];
+  if constexpr (Coder::group_bytes == Nl4::group_bytes) {
+    decode(block, groups, tables, plain);
+    block = plain;
+  }
+  for (int s = 0; s < N; s++) {
+    int32_t total[16] = {};
+    for (int half = 0; half < groups * 2; half++)
+      for (int i = 0; i < 16; i++) {
+        const uint8_t* w = block + half * 256 + i * 16;  // i = 4 * load + lane, row = 4 * lane + load
+        const int8_t* a = x + s * stride + half * 16;
+        int32_t dot = 0;
+        for (int k = 0; k < 16; k++) dot += int8_t(w[k]) * a[k];
+        total[i % 4 * 4 + i / 4] += dot;
+      }
+    for (int r = 0; r < 16; r++) out[s].v[r] = total[r];
+  }
+}
+
+bool runs() { return true; }
+}  // namespace
+
+#include "loops.h"
+
+namespace chalot {
+extern const Kernels scalar_kernels = {
+    "scalar", runs, exp_all, rms_norm, rotate, gate,  quantize,
+    row,      product,             dense,   store_cached, attend, encode};
+}

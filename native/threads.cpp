@@ -1,0 +1,101 @@
+#include "threads.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace chalot {
+namespace {
+
+constexpr int kSpins = 20000;  // about 0.2 ms: longer than what lies between two tokens
+constexpr uint32_t kMxcsr = 0x1f80;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Spins until ready() is true, giving the core away now and then when another thread needs it.
+template <class Ready>
+void spin_until(Ready ready) {
+  for (int i = 0; !ready(); i++) {
+    relax();
+    if (i >= 4000) {
+      std::this_thread::yield();
+      i = 0;
+    }
+  }
+}
+
+}  // namespace
+
+PlainArithmetic::PlainArithmetic() {
+#if defined(__x86_64__) || defined(_M_X64)
+  saved_ = _mm_getcsr();
+  _mm_setcsr(kMxcsr);
+#elif defined(__aarch64__)
+  __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+  __asm__ volatile("msr fpcr, %0" ::"r"(0ull));
+#endif
+}
+
+PlainArithmetic::~PlainArithmetic() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_setcsr(uint32_t(saved_));
+#elif defined(__aarch64__)
+  __asm__ volatile("msr fpcr, %0" ::"r"(saved_));
+#endif
+}
+
+Pool::Pool(int threads) : size_(threads) {
+  for (int id = 1; id < threads; id++) workers_.emplace_back([this, id] { work(id); });
+}
+
+Pool::~Pool() {
+  stop_ = true;
+  started_.fetch_add(1, std::memory_order_release);
+  started_.notify_all();
+  for (std::thread& t : workers_) t.join();
+}
+
+void Pool::run(const std::function<void(int)>& job) {
+  if (size_ > 1) {
+    job_ = &job;
+    running_.store(size_ - 1, std::memory_order_relaxed);
+    started_.fetch_add(1, std::memory_order_release);
+    started_.notify_all();
+  }
+  {
+    PlainArithmetic plain;
+    job(0);
+  }
+  spin_until([&] { return running_.load(std::memory_order_acquire) == 0 || size_ == 1; });
+}
+
+void Pool::work(int id) {
+  PlainArithmetic plain;
+  for (uint32_t seen = 0;;) {
+    for (int i = 0; i < kSpins && started_.load(std::memory_order_acquire) == seen; i++) relax();
+    started_.wait(seen, std::memory_order_acquire);
+    seen++;
+    if (stop_) return;
+    (*job_)(id);
+    running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void Pool::barrier() {
+  if (size_ == 1) return;
+  uint32_t now = passed_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    passed_.store(now + 1, std::memory_order_release);
+    return;
+  }
+  spin_until([&] { return passed_.load(std::memory_order_acquire) != now; });
+}
+
+}  // namespace chalot

@@ -1,0 +1,121 @@
+"""The only importer of the compiled extension: programs and matrices in the form it takes.
+
+A backend's threads start at first use and sleep when idle. Calls from several Python threads are
+served one after another; a forked child starts threads of its own.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import KernelError
+from chalot.kernels import _native  # type: ignore[attr-defined]
+from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, Batch, Matrix, Op, Program
+from chalot.quant.codes import padded
+from chalot.quant.grids import nl4_tables
+from chalot.quant.packing import ALIGNMENT, Layout
+from chalot.quant.scheme import SCHEMES, Scheme
+
+INDEX = {name: i for i, name in enumerate(SCHEMES)}
+instruction_sets = _native.instruction_sets
+
+
+def matrix_fields(m: Matrix) -> tuple[object, ...]:
+    """(scheme, rows, columns, segment, data, tables) as the extension reads them."""
+    return (INDEX[m.scheme.name], *m.shape, m.scheme.segment, m.data, m.tables)
+
+
+def op_fields(op: Op) -> tuple[object, ...]:
+    """The nine fields of an operation."""
+    parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
+    return (
+        KINDS.index(op.kind),
+        op.source,
+        op.target,
+        parts,
+        op.weight,
+        op.number,
+        op.layer,
+        op.add,
+        GATES.index(op.gate),
+    )
+
+
+class NativeProgram:
+    """A program whose memory the extension has checked; keeps the arrays it reads alive."""
+
+    def __init__(self, program: Program, machine: object) -> None:
+        self.machine = machine
+        self.vocabulary = program.vocabulary
+        cache = program.cache
+        shape = (CACHE_TYPES.index(cache.kind), cache.layers, cache.kv_heads, cache.head_dim)
+        try:
+            self.native = _native.Program(
+                [(s.width, s.planes) for s in program.slots],
+                [op_fields(op) for op in program.ops],
+                shape,
+                program.heads,
+                [float(f) for f in program.inverse_frequency],
+            )
+        except ValueError as error:
+            raise KernelError(f"program does not fit together: {error}") from None
+
+    def run(self, batch: Batch, arena: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See Runnable."""
+        logits = np.empty((len(batch.wanted), self.vocabulary), np.float32)
+        try:
+            self.native.run(
+                self.machine,
+                batch.tokens,
+                batch.positions,
+                batch.sequences,
+                batch.pages,
+                batch.wanted,
+                arena,
+                logits,
+            )
+        except (IndexError, ValueError) as error:
+            raise KernelError(f"batch: {error}") from None
+        return logits
+
+
+class NativeBackend:
+    """Compiled kernels of one instruction set."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        self.machine = _native.Machine(isa, threads)
+        self.name: str = self.machine.isa
+        self.threads: int = threads
+
+    def compile(self, program: Program) -> NativeProgram:
+        """See Backend."""
+        return NativeProgram(program, self.machine)
+
+    def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
+        """See Backend."""
+        layout = Layout(scheme, *weights.shape)
+        out = np.zeros(layout.nbytes, np.uint8)
+        scale_at, segments_at = layout.row_scale_at, layout.segments_at
+        segments_end = segments_at + layout.panels * layout.segment_count * 32
+        self.machine.encode(
+            INDEX[scheme.name],
+            scheme.segment,
+            nl4_tables(),
+            padded(weights),
+            out[: layout.panels * layout.panel_bytes],
+            out[segments_at:segments_end].view(np.uint16),
+            out[scale_at:].view(np.float32),
+        )
+        return out
+
+    def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Backend."""
+        y = np.empty_like(x)
+        self.machine.exp(x, y)
+        return y
+
+
+def aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes that start at a multiple of 64, as matrices must."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % ALIGNMENT
+    return raw[skip : skip + nbytes]

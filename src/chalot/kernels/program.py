@@ -1,0 +1,125 @@
+"""A model as a flat list of fused operations over buffer slots: what every backend runs.
+
+A slot holds one row a token: float32 numbers (planes = 0) or quantised activations, int8 codes in
+one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a block of 128.
+
+    embed     target <- rows of a matrix, by token id
+    norm      target <- source / rms(source) * weight
+    quantize  target <- codes of source
+    linear    target[:, column:] (+)= source @ matrix.T + bias, for each of its parts
+    rope_store  rotates queries and keys of [q | k | v] in place and puts keys and values in the cache
+    attend    target <- softmax(q k) v over the sequence's pages
+    gate      target <- activation(first half of source) * second half
+    gather    target <- the rows whose logits are wanted; what follows runs on those alone
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.quant.scheme import PANEL, Scheme, round_up
+
+PAGE = 256  # positions of a cache page
+LOGITS = -1  # as a target: the batch's logits
+KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather")
+GATES = ("silu", "gelu_tanh")
+CACHE_TYPES = ("f32", "f16")
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A packed matrix (rows, columns): its extent of the file, and its tables where the scheme has."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    data: NDArray[np.uint8]  # starts at a multiple of 64 bytes
+    tables: NDArray[np.int8] | None = None  # (256, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One matrix of a fused product and where its rows go in the target."""
+
+    matrix: Matrix
+    bias: NDArray[np.float32] | None = None  # padded to 16
+    column: int = 0
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A buffer: `width` numbers a token, as float32 (planes = 0) or as codes."""
+
+    width: int
+    planes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operation; which fields it reads is said in the module's docstring."""
+
+    kind: str
+    source: int = LOGITS
+    target: int = LOGITS
+    parts: tuple[Part, ...] = ()
+    weight: NDArray[np.float32] | None = None  # norm: padded to 16
+    number: float = 0.0  # norm: epsilon; attend: factor of the scores
+    layer: int = 0
+    add: bool = False
+    gate: str = "silu"
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a page of 256 positions holds: for each layer the keys, then the values, of each head."""
+
+    kind: str  # of CACHE_TYPES
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def stride(self) -> int:
+        """Numbers of one key: the head size padded to 16."""
+        return round_up(self.head_dim, PANEL)
+
+    @property
+    def position_bytes(self) -> int:
+        """Cache bytes of one token."""
+        size = 4 if self.kind == "f32" else 2
+        return self.layers * 2 * self.kv_heads * self.stride * size
+
+    @property
+    def page_bytes(self) -> int:
+        """Cache bytes of one page."""
+        return self.position_bytes * PAGE
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Operations over slots, with what they need to know of heads, cache and positions."""
+
+    slots: tuple[Slot, ...]
+    ops: tuple[Op, ...]
+    cache: CacheShape
+    heads: int
+    inverse_frequency: NDArray[np.float32]  # (head_dim / 2,)
+    vocabulary: int
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A ragged list of tokens: ids, absolute positions and the sequence each belongs to, all int32."""
+
+    tokens: NDArray[np.int32]  # (tokens,)
+    positions: NDArray[np.int32]  # (tokens,)
+    sequences: NDArray[np.int32]  # (tokens,), rows of `pages`
+    pages: NDArray[np.int32]  # (sequences, pages): page numbers, -1 where there is none
+    wanted: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # tokens
+
+
+def padded_vector(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The vector with zeros up to a multiple of 16, as operations want it."""
+    out = np.zeros(round_up(len(values), PANEL), np.float32)
+    out[: len(values)] = values
+    return out

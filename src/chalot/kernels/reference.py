@@ -1,0 +1,320 @@
+"""The numpy oracle: the same programs, bit for bit what native kernels give, far slower.
+
+Sums of floats follow the one written order (docs/exactness.md): sixteen lanes of fma chains, then
+a tree of lanes 8, 4, 2, 1 apart. fma is emulated in float64, rounding to odd where the sum is not
+exact so that the final rounding to float32 happens once. Integer sums are exact in float32 because
+a block of 128 products of int8 stays below 2^24.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import KernelError
+from chalot.kernels.program import LOGITS, PAGE, Batch, Matrix, Op, Program
+from chalot.quant.codes import units, values
+from chalot.quant.packing import DENSE, unpack
+from chalot.quant.scheme import BLOCK, PANEL, round_up
+
+F32 = np.float32
+F64 = np.float64
+Floats = NDArray[np.float32]
+
+
+def fma(a: Floats, b: Floats | np.float32, c: Floats | np.float32) -> Floats:
+    """a * b + c rounded once to float32."""
+    with np.errstate(all="ignore"):
+        p = np.asarray(a, F64) * np.asarray(b, F64)  # exact: 24 + 24 bits
+        c64 = np.asarray(c, F64)
+        s = np.asarray(p + c64)
+        part = s - p
+        error = (p - (s - part)) + (c64 - part)
+        bits = s.view(np.int64)
+        inexact = (error != 0) & (bits & 1 == 0) & np.isfinite(s)
+        away = (error > 0) == (s > 0)
+        bits = bits + np.where(inexact, np.where(away, 1, -1), 0)
+        return bits.view(F64).astype(F32)
+
+
+def tree(lanes: Floats) -> Floats:
+    """Sum over the last axis of sixteen lanes: 8, 4, 2, 1 apart."""
+    for width in (8, 4, 2, 1):
+        lanes = lanes[..., :width] + lanes[..., width:]
+    return lanes[..., 0]
+
+
+def pad(x: Floats, multiple: int) -> Floats:
+    """Zeros behind the last axis up to a multiple."""
+    extra = round_up(x.shape[-1], multiple) - x.shape[-1]
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
+
+
+def exp(x: Floats) -> Floats:
+    """e^x by 2^n * e^r with a polynomial of degree 7; 0 below -87, constant above 88."""
+    with np.errstate(invalid="ignore"):
+        t = np.maximum(np.minimum(x, F32(88)), F32(-88))
+        n = np.rint(t * F32(1.44269504))
+        r = fma(n, F32(2.12194440e-4), fma(n, F32(-0.693359375), t))
+        p = np.full_like(r, F32(1.0 / 5040))
+        for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            p = fma(p, r, F32(c))
+        n = np.maximum(n, F32(-126))
+        power = ((n.astype(np.int32) + 127) << 23).view(F32)
+        return np.where(x < F32(-87), F32(0), p * power)
+
+
+def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis; `weight` is padded to 16."""
+    n = x.shape[-1]
+    chunks = pad(x, PANEL).reshape(*x.shape[:-1], -1, PANEL)
+    lanes = np.zeros((*x.shape[:-1], PANEL), F32)
+    for k in range(chunks.shape[-2]):
+        lanes = fma(chunks[..., k, :], chunks[..., k, :], lanes)
+    scale = F32(1) / np.sqrt(tree(lanes) / F32(n) + F32(epsilon))
+    return (x * scale[..., None]) * weight[:n]
+
+
+def gate(kind: str, g: Floats, up: Floats) -> Floats:
+    """activation(g) * up, with silu or gelu's tanh form written as g / (1 + e^-2u)."""
+    if kind == "silu":
+        minus = F32(0) - g
+    else:
+        minus = fma((g * g) * g, F32(0.044715), g) * F32(-1.5957691216)
+    return (g / (F32(1) + exp(minus))) * up
+
+
+def quantize(x: Floats, planes: int) -> tuple[NDArray[np.int8], Floats]:
+    """Codes (tokens, planes, columns padded to 128) and scales (tokens, blocks)."""
+    top = F32(127 if planes == 1 else 127 * 128)
+    blocks = pad(x, BLOCK).reshape(len(x), -1, BLOCK)
+    high = np.abs(blocks).max(axis=2)
+    some = high > F32(2.0**-100)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(some, top / high, F32(0))
+    scale = np.where(some, high / top, F32(0))
+    whole = np.rint(blocks * inverse[..., None]).astype(np.int32).reshape(len(x), 1, -1)
+    if planes == 2:
+        first = (whole + 64) >> 7
+        whole = np.concatenate([np.clip(first, -127, 127), whole - first * 128], axis=1)
+    return np.clip(whole, -127, 127).astype(np.int8), scale
+
+
+def product(matrix: Matrix, codes: NDArray[np.int8], scale: Floats) -> Floats:
+    """(tokens, rows): coded activations times a coded matrix, an fma chain over blocks of columns."""
+    coded = unpack(matrix.data, matrix.scheme, matrix.shape)
+    w = np.pad(values(coded), [(0, 0), (0, codes.shape[2] - coded.codes.shape[1])]).astype(F32)
+    factor = coded.segments.astype(F32)  # (rows16, segments)
+    total = np.zeros((len(codes), len(w)), F32)
+    for b in range(-(-matrix.shape[1] // BLOCK)):
+        columns = slice(b * BLOCK, (b + 1) * BLOCK)
+        sums = codes[:, :, columns].astype(F32) @ w[:, columns].T  # (tokens, planes, rows), exact
+        whole = sums[:, 0].astype(np.int32)
+        if codes.shape[1] == 2:
+            whole = whole * 128 + sums[:, 1].astype(np.int32)
+        both = factor[:, b * BLOCK // matrix.scheme.segment][None] * scale[:, b, None]
+        total = fma(whole.astype(F32), both, total)
+    return (total * coded.row_scale)[:, : matrix.shape[0]]
+
+
+def numbers(matrix: Matrix) -> Floats:
+    """A dense matrix (rows, columns padded to 16) as float32."""
+    dtype = DENSE[matrix.scheme.name]
+    stored = matrix.data.view(dtype).reshape(matrix.shape[0], -1)
+    if matrix.scheme.name == "bf16":
+        return (stored.astype(np.uint32) << 16).view(F32)
+    return stored.astype(F32)
+
+
+def dense(matrix: Matrix, x: Floats) -> Floats:
+    """(tokens, rows): numbers times numbers in sixteen lanes of fma chains."""
+    w = numbers(matrix).reshape(matrix.shape[0], -1, PANEL)
+    chunks = pad(x, PANEL).reshape(len(x), -1, PANEL)
+    lanes = np.zeros((len(x), matrix.shape[0], PANEL), F32)
+    for k in range(w.shape[1]):
+        lanes = fma(w[None, :, k], chunks[:, None, k], lanes)
+    return tree(lanes)
+
+
+def embedding(matrix: Matrix, ids: NDArray[np.int32]) -> Floats:
+    """(tokens, columns): rows of a matrix as numbers."""
+    if not matrix.scheme.is_coded:
+        return numbers(matrix)[ids, : matrix.shape[1]]
+    coded = unpack(matrix.data, matrix.scheme, matrix.shape)
+    unit = units(coded.row_scale, coded.segments)[ids]
+    columns = matrix.shape[1]
+    return values(coded)[ids, :columns].astype(F32) * np.repeat(
+        unit, matrix.scheme.segment, axis=1
+    )[:, :columns]
+
+
+def sine_cosine(angle: Floats) -> tuple[Floats, Floats]:
+    """sin and cos of float32 angles below 2^20, in float64 without fma, rounded to float32."""
+    a = angle.astype(F64)
+    n = np.rint(a * 0.63661977236758134308)
+    r = ((a - n * 1.5707963267341256e00) - n * 6.0771005063039660e-11) - n * 2.0222662487959506e-21
+    x = r * r
+    s = np.full_like(x, -1.0 / math.factorial(15))
+    for k in (13, 11, 9, 7, 5, 3):
+        s = s * x + (1.0 if k % 4 == 1 else -1.0) / math.factorial(k)
+    c = np.full_like(x, 1.0 / math.factorial(16))
+    for k in (14, 12, 10, 8, 6, 4):
+        c = c * x + (1.0 if k % 4 == 0 else -1.0) / math.factorial(k)
+    sine, cosine = r + r * x * s, 1.0 - x * 0.5 + x * x * c
+    quarter = n.astype(np.int64) & 3
+    in_turn = np.stack([sine, cosine, -sine, -cosine])
+    index = quarter[None]
+    sine4 = np.take_along_axis(in_turn, index, 0)[0]
+    cosine4 = np.take_along_axis(in_turn, (index + 1) & 3, 0)[0]
+    return sine4.astype(F32), cosine4.astype(F32)
+
+
+def rotate(x: Floats, sine: Floats, cosine: Floats) -> Floats:
+    """Rotates the pairs (i, i + half) of the last axis."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([fma(-b, sine, a * cosine), fma(a, sine, b * cosine)], axis=-1)
+
+
+def attend_page(
+    query: Floats, keys: Floats, held: Floats, so_far: tuple[Floats, np.float32, np.float32]
+) -> tuple[Floats, np.float32, np.float32]:
+    """Merge one page (positions, stride) into (output, largest score, denominator) of one query."""
+    out, largest, denominator = so_far
+    lanes = np.zeros((len(keys), PANEL), F32)
+    for d in range(0, keys.shape[1], PANEL):
+        lanes = fma(query[None, d : d + PANEL], keys[:, d : d + PANEL], lanes)
+    scores = tree(lanes)
+    high = scores.max()
+    p = exp(scores - high)
+    total = np.zeros(PANEL, F32)
+    for chunk in pad(p, PANEL).reshape(-1, PANEL):
+        total = total + chunk
+    top = np.maximum(largest, high)
+    before, here = exp(np.array([largest - top, high - top], F32))
+    gathered = np.zeros(keys.shape[1], F32)
+    for j in range(len(p)):
+        gathered = fma(p[j : j + 1], held[j], gathered)
+    denominator = fma(denominator[None], before, tree(total) * here)[0]
+    return fma(out, before, gathered * here), top, denominator
+
+
+class ReferenceProgram:
+    """Interprets a program in numpy."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def run(self, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
+        """Logits (wanted, vocabulary); keys and values of the batch's tokens go to the arena's pages."""
+        slots: dict[int, Floats] = {}
+        codes: dict[int, tuple[NDArray[np.int8], Floats]] = {}
+        if batch.tokens.min() < 0 or batch.tokens.max() >= self.program.ops[0].parts[0].matrix.shape[0]:
+            raise KernelError("batch: token id is outside the vocabulary")
+        logits = np.zeros((len(batch.wanted), self.program.vocabulary), F32)
+        for op in self.program.ops:
+            if op.kind == "gather" and not len(batch.wanted):
+                break
+            if op.kind == "quantize":
+                codes[op.target] = quantize(
+                    slots[op.source], self.program.slots[op.target].planes
+                )
+            elif op.kind == "linear":
+                self.linear(op, slots, codes, logits)
+            elif op.kind == "rope_store":
+                slots[op.source] = self.rope_store(op, slots[op.source], batch, arena)
+            elif op.kind == "attend":
+                slots[op.target] = self.attend(op, slots[op.source], batch, arena)
+            else:
+                slots[op.target] = self.simple(op, slots, batch)
+        return logits
+
+    def simple(self, op: Op, slots: dict[int, Floats], batch: Batch) -> Floats:
+        """The operations that work on each token alone."""
+        if op.kind == "embed":
+            return embedding(op.parts[0].matrix, batch.tokens)
+        x = slots[op.source]
+        if op.kind == "norm":
+            assert op.weight is not None
+            return rms_norm(x, op.weight, op.number)
+        if op.kind == "gate":
+            half = x.shape[1] // 2
+            return gate(op.gate, x[:, :half], x[:, half:])
+        return x[batch.wanted]
+
+    def linear(
+        self,
+        op: Op,
+        slots: dict[int, Floats],
+        codes: dict[int, tuple[NDArray[np.int8], Floats]],
+        logits: Floats,
+    ) -> None:
+        """Products of one input with each part's matrix."""
+        coded = self.program.slots[op.source].planes > 0
+        tokens = len(codes[op.source][1]) if coded else len(slots[op.source])
+        if op.target != LOGITS and op.target not in slots:
+            slots[op.target] = np.zeros((tokens, self.program.slots[op.target].width), F32)
+        target = logits if op.target == LOGITS else slots[op.target]
+        if len(target) != tokens:
+            target = slots[op.target] = np.zeros((tokens, target.shape[1]), F32)
+        for part in op.parts:
+            rows = part.matrix.shape[0]
+            y = (
+                product(part.matrix, *codes[op.source])
+                if coded
+                else dense(part.matrix, slots[op.source])
+            )
+            if part.bias is not None:
+                y = y + part.bias[:rows]
+            at = slice(part.column, part.column + rows)
+            target[:, at] = target[:, at] + y if op.add else y
+
+    def head_rows(
+        self, arena: NDArray[np.uint8], page: int, layer: int, head: int, held: bool
+    ) -> NDArray[np.floating]:
+        """(256, stride) keys, or values when `held`, of one head as a view of the arena."""
+        shape = self.program.cache
+        dtype = np.dtype("<f4" if shape.kind == "f32" else "<f2")
+        size = PAGE * shape.stride * dtype.itemsize
+        at = page * shape.page_bytes + ((layer * 2 + held) * shape.kv_heads + head) * size
+        return arena[at : at + size].view(dtype).reshape(PAGE, shape.stride)
+
+    def rope_store(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
+        """[q | k | v] with q and k rotated; keys and values stored."""
+        shape, heads = self.program.cache, self.program.heads
+        parts = x.reshape(len(x), -1, shape.head_dim).copy()  # (tokens, heads, head_dim)
+        angle = batch.positions.astype(F32)[:, None] * self.program.inverse_frequency
+        sine, cosine = sine_cosine(angle)
+        turned = heads + shape.kv_heads
+        parts[:, :turned] = rotate(parts[:, :turned], sine[:, None], cosine[:, None])
+        stored = pad(parts[:, heads:], PANEL)
+        if shape.kind == "f16":
+            stored = np.clip(stored, F32(-65504), F32(65504))
+        for t, position in enumerate(batch.positions):
+            page = int(batch.pages[batch.sequences[t], position // PAGE])
+            for h in range(2 * shape.kv_heads):
+                rows = self.head_rows(
+                    arena, page, op.layer, h % shape.kv_heads, h >= shape.kv_heads
+                )
+                rows[position % PAGE] = stored[t, h]
+        return parts.reshape(len(x), -1)
+
+    def attend(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
+        """(tokens, heads * head_dim): every query over its own and earlier positions, page by page."""
+        shape, heads = self.program.cache, self.program.heads
+        share = heads // shape.kv_heads
+        queries = pad(x.reshape(len(x), -1, shape.head_dim)[:, :heads] * F32(op.number), PANEL)
+        out = np.zeros((len(x), heads, shape.head_dim), F32)
+        for t, position in enumerate(batch.positions):
+            for h in range(heads):
+                so_far = (np.zeros(shape.stride, F32), F32(-np.inf), F32(0))
+                for p in range(position // PAGE + 1):
+                    page = int(batch.pages[batch.sequences[t], p])
+                    count = min(int(position) + 1 - p * PAGE, PAGE)
+                    keys = self.head_rows(arena, page, op.layer, h // share, False)[:count]
+                    held = self.head_rows(arena, page, op.layer, h // share, True)[:count]
+                    so_far = attend_page(
+                        queries[t, h], keys.astype(F32), held.astype(F32), so_far
+                    )
+                out[t, h] = so_far[0][: shape.head_dim] / so_far[2]
+        return out.reshape(len(x), -1)

@@ -1,0 +1,97 @@
+"""What this machine has: cores this process may use, memory, disk. Reads only what the system says."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def cpu_quota() -> float | None:
+    """Cores that the control group grants (cgroup v2 cpu.max, v1 cfs_quota_us), None if unlimited."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        if quota != "max":
+            return int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        base = Path("/sys/fs/cgroup/cpu")
+        quota_us = int((base / "cpu.cfs_quota_us").read_text())
+        if quota_us > 0:
+            return quota_us / int((base / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def allowed_cpus() -> list[int]:
+    """Logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def physical_cores() -> int:
+    """Distinct cores among the allowed processors: two threads of one core share its arithmetic."""
+    cores = set()
+    for cpu in allowed_cpus():
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def default_threads() -> int:
+    """Threads to compute with: allowed cores, but no more than the control group's quota."""
+    quota = cpu_quota()
+    cores = physical_cores()
+    return max(1, cores if quota is None else min(cores, int(quota + 0.5)))
+
+
+def memory_limit() -> int | None:
+    """The control group's limit in bytes, None if there is none."""
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = int(Path(name).read_text())
+        except (OSError, ValueError):
+            continue
+        if limit < 1 << 60:
+            return limit
+    return None
+
+
+def memory_available() -> int | None:
+    """Bytes that can be had without swapping, None if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line[:13] == "MemAvailable:")
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+    limit = memory_limit()
+    return free if limit is None else min(free, limit)
+
+
+def memory_total() -> int | None:
+    """Bytes of memory, or the control group's limit where it is lower."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    limit = memory_limit()
+    return total if limit is None else min(total, limit)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, file pages included; 0 where unknown."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def disk_free(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder` or its nearest existing parent."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -169,6 +170,11 @@ struct Model {
     program.run(*machine.kernels, machine.pool(), b);
   }
 
+  void copy_slot(int slot, Out<float> out) {
+    expect(out.ndim() == 2 && int64_t(out.shape(1)) == program.width(slot), "slot: width differs");
+    program.copy_slot(slot, int(out.shape(0)), out.data());
+  }
+
   nb::list keep;
   Program program;
   std::mutex busy;
@@ -205,6 +211,46 @@ void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<flo
   });
 }
 
+// y = x @ w.T for tokens of float32, quantised to `planes` where the matrix is coded.
+void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<float> y) {
+  nb::list keep;
+  Matrix w = matrix_of(matrix, keep);
+  expect(x.ndim() == 2 && int64_t(x.shape(1)) == w.columns, "product: columns differ");
+  expect(y.ndim() == 2 && y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == w.rows, "product: output size");
+  expect(planes == 1 || planes == 2, "product: planes");
+  const int tokens = int(x.shape(0));
+  const float* from = x.data();
+  Output out{y.data(), size_t(w.rows), nullptr, false};
+  nb::gil_scoped_release release;
+  std::scoped_lock lock(machine.busy);
+  const size_t stride = size_t(round_up(w.columns, kBlock)), blocks = stride / kBlock, n = size_t(tokens);
+  Buffer numbers, codes, scales, sums;
+  numbers.reserve(n * stride * 4);
+  codes.reserve(n * stride * planes);
+  scales.reserve(n * blocks * 4);
+  sums.reserve(n * blocks * planes * 4);
+  std::vector<Buffer> scratch(size_t(machine.threads()));
+  for (Buffer& b : scratch) b.reserve(scratch_bytes(w));
+  machine.pool().run([&](int id) {
+    const Kernels& k = *machine.kernels;
+    const int threads = machine.threads();
+    for (size_t t = n * id / threads; t < n * (id + 1) / threads; t++) {
+      std::memcpy(numbers.as<float>() + t * stride, from + t * w.columns, size_t(w.columns) * 4);
+      if (is_coded(w.scheme))
+        k.quantize(numbers.as<float>() + t * stride, int(stride), planes, codes.as<int8_t>() + t * planes * stride,
+                   scales.as<float>() + t * blocks, sums.as<int32_t>() + t * planes * blocks);
+    }
+    machine.pool().barrier();
+    const int first = w.panels() * id / threads, last = w.panels() * (id + 1) / threads;
+    if (is_coded(w.scheme)) {
+      Activations a{planes, int(stride), codes.as<int8_t>(), scales.as<float>(), sums.as<int32_t>()};
+      k.product(w, a, tokens, first, last, out, scratch[size_t(id)].as<void>());
+    } else {
+      k.dense(w, numbers.as<float>(), stride, tokens, first, last, out);
+    }
+  });
+}
+
 void exp_all(Machine& machine, In<float> x, Out<float> y) {
   expect(x.size() == y.size(), "exp: sizes differ");
   PlainArithmetic plain;
@@ -225,10 +271,12 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", [](const Machine& s) { return std::string(s.kernels->name); })
       .def_prop_ro("threads", &Machine::threads)
       .def("encode", &encode)
+      .def("product", &product)
       .def("exp", &exp_all);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
                     const std::vector<float>&>())
       .def("run", &Model::run)
+      .def("copy_slot", &Model::copy_slot)
       .def_prop_ro("page_bytes", [](const Model& s) { return s.program.cache().page_bytes(); });
 }

@@ -134,7 +134,7 @@ void Program::check() const {
         break;
     }
   }
-  if (!vocabulary_ || !input_vocabulary_) throw std::invalid_argument("program: needs embed and logits");
+  if (!input_vocabulary_) throw std::invalid_argument("program: needs embed");
 }
 
 void Program::check(const Batch& b) const {
@@ -188,6 +188,13 @@ void Program::run(const Kernels& kernels, Pool& pool, const Batch& batch) {
     angles(batch);
   }
   pool.run([&](int id) { execute(kernels, pool, batch, id); });
+}
+
+void Program::copy_slot(int slot, int tokens, float* out) const {
+  if (slot < 0 || size_t(slot) >= slots_.size() || slots_[size_t(slot)].planes || tokens > room_)
+    throw std::out_of_range("slot holds no such numbers");
+  const size_t width = size_t(slots_[size_t(slot)].width);
+  for (int t = 0; t < tokens; t++) std::memcpy(out + t * width, numbers(slot, t), width * 4);
 }
 
 void Program::execute(const Kernels& k, Pool& pool, const Batch& batch, int id) {

@@ -80,6 +80,9 @@ class Program {
   Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads, std::vector<float> inverse_frequency);
   // Throws std::out_of_range where the batch does not fit the program or the cache.
   void run(const Kernels& kernels, Pool& pool, const Batch& batch);
+  // Copies (tokens, width) numbers that the last batch left in a slot.
+  void copy_slot(int slot, int tokens, float* out) const;
+  int width(int slot) const { return slot < 0 || size_t(slot) >= slots_.size() ? -1 : slots_[size_t(slot)].width; }
   int vocabulary() const { return vocabulary_; }
   const CacheShape& cache() const { return cache_; }
 

@@ -17,6 +17,7 @@ from chalot.errors import KernelError
 from chalot.kernels import reference
 from chalot.kernels.program import Batch, Program
 from chalot.quant import codes, packing
+from chalot.quant.packing import Matrix
 from chalot.quant.scheme import Scheme
 
 try:
@@ -33,6 +34,9 @@ class Runnable(Protocol):
 
     def run(self, batch: Batch, arena: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits (wanted, vocabulary). The arena's pages receive the batch's keys and values."""
+
+    def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
+        """(tokens, width): what the last batch left in a float slot."""
 
 
 class Backend(Protocol):
@@ -52,6 +56,9 @@ class Backend(Protocol):
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """The packed extent of a float32 matrix (rows, columns), as `packing.pack` would give it."""
 
+    def product(self, matrix: Matrix, x: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
+        """(tokens, rows) = x @ matrix.T, x quantised to `planes` of 8 bits if the matrix is coded."""
+
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """e^x by the project's polynomial."""
 
@@ -69,6 +76,12 @@ class ReferenceBackend:
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """See Backend."""
         return packing.pack(codes.quantize(weights, scheme))
+
+    def product(self, matrix: Matrix, x: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
+        """See Backend."""
+        if not matrix.scheme.is_coded:
+            return reference.dense(matrix, x)
+        return reference.product(matrix, *reference.quantize(x, planes))
 
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Backend."""
@@ -92,10 +105,14 @@ def open_backend(isa: str | None = None, threads: int | None = None) -> Backend:
         return ReferenceBackend()
     sets = dict(instruction_sets())
     if name and name not in sets:
-        raise KernelError(f"instruction set {name!r} is not known; choose one of: {', '.join(sets)}")
+        raise KernelError(
+            f"instruction set {name!r} is not known; choose one of: {', '.join(sets)}"
+        )
     if name and not sets[name]:
         able = ", ".join(n for n, runs in sets.items() if runs)
-        raise KernelError(f"instruction set {name} cannot run on this processor; it can run: {able}")
+        raise KernelError(
+            f"instruction set {name} cannot run on this processor; it can run: {able}"
+        )
     if native is None:
         warnings.warn(
             f"compiled kernels are missing ({MISSING}); numpy runs instead, a hundred times slower. "

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from chalot.errors import KernelError
 from chalot.kernels import _native  # type: ignore[attr-defined]
-from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, Batch, Matrix, Op, Program
+from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, Batch, Op, Program
 from chalot.quant.codes import padded
 from chalot.quant.grids import nl4_tables
-from chalot.quant.packing import ALIGNMENT, Layout
+from chalot.quant.packing import Layout, Matrix, aligned
 from chalot.quant.scheme import SCHEMES, Scheme
 
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
@@ -46,6 +46,7 @@ class NativeProgram:
     def __init__(self, program: Program, machine: object) -> None:
         self.machine = machine
         self.vocabulary = program.vocabulary
+        self.slots = program.slots
         cache = program.cache
         shape = (CACHE_TYPES.index(cache.kind), cache.layers, cache.kv_heads, cache.head_dim)
         try:
@@ -77,6 +78,12 @@ class NativeProgram:
             raise KernelError(f"batch: {error}") from None
         return logits
 
+    def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
+        """See Runnable."""
+        out = np.empty((tokens, self.slots[index].width), np.float32)
+        self.native.copy_slot(index, out)
+        return out
+
 
 class NativeBackend:
     """Compiled kernels of one instruction set."""
@@ -93,7 +100,7 @@ class NativeBackend:
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """See Backend."""
         layout = Layout(scheme, *weights.shape)
-        out = np.zeros(layout.nbytes, np.uint8)
+        out = aligned(layout.nbytes)
         scale_at, segments_at = layout.row_scale_at, layout.segments_at
         segments_end = segments_at + layout.panels * layout.segment_count * 32
         self.machine.encode(
@@ -107,15 +114,14 @@ class NativeBackend:
         )
         return out
 
+    def product(self, matrix: Matrix, x: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
+        """See Backend."""
+        y = np.empty((len(x), matrix.shape[0]), np.float32)
+        self.machine.product(matrix_fields(matrix), planes, np.ascontiguousarray(x), y)
+        return y
+
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Backend."""
         y = np.empty_like(x)
         self.machine.exp(x, y)
         return y
-
-
-def aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Zeroed bytes that start at a multiple of 64, as matrices must."""
-    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % ALIGNMENT
-    return raw[skip : skip + nbytes]

@@ -18,23 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.quant.scheme import PANEL, Scheme, round_up
+from chalot.quant.packing import Matrix
+from chalot.quant.scheme import PANEL, round_up
 
 PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
 KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather")
 GATES = ("silu", "gelu_tanh")
 CACHE_TYPES = ("f32", "f16")
-
-
-@dataclass(frozen=True, eq=False)
-class Matrix:
-    """A packed matrix (rows, columns): its extent of the file, and its tables where the scheme has."""
-
-    scheme: Scheme
-    shape: tuple[int, int]
-    data: NDArray[np.uint8]  # starts at a multiple of 64 bytes
-    tables: NDArray[np.int8] | None = None  # (256, 16)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import KernelError
-from chalot.kernels.program import LOGITS, PAGE, Batch, Matrix, Op, Program
+from chalot.kernels.program import LOGITS, PAGE, Batch, Op, Program
 from chalot.quant.codes import units, values
-from chalot.quant.packing import DENSE, unpack
+from chalot.quant.packing import DENSE, Matrix, unpack
 from chalot.quant.scheme import BLOCK, PANEL, round_up
 
 F32 = np.float32
@@ -143,9 +143,10 @@ def embedding(matrix: Matrix, ids: NDArray[np.int32]) -> Floats:
     coded = unpack(matrix.data, matrix.scheme, matrix.shape)
     unit = units(coded.row_scale, coded.segments)[ids]
     columns = matrix.shape[1]
-    return values(coded)[ids, :columns].astype(F32) * np.repeat(
-        unit, matrix.scheme.segment, axis=1
-    )[:, :columns]
+    return (
+        values(coded)[ids, :columns].astype(F32)
+        * np.repeat(unit, matrix.scheme.segment, axis=1)[:, :columns]
+    )
 
 
 def sine_cosine(angle: Floats) -> tuple[Floats, Floats]:
@@ -204,21 +205,27 @@ class ReferenceProgram:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.slots: dict[int, Floats] = {}
+
+    def slot(self, index: int, tokens: int) -> Floats:
+        """See Runnable."""
+        return self.slots[index][:tokens]
 
     def run(self, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
         """Logits (wanted, vocabulary); keys and values of the batch's tokens go to the arena's pages."""
-        slots: dict[int, Floats] = {}
+        slots = self.slots = {}
         codes: dict[int, tuple[NDArray[np.int8], Floats]] = {}
-        if batch.tokens.min() < 0 or batch.tokens.max() >= self.program.ops[0].parts[0].matrix.shape[0]:
+        if (
+            batch.tokens.min() < 0
+            or batch.tokens.max() >= self.program.ops[0].parts[0].matrix.shape[0]
+        ):
             raise KernelError("batch: token id is outside the vocabulary")
         logits = np.zeros((len(batch.wanted), self.program.vocabulary), F32)
         for op in self.program.ops:
             if op.kind == "gather" and not len(batch.wanted):
                 break
             if op.kind == "quantize":
-                codes[op.target] = quantize(
-                    slots[op.source], self.program.slots[op.target].planes
-                )
+                codes[op.target] = quantize(slots[op.source], self.program.slots[op.target].planes)
             elif op.kind == "linear":
                 self.linear(op, slots, codes, logits)
             elif op.kind == "rope_store":
@@ -313,8 +320,6 @@ class ReferenceProgram:
                     count = min(int(position) + 1 - p * PAGE, PAGE)
                     keys = self.head_rows(arena, page, op.layer, h // share, False)[:count]
                     held = self.head_rows(arena, page, op.layer, h // share, True)[:count]
-                    so_far = attend_page(
-                        queries[t, h], keys.astype(F32), held.astype(F32), so_far
-                    )
+                    so_far = attend_page(queries[t, h], keys.astype(F32), held.astype(F32), so_far)
                 out[t, h] = so_far[0][: shape.head_dim] / so_far[2]
         return out.reshape(len(x), -1)

@@ -65,6 +65,36 @@ class Layout:
         return self.row_scale_at + self.panels * PANEL * 4
 
 
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A packed matrix (rows, columns): its extent of the file, and its tables where the scheme has."""
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    data: NDArray[np.uint8]  # starts at a multiple of 64 bytes
+    tables: NDArray[np.int8] | None = None  # (256, 16)
+
+
+def aligned(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed bytes that start at a multiple of 64, as matrices must."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % ALIGNMENT
+    return raw[skip : skip + nbytes]
+
+
+def pack_dense(weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
+    """A float32 matrix as rows of numbers, padded to 16 columns; bf16 and f16 round to even."""
+    rows, columns = weights.shape
+    out = aligned(stored_bytes(scheme, rows, columns))
+    stored = out.view(DENSE[scheme.name]).reshape(rows, -1)
+    if scheme.name == "bf16":
+        bits = np.ascontiguousarray(weights).view(np.uint32)
+        stored[:, :columns] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    else:
+        stored[:, :columns] = weights
+    return out
+
+
 def stored_bytes(scheme: Scheme, rows: int, columns: int) -> int:
     """Bytes of a matrix in the file, without the alignment between extents."""
     if scheme.is_coded:
@@ -112,7 +142,7 @@ def pack_panels(coded: Codes) -> NDArray[np.uint8]:
 def pack(coded: Codes) -> NDArray[np.uint8]:
     """The extent of a coded matrix: one run of bytes, as `Layout` describes it."""
     layout = Layout(coded.scheme, *coded.shape)
-    out = np.zeros(layout.nbytes, np.uint8)
+    out = aligned(layout.nbytes)
     panels = pack_panels(coded).reshape(-1)
     out[: panels.size] = panels
     segments = pack_segments(coded.segments)

@@ -1,0 +1,27 @@
+"""chalot's tensor names to Hugging Face's: one table. {i} stands for the layer."""
+
+HUGGING_FACE = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm.weight",
+    "layers.{i}.query": "model.layers.{i}.self_attn.q_proj.weight",
+    "layers.{i}.key": "model.layers.{i}.self_attn.k_proj.weight",
+    "layers.{i}.value": "model.layers.{i}.self_attn.v_proj.weight",
+    "layers.{i}.output": "model.layers.{i}.self_attn.o_proj.weight",
+    "layers.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.gate": "model.layers.{i}.mlp.gate_proj.weight",
+    "layers.{i}.up": "model.layers.{i}.mlp.up_proj.weight",
+    "layers.{i}.down": "model.layers.{i}.mlp.down_proj.weight",
+}
+
+
+def hugging_face(name: str) -> str:
+    """The checkpoint's name of a tensor: "layers.3.query.bias" -> "...layers.3...q_proj.bias"."""
+    stem, _, bias = name.partition(".bias") if name.endswith(".bias") else (name, "", None)
+    parts = stem.split(".")
+    if parts[0] == "layers":
+        found = HUGGING_FACE[f"layers.{{i}}.{parts[2]}"].format(i=parts[1])
+    else:
+        found = HUGGING_FACE[stem]
+    return found if bias is None else found.removesuffix("weight") + "bias"

@@ -1,0 +1,75 @@
+"""The paged key/value cache: pages of 256 positions in one reserved region, handed out as needed.
+
+Memory is reserved when the cache is made and taken by the system when a page is first written, so
+a cache for a long context costs only what a conversation fills.
+"""
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import ContextError
+from chalot.kernels.program import PAGE, CacheShape
+
+
+class Sequence:
+    """One text's place in the cache: its pages, and how many positions they hold."""
+
+    def __init__(self, cache: "PageCache") -> None:
+        self.cache = cache
+        self.pages: list[int] = []
+        self.length = 0
+
+    def reserve(self, positions: int) -> None:
+        """Take pages for that many positions. Raises ContextError when the cache has none left."""
+        while len(self.pages) * PAGE < positions:
+            self.pages.append(self.cache.take())
+
+    def truncate(self, length: int) -> None:
+        """Forget positions from `length` on, and give back pages that hold nothing else."""
+        self.length = min(self.length, length)
+        keep = -(-self.length // PAGE)
+        self.cache.free.extend(reversed(self.pages[keep:]))
+        del self.pages[keep:]
+
+    def close(self) -> None:
+        """Give back all pages."""
+        self.truncate(0)
+
+
+class PageCache:
+    """Pages for sequences that share a model."""
+
+    def __init__(self, shape: CacheShape, positions: int) -> None:
+        self.shape = shape
+        self.count = -(-positions // PAGE)
+        size = self.count * shape.page_bytes
+        try:
+            self.region = mmap.mmap(-1, size)
+        except (OSError, OverflowError, ValueError) as error:
+            raise ContextError(
+                f"a cache of {positions} positions needs {size} bytes, and the system refuses them "
+                f"({error}); choose a smaller --context"
+            ) from None
+        if hasattr(mmap, "MADV_HUGEPAGE") and shape.page_bytes >= 1 << 20:
+            self.region.madvise(mmap.MADV_HUGEPAGE)
+        self.arena: NDArray[np.uint8] = np.frombuffer(self.region, np.uint8)
+        self.free = list(range(self.count - 1, -1, -1))
+
+    def take(self) -> int:
+        """A free page. Raises ContextError when there is none."""
+        if not self.free:
+            raise ContextError(
+                f"all {self.count * PAGE} positions of the cache are in use; "
+                "choose a larger --context or end a session"
+            )
+        return self.free.pop()
+
+    def tables(self, sequences: list[Sequence]) -> NDArray[np.int32]:
+        """(sequences, most pages) int32: each sequence's pages, -1 where it has none."""
+        width = max(len(s.pages) for s in sequences)
+        out = np.full((len(sequences), width), -1, np.int32)
+        for row, s in zip(out, sequences, strict=True):
+            row[: len(s.pages)] = s.pages
+        return out

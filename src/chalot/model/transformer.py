@@ -1,0 +1,143 @@
+"""From weights to a program: the one configurable decoder.
+
+h = embed(token)
+h += output(attention(rope(q, k, v of norm(h))))        for each layer
+h += down(activation(gate(n)) * up(n)), n = norm(h)
+logits = head(norm(h))
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.kernels.program import LOGITS, CacheShape, Op, Part, Program, Slot, padded_vector
+from chalot.model.config import ModelConfig
+from chalot.quant.packing import Matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A model's tensors by chalot's names, and the planes (8 bits each) of each one's activations."""
+
+    matrices: Mapping[str, Matrix]
+    vectors: Mapping[str, NDArray[np.float32]]
+    planes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Builder:
+    """Collects slots and operations; codes of one width and precision share a slot."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.slots: list[Slot] = []
+        self.ops: list[Op] = []
+        self.named: dict[str, int] = {}
+
+    def slot(self, name: str, width: int, planes: int = 0) -> int:
+        """The slot of that name, made when first asked for."""
+        if name not in self.named:
+            self.named[name] = len(self.slots)
+            self.slots.append(Slot(width, planes))
+        return self.named[name]
+
+    def norm(self, source: int, target: int, name: str) -> None:
+        """target <- rms norm of source."""
+        weight = padded_vector(self.weights.vectors[name])
+        epsilon = self.config.norm_epsilon
+        self.ops.append(Op("norm", source, target, weight=weight, number=epsilon))
+
+    def linear(self, source: int, target: int, names: dict[str, int], add: bool = False) -> None:
+        """target[:, column] (+)= product with each named matrix; inputs are quantised where asked."""
+        by_planes: dict[int, list[Part]] = {}
+        for name, column in names.items():
+            matrix = self.weights.matrices[name]
+            bias = self.weights.vectors.get(name + ".bias")
+            part = Part(matrix, None if bias is None else padded_vector(bias), column)
+            planes = self.weights.planes.get(name, 1) if matrix.scheme.is_coded else 0
+            by_planes.setdefault(planes, []).append(part)
+        for planes, parts in by_planes.items():
+            given = source
+            if planes:
+                width = self.slots[source].width
+                given = self.slot(f"codes {width} x {planes}", width, planes)
+                self.ops.append(Op("quantize", source, given))
+            self.ops.append(Op("linear", given, target, parts=tuple(parts), add=add))
+
+    def layer(self, i: int, cache_layer: int) -> None:
+        """One layer on the slot "hidden"."""
+        c, p = self.config, f"layers.{i}."
+        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
+        both = self.slot("queries, keys, values", queries + 2 * keys)
+        self.norm(hidden, normed, p + "attention_norm")
+        columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
+        self.linear(normed, both, columns)
+        self.ops.append(Op("rope_store", both, layer=cache_layer))
+        attended = self.slot("attention output", queries)
+        scale = 1 / math.sqrt(c.head_dim)
+        self.ops.append(Op("attend", both, attended, number=scale, layer=cache_layer))
+        self.linear(attended, hidden, {p + "output": 0}, add=True)
+        fed = self.slot("feed-forward input", c.hidden)
+        self.norm(hidden, fed, p + "ffn_norm")
+        pair = self.slot("gate, up", 2 * c.feed_forward)
+        self.linear(fed, pair, {p + "gate": 0, p + "up": c.feed_forward})
+        inner = self.slot("feed-forward inner", c.feed_forward)
+        self.ops.append(Op("gate", pair, inner, gate=c.activation))
+        self.linear(inner, hidden, {p + "down": 0}, add=True)
+
+    def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:
+        """What was collected, as a program."""
+        return Program(
+            tuple(self.slots),
+            tuple(self.ops),
+            cache,
+            self.config.heads,
+            inverse_frequency,
+            self.config.vocabulary,
+        )
+
+
+def cache_shape(config: ModelConfig, kind: str) -> CacheShape:
+    """What the model's cache holds, its numbers stored as `kind` ("f16" or "f32")."""
+    return CacheShape(kind, config.layers, config.kv_heads, config.head_dim)
+
+
+def build(
+    config: ModelConfig, weights: Weights, inverse_frequency: NDArray[np.float32], cache: str
+) -> Program:
+    """The whole model as a program. Raises KeyError for a missing tensor."""
+    b = Builder(config, weights)
+    hidden = b.slot("hidden", config.hidden)
+    b.ops.append(Op("embed", target=hidden, parts=(Part(weights.matrices["embedding"]),)))
+    for i in range(config.layers):
+        b.layer(i, i)
+    last, normed = b.slot("last", config.hidden), b.slot("head input", config.hidden)
+    b.ops.append(Op("gather", hidden, last))
+    b.norm(last, normed, "final_norm")
+    b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0})
+    return b.program(cache_shape(config, cache), inverse_frequency)
+
+
+LAYER_INPUTS = ("attention input", "attention output", "feed-forward input", "feed-forward inner")
+
+
+def build_layer(
+    config: ModelConfig,
+    weights: Weights,
+    layer: int,
+    hidden: Matrix,
+    inverse_frequency: NDArray[np.float32],
+) -> tuple[Program, dict[str, int]]:
+    """One layer alone, from given hidden states (rows of an f32 matrix, taken as an embedding).
+
+    Returns the program and the slots that hold what its matrices are multiplied with.
+    """
+    b = Builder(config, weights)
+    b.ops.append(Op("embed", target=b.slot("hidden", config.hidden), parts=(Part(hidden),)))
+    b.layer(layer, 0)
+    shape = CacheShape("f32", 1, config.kv_heads, config.head_dim)
+    return b.program(shape, inverse_frequency), b.named

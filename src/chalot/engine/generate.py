@@ -1,0 +1,187 @@
+"""The step that everything shares, and a session on top of it. Ids in, ids out.
+
+`Engine.step` runs any mix of work, chunks of prompts and single tokens of many sequences, through
+one forward pass. A `Session` is one text: prefill it, then step token by token.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from dataclasses import replace as with_changes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.engine.sampler import Exp, Sampling, sample
+from chalot.errors import ContextError
+from chalot.kernels.backend import Runnable
+from chalot.kernels.program import Batch
+from chalot.model.cache import PageCache, Sequence
+
+CHUNK = 256  # tokens of one forward pass: what a prompt is cut into
+
+
+@dataclass
+class Stats:
+    """What a piece of work took. Seconds are of the wall clock."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    native_seconds: float = 0.0  # of decode_seconds, inside the forward pass
+    seed: int | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens read in a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens in a second."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def host_microseconds_per_token(self) -> float:
+        """What batching and sampling cost outside the forward pass."""
+        host = self.decode_seconds - self.native_seconds
+        return host / self.new_tokens * 1e6 if self.new_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens to append to a sequence; logits wanted after the last of them, after all, or none."""
+
+    sequence: Sequence
+    tokens: list[int]
+    wanted: str = "last"  # "last", "all", "none"
+
+
+@dataclass
+class Engine:
+    """A compiled program with its cache. One thread at a time; `before_step` may raise."""
+
+    runnable: Runnable
+    cache: PageCache
+    vocabulary: int
+    context: int
+    exp: Exp
+    before_step: Callable[[], None] = field(default=lambda: None)
+
+    def step(self, work: list[Work]) -> NDArray[np.float32]:
+        """Logits (wanted tokens, vocabulary), in the order of the work.
+
+        Raises ContextError if a sequence would outgrow the context.
+        """
+        self.before_step()
+        tokens: list[int] = []
+        positions: list[NDArray[np.int32]] = []
+        rows: list[int] = []
+        wanted: list[int] = []
+        for row, w in enumerate(work):
+            end = w.sequence.length + len(w.tokens)
+            if end > self.context:
+                raise ContextError(
+                    f"the text needs {end} tokens, the context holds {self.context}; "
+                    "shorten it or choose a larger --context"
+                )
+            w.sequence.reserve(end)
+            positions.append(np.arange(w.sequence.length, end, dtype=np.int32))
+            tokens += w.tokens
+            rows += [row] * len(w.tokens)
+            if w.wanted == "all":
+                wanted += range(len(tokens) - len(w.tokens), len(tokens))
+            elif w.wanted == "last":
+                wanted.append(len(tokens) - 1)
+        batch = Batch(
+            np.array(tokens, np.int32),
+            np.concatenate(positions),
+            np.array(rows, np.int32),
+            self.cache.tables([w.sequence for w in work]),
+            np.array(wanted, np.int32),
+        )
+        logits = self.runnable.run(batch, self.cache.arena)
+        for w in work:
+            w.sequence.length += len(w.tokens)
+        return logits
+
+    def session(self, sampling: Sampling | None = None) -> "Session":
+        """A new, empty text."""
+        return Session(self, sampling or Sampling(temperature=0))
+
+
+class Session:
+    """One text in the cache: `prefill(ids)`, then `step()` gives one new token at a time."""
+
+    def __init__(self, engine: Engine, sampling: Sampling) -> None:
+        self.engine = engine
+        self.sampling = sampling
+        self.sequence = Sequence(engine.cache)
+        self.tokens: list[int] = []
+        self.stats = Stats(seed=sampling.seed)
+        self.logits: NDArray[np.float32] | None = None  # (vocabulary,), after the last token fed
+
+    def prefill(self, ids: list[int]) -> None:
+        """Read tokens. Raises ContextError, before any work, if they do not fit."""
+        ids = [int(i) for i in ids]
+        if not ids:
+            return
+        if any(not 0 <= i < self.engine.vocabulary for i in ids):
+            raise ContextError(
+                f"token ids must be 0 to {self.engine.vocabulary - 1}, found "
+                f"{min(ids)} to {max(ids)}; were they made with another tokenizer?"
+            )
+        total = len(self.tokens) + len(ids)
+        if total > self.engine.context:
+            raise ContextError(
+                f"the prompt needs {total} tokens, the context holds {self.engine.context}; "
+                "shorten it or choose a larger --context"
+            )
+        start = time.perf_counter()
+        self.tokens += ids
+        self._feed()
+        self.stats.prompt_tokens += len(ids)
+        self.stats.prefill_seconds += time.perf_counter() - start
+
+    def _feed(self) -> None:
+        """Run what is not in the cache yet, a chunk at a time; keep the last logits."""
+        while self.sequence.length < len(self.tokens):
+            done = self.sequence.length
+            part = self.tokens[done : done + CHUNK]
+            last = done + len(part) == len(self.tokens)
+            logits = self.engine.step([Work(self.sequence, part, "last" if last else "none")])
+            if last:
+                self.logits = logits[0]
+
+    def step(self) -> int:
+        """The next token. Raises ContextError when nothing was read, or the context is full."""
+        start = time.perf_counter()
+        native = start
+        if self.sequence.length < len(self.tokens):
+            self._feed()
+            native = time.perf_counter()
+        if self.logits is None:
+            raise ContextError("nothing was read yet; call prefill(ids) with at least one token")
+        token = sample(self.logits, self.tokens, self.sampling, len(self.tokens), self.engine.exp)
+        self.tokens.append(token)
+        self.stats.new_tokens += 1
+        self.stats.native_seconds += native - start
+        self.stats.decode_seconds += time.perf_counter() - start
+        return token
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; what the cache holds of them is kept."""
+        del self.tokens[length:]
+        self.sequence.truncate(max(length - 1, 0))  # the last one is read again for its logits
+        self.logits = None
+
+    def with_sampling(self, **changes: float) -> None:
+        """Change sampling options from here on."""
+        self.sampling = with_changes(self.sampling, **changes)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Give the text's pages back to the cache."""
+        self.sequence.close()
+        self.tokens.clear()
+        self.logits = None

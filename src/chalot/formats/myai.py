@@ -1,0 +1,249 @@
+"""`.myai` version 3: kernel-ready bytes behind one manifest. Specified in docs/format.md.
+
+    header (256 bytes) | extents, each at a multiple of 64 bytes | manifest (JSON)
+
+The manifest is authoritative; the header, whose first fields lie where version 2 had them, must
+agree with it. An extent is touched only after it was checked against the file's length. If the file
+is cut while it is mapped, the next read past its end kills the process: `check_length` is asked
+before each step, and the race that remains is documented.
+"""
+
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import FormatError, SchemeError, UnsupportedError, WeightError
+from chalot.formats.files import quoted
+from chalot.quant.packing import ALIGNMENT, Layout, Matrix, stored_bytes
+from chalot.quant.scheme import SCHEMES
+
+MAGIC, VERSION, HEADER = 0x4D594149, 3, 256
+MAX_MANIFEST = 64_000_000  # bytes
+FIELDS = struct.Struct(
+    "<8I"
+)  # magic, version, hidden, feed-forward, layers, heads, vocabulary, flags
+MORE = struct.Struct("<2I")  # at 32: key/value heads, head size
+WHERE = struct.Struct("<3Q32s")  # at 64: manifest offset, manifest bytes, file bytes, sha256
+OLDER = struct.Struct("<5IfI")  # at 128: experts, experts used, group, 0, context, -, theta x 100
+
+
+class Extent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A run of bytes of the file."""
+
+    offset: int
+    bytes: int
+    sha256: str
+
+
+class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor: how it is stored, and the bits its activations are quantised to."""
+
+    scheme: str
+    shape: tuple[int, ...]
+    extent: Extent
+    activation: int = 8
+    error: float | None = None  # relative squared error against the source
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file was made from."""
+
+    name: str
+    digest: str
+    command: str
+    version: str  # of chalot
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that is known of a file besides its extents."""
+
+    format: int
+    config: dict[str, Any]
+    source: Source
+    tensors: dict[str, TensorEntry]
+    documents: dict[str, Extent]
+    constants: dict[str, Extent]  # "tables.nl4", "rope.inverse_frequency"
+
+
+def header_bytes(config: dict[str, Any], where: tuple[int, int, int, bytes]) -> bytes:
+    """The 256 bytes in front. `where`: manifest offset, manifest bytes, file bytes, sha256."""
+    out = bytearray(HEADER)
+    sizes = ("hidden", "feed_forward", "layers", "heads", "vocabulary")
+    FIELDS.pack_into(out, 0, MAGIC, VERSION, *(config[s] for s in sizes), 1)
+    MORE.pack_into(out, 32, config["kv_heads"], config["head_dim"])
+    WHERE.pack_into(out, 64, *where)
+    theta = min(int(config["rope_theta"] * 100), 2**32 - 1)
+    struct.pack_into("<3I", out, 128, 0, 0, 32)
+    struct.pack_into("<2I", out, 144, config["context"], theta)
+    return bytes(out)
+
+
+class MyaiFile:
+    """An opened file: its manifest, and its tensors as views of the mapping."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FormatError for anything that is not a whole, consistent file."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.descriptor = os.dup(file.fileno())
+                self.size = os.fstat(self.descriptor).st_size
+                if self.size < HEADER:
+                    raise FormatError(
+                        f"{path}: found {self.size} bytes, expected at least {HEADER}; truncated?"
+                    )
+                self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path}: cannot be opened ({error})") from None
+        self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
+        self.manifest, self.digest = self._manifest()
+        self._check_extents()
+
+    def _manifest(self) -> tuple[Manifest, str]:
+        magic, version = struct.unpack_from("<2I", self.map, 0)
+        if magic != MAGIC:
+            raise FormatError(f"{self.path}: begins with {magic:#x}; this is no .myai file")
+        if version != VERSION:
+            raise UnsupportedError(
+                f"{self.path}: version {version} of the format; this chalot reads version {VERSION}"
+            )
+        offset, length, size, expected = WHERE.unpack_from(self.map, 64)
+        if size != self.size:
+            raise FormatError(
+                f"{self.path}: found {self.size} bytes, expected {size}; truncated download?"
+            )
+        if length > MAX_MANIFEST or offset < HEADER or offset + length > size:
+            raise FormatError(f"{self.path}: the manifest lies outside the file; damaged download?")
+        raw = self.map[offset : offset + length]
+        found = hashlib.sha256(raw).digest()
+        if found != expected:
+            raise FormatError(f"{self.path}: the manifest's checksum is wrong; damaged download?")
+        try:
+            manifest = msgspec.json.decode(raw, type=Manifest)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise FormatError(f"{self.path}: manifest: {error}") from None
+        try:
+            agrees = self.map[:HEADER] == header_bytes(
+                manifest.config, (offset, length, size, expected)
+            )
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error):
+            agrees = False
+        if not agrees:
+            raise FormatError(f"{self.path}: header and manifest disagree; damaged file?")
+        return manifest, found.hex()
+
+    def extents(self) -> Iterator[tuple[str, Extent]]:
+        """Every extent with what it is called."""
+        for name, entry in self.manifest.tensors.items():
+            yield name, entry.extent
+        yield from self.manifest.documents.items()
+        yield from self.manifest.constants.items()
+
+    def _check_extents(self) -> None:
+        end_of_last = HEADER
+        manifest_at = WHERE.unpack_from(self.map, 64)[0]
+        for name, e in sorted(self.extents(), key=lambda item: item[1].offset):
+            if e.bytes < 0 or e.offset < end_of_last or e.offset % ALIGNMENT:
+                raise FormatError(
+                    f"{self.path}: extent of {quoted(name)} overlaps or is misaligned"
+                )
+            end_of_last = e.offset + e.bytes
+            if end_of_last > manifest_at:
+                raise FormatError(
+                    f"{self.path}: extent of {quoted(name)} ends at {end_of_last}, "
+                    f"payload ends at {manifest_at}; damaged file?"
+                )
+        for name, entry in self.manifest.tensors.items():
+            self._check_entry(name, entry)
+
+    def _check_entry(self, name: str, entry: TensorEntry) -> None:
+        where = f"{self.path}: tensor {quoted(name)}"
+        if entry.scheme not in SCHEMES:
+            raise SchemeError(f"{where} has scheme {quoted(entry.scheme)}; a newer chalot's file?")
+        if not entry.shape or any(not 1 <= n <= 1 << 28 for n in entry.shape):
+            raise FormatError(f"{where} has shape {entry.shape}")
+        if entry.activation not in (8, 16):
+            raise FormatError(f"{where} asks for {entry.activation}-bit activations; 8 or 16")
+        if len(entry.shape) == 1:
+            expected = entry.shape[0] * 4 if entry.scheme == "f32" else -1
+        elif len(entry.shape) == 2:
+            expected = stored_bytes(SCHEMES[entry.scheme], *entry.shape)
+        else:
+            expected = -1
+        if entry.extent.bytes != expected:
+            raise FormatError(
+                f"{where}: found {entry.extent.bytes} bytes, expected {expected} "
+                f"for {entry.scheme} of shape {entry.shape}"
+            )
+
+    def view(self, extent: Extent) -> NDArray[np.uint8]:
+        """The bytes of an extent, mapped."""
+        return self.data[extent.offset : extent.offset + extent.bytes]
+
+    def document(self, name: str) -> bytes | None:
+        """A document ("tokenizer.json", ...) as it came with the source."""
+        extent = self.manifest.documents.get(name)
+        return None if extent is None else self.view(extent).tobytes()
+
+    def constant(self, name: str, dtype: str, count: int) -> NDArray[Any]:
+        """A table of numbers. Raises FormatError if it is not there or has another length."""
+        extent = self.manifest.constants.get(name)
+        if extent is None or extent.bytes != np.dtype(dtype).itemsize * count:
+            raise FormatError(f"{self.path}: constant {name} is missing or has a wrong length")
+        return self.view(extent).view(dtype)
+
+    def matrix(self, name: str) -> Matrix:
+        """A matrix as kernels read it: nothing is copied. Raises WeightError for NaN or Inf scales."""
+        entry = self.manifest.tensors[name]
+        scheme, data = SCHEMES[entry.scheme], self.view(entry.extent)
+        shape = (entry.shape[0], entry.shape[1])
+        if not scheme.is_coded:
+            return Matrix(scheme, shape, data)
+        layout = Layout(scheme, *shape)
+        segments = data[layout.segments_at :][: layout.panels * layout.segment_count * 32]
+        for scales in (segments.view("<f2"), data[layout.row_scale_at :].view("<f4")):
+            if not np.isfinite(scales).all():
+                raise WeightError(f"{self.path}: tensor {name} has scales that are NaN or Inf")
+        tables = None
+        if scheme.has_levels:
+            tables = self.constant(f"tables.{scheme}", "i1", 4096).reshape(256, 16)
+        return Matrix(scheme, shape, data, tables)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A vector of float32. Raises WeightError for NaN or Inf."""
+        values = self.view(self.manifest.tensors[name].extent).view("<f4")
+        if not np.isfinite(values).all():
+            raise WeightError(f"{self.path}: tensor {name} has numbers that are NaN or Inf")
+        return values
+
+    def check_length(self) -> None:
+        """Raise FormatError if the file was cut since it was opened."""
+        size = os.fstat(self.descriptor).st_size
+        if size < self.size:
+            raise FormatError(
+                f"{self.path}: was cut from {self.size} to {size} bytes while in use; restore it"
+            )
+
+    def damaged(self) -> Iterator[tuple[str, bool]]:
+        """(name, whether its checksum is wrong) of each extent, read piece by piece."""
+        for name, extent in self.extents():
+            digest = hashlib.sha256()
+            for at in range(0, extent.bytes, 1 << 24):
+                self.check_length()
+                piece = self.view(extent)[at : at + (1 << 24)]
+                digest.update(piece.data)
+            yield name, digest.hexdigest() != extent.sha256
+
+    def close(self) -> None:
+        """Give back the file. The mapping goes when nothing reads it any more."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

@@ -1,0 +1,152 @@
+"""Writes a `.myai` file extent by extent, whole or not at all, by one process at a time.
+
+The bytes go to `.NAME.partial` beside the target, under an advisory lock that dies with its
+process; at the end they are synced and renamed. A killed conversion leaves the partial file, which
+the next one writes over.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import OutputError
+from chalot.formats.myai import (
+    HEADER,
+    VERSION,
+    Extent,
+    Manifest,
+    Source,
+    TensorEntry,
+    header_bytes,
+)
+from chalot.quant.packing import ALIGNMENT
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, the last writer wins
+    fcntl = None  # type: ignore[assignment]
+
+
+class MyaiWriter:
+    """Collects extents; `finish` makes the file appear. Leaving the block without it drops all."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OutputError if the place cannot be written or another process is writing it."""
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.tensors: dict[str, TensorEntry] = {}
+        self.documents: dict[str, Extent] = {}
+        self.constants: dict[str, Extent] = {}
+        if path.is_dir():
+            raise OutputError(f"{path}: is a directory; expected a file name such as model.myai")
+        try:
+            self.descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self.failed(error) from None
+        self._lock()
+        try:
+            os.ftruncate(self.descriptor, 0)
+            os.lseek(self.descriptor, HEADER, os.SEEK_SET)
+        except OSError as error:
+            raise self.failed(error) from None
+        self.at = HEADER
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        busy = OutputError(
+            f"{self.path}: another conversion is writing it; wait for it, or choose another name"
+        )
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.descriptor)
+            raise busy from None
+        # another process may have finished, and renamed this very file, before the lock was ours
+        try:
+            same = os.path.samestat(self.partial.stat(), os.fstat(self.descriptor))
+        except OSError:
+            same = False
+        if not same:
+            os.close(self.descriptor)
+            raise busy
+
+    def failed(self, error: OSError) -> OutputError:
+        """The error a user sees when the system refuses to write."""
+        reason = error.strerror or str(error)
+        return OutputError(
+            f"{self.path}: cannot be written ({reason}); nothing was left under that name. "
+            "Free some space, or choose another place"
+        )
+
+    def write(self, data: bytes | NDArray[Any]) -> None:
+        """Append bytes."""
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        try:
+            while view:
+                done = os.write(self.descriptor, view[: 1 << 26])
+                view = view[done:]
+                self.at += done
+        except OSError as error:
+            raise self.failed(error) from None
+
+    def extent(self, pieces: Iterable[bytes | NDArray[Any]]) -> Extent:
+        """Append an aligned extent from its pieces in order."""
+        self.write(b"\0" * (-self.at % ALIGNMENT))
+        start, digest = self.at, hashlib.sha256()
+        for piece in pieces:
+            contiguous = piece if isinstance(piece, bytes) else np.ascontiguousarray(piece)
+            digest.update(contiguous)
+            self.write(contiguous)
+        return Extent(start, self.at - start, digest.hexdigest())
+
+    def tensor(
+        self,
+        name: str,
+        scheme: str,
+        shape: tuple[int, ...],
+        pieces: Iterable[bytes | NDArray[Any]],
+        activation: int = 8,
+    ) -> None:
+        """Append a tensor's extent."""
+        extent = self.extent(pieces)
+        self.tensors[name] = TensorEntry(scheme, shape, extent, activation)
+
+    def note_error(self, name: str, error: float) -> None:
+        """Say what storing a tensor cost: its relative squared error."""
+        self.tensors[name] = msgspec.structs.replace(self.tensors[name], error=error)
+
+    def finish(self, config: Mapping[str, Any], source: Source) -> None:
+        """Write manifest and header, sync, and rename. The file is complete when this returns."""
+        manifest = Manifest(
+            VERSION, dict(config), source, self.tensors, self.documents, self.constants
+        )
+        raw = msgspec.json.encode(manifest)
+        self.write(b"\0" * (-self.at % ALIGNMENT))
+        where = (self.at, len(raw), self.at + len(raw), hashlib.sha256(raw).digest())
+        self.write(raw)
+        try:
+            os.pwrite(self.descriptor, header_bytes(dict(config), where), 0)
+            os.fsync(self.descriptor)
+            self.partial.replace(self.path)
+        except OSError as error:
+            raise self.failed(error) from None
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor >= 0:  # not finished: leave nothing
+            with suppress(OSError):
+                self.partial.unlink()
+            os.close(self.descriptor)
+            self.descriptor = -1

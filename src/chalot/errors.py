@@ -1,16 +1,20 @@
-"""Every error chalot raises on purpose. Each message says what was found, what was expected, and what helps.
+"""Every error chalot raises on purpose; each says what was found, expected, and what helps.
 
-    ChalotError
-    |- FormatError        a file or a message is not what it claims to be
-    |- UnsupportedError   well formed, but not something chalot can run
-    |- SchemeError        a scheme that does not exist or does not fit a tensor
-    |- WeightError        NaN or Inf among weights, named by tensor
-    |- TokenizerError     a tokenizer or chat template that is missing, broken or changed by conversion
-    |- ContextError       more tokens than the context holds
-    |- LimitError         memory, disk or time would not suffice
-    |- OutputError        the output cannot be written, or another process is writing it
-    |- KernelError        no kernel can run here, or a computation went wrong
-    `- HubError           the model hub refused or did not answer
+ChalotError
+|- FormatError        a file or a message is not what it claims to be
+|- UnsupportedError   well formed, but not something chalot can run
+|- SchemeError        a scheme that does not exist or does not fit a tensor
+|- WeightError        NaN or Inf among weights, named by tensor
+|- TokenizerError     a tokenizer or chat template that is missing, broken or changed by conversion
+|- ContextError       more tokens than the context holds
+|- LimitError         memory, disk or time would not suffice
+|- OutputError        the output cannot be written, or another process is writing it
+|- KernelError        no kernel can run here, or a computation went wrong
+`- HubError           the model hub refused or did not answer
+   |- HubAccessError     401, 403: a licence to accept, a token to set
+   |- HubNotFoundError   404: no such repository, revision or file
+   |- HubBusyError       429: too many requests
+   `- HubOfflineError    no network, or offline mode
 """
 
 
@@ -56,3 +60,19 @@ class KernelError(ChalotError):
 
 class HubError(ChalotError):
     """The model hub refused or did not answer."""
+
+
+class HubAccessError(HubError):
+    """The hub refuses this user: a licence to accept, or a token to set."""
+
+
+class HubNotFoundError(HubError):
+    """The hub has no such repository, revision or file, or does not show it to this user."""
+
+
+class HubBusyError(HubError):
+    """The hub asks for fewer requests; the message says when to try again, if the hub does."""
+
+
+class HubOfflineError(HubError):
+    """No connection to the hub, or none wanted (HF_HUB_OFFLINE)."""

@@ -201,7 +201,7 @@ class MyaiFile:
         return self.view(extent).view(dtype)
 
     def matrix(self, name: str) -> Matrix:
-        """A matrix as kernels read it: nothing is copied. Raises WeightError for NaN or Inf scales."""
+        """A matrix as kernels read it: no copy. Raises WeightError for NaN or Inf scales."""
         entry = self.manifest.tensors[name]
         scheme, data = SCHEMES[entry.scheme], self.view(entry.extent)
         shape = (entry.shape[0], entry.shape[1])

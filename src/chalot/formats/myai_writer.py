@@ -7,7 +7,7 @@ the next one writes over.
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -123,8 +123,10 @@ class MyaiWriter:
         """Say what storing a tensor cost: its relative squared error."""
         self.tensors[name] = msgspec.structs.replace(self.tensors[name], error=error)
 
-    def finish(self, config: Mapping[str, Any], source: Source) -> None:
-        """Write manifest and header, sync, and rename. The file is complete when this returns."""
+    def finish(
+        self, config: Mapping[str, Any], source: Source, check: Callable[[Path], None]
+    ) -> None:
+        """Write manifest and header, sync, let `check` look at the partial file, and rename."""
         manifest = Manifest(
             VERSION, dict(config), source, self.tensors, self.documents, self.constants
         )
@@ -135,6 +137,10 @@ class MyaiWriter:
         try:
             os.pwrite(self.descriptor, header_bytes(dict(config), where), 0)
             os.fsync(self.descriptor)
+        except OSError as error:
+            raise self.failed(error) from None
+        check(self.partial)
+        try:
             self.partial.replace(self.path)
         except OSError as error:
             raise self.failed(error) from None

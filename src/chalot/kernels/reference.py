@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from chalot.errors import KernelError
 from chalot.kernels.program import LOGITS, PAGE, Batch, Op, Program
 from chalot.quant.codes import units, values
-from chalot.quant.packing import DENSE, Matrix, unpack
+from chalot.quant.packing import Matrix, numbers, unpack
 from chalot.quant.scheme import BLOCK, PANEL, round_up
 
 F32 = np.float32
@@ -115,15 +115,6 @@ def product(matrix: Matrix, codes: NDArray[np.int8], scale: Floats) -> Floats:
         both = factor[:, b * BLOCK // matrix.scheme.segment][None] * scale[:, b, None]
         total = fma(whole.astype(F32), both, total)
     return (total * coded.row_scale)[:, : matrix.shape[0]]
-
-
-def numbers(matrix: Matrix) -> Floats:
-    """A dense matrix (rows, columns padded to 16) as float32."""
-    dtype = DENSE[matrix.scheme.name]
-    stored = matrix.data.view(dtype).reshape(matrix.shape[0], -1)
-    if matrix.scheme.name == "bf16":
-        return (stored.astype(np.uint32) << 16).view(F32)
-    return stored.astype(F32)
 
 
 def dense(matrix: Matrix, x: Floats) -> Floats:

@@ -95,6 +95,25 @@ def pack_dense(weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8
     return out
 
 
+def numbers(matrix: Matrix) -> NDArray[np.float32]:
+    """A dense matrix (rows, columns padded to 16) as float32."""
+    stored = matrix.data.view(DENSE[matrix.scheme.name]).reshape(matrix.shape[0], -1)
+    if matrix.scheme.name == "bf16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
+
+
+def take_panels(data: NDArray[np.uint8], whole: Layout, few: Layout) -> NDArray[np.uint8]:
+    """The extent of a matrix's first rows, out of the extent of all its rows."""
+    out = aligned(few.nbytes)
+    size = few.panels * few.panel_bytes
+    out[:size] = data[:size]
+    size = few.panels * few.segment_count * PANEL * 2
+    out[few.segments_at : few.segments_at + size] = data[whole.segments_at :][:size]
+    out[few.row_scale_at :] = data[whole.row_scale_at :][: few.panels * PANEL * 4]
+    return out
+
+
 def stored_bytes(scheme: Scheme, rows: int, columns: int) -> int:
     """Bytes of a matrix in the file, without the alignment between extents."""
     if scheme.is_coded:

@@ -1,0 +1,373 @@
+"""The verb `convert`: a checkpoint becomes one `.myai` file, a tensor at a time.
+
+Nothing larger than a layer is in memory at once. Weights are read in runs of rows, checked, folded,
+encoded and written; errors are measured on the way, on some rows of each run.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot import __version__, machine
+from chalot.errors import FormatError, LimitError, SchemeError, WeightError
+from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.formats.documents import parse_json
+from chalot.formats.myai import HEADER, MyaiFile, Source
+from chalot.formats.myai_writer import MyaiWriter
+from chalot.formats.names import hugging_face
+from chalot.kernels.backend import Backend, open_backend
+from chalot.kernels.program import PAGE
+from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
+from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
+from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.quant import codes, packing
+from chalot.quant.grids import nl4_tables
+from chalot.quant.scheme import PANEL, SCHEMES, Scheme
+
+Floats = NDArray[np.float32]
+Progress = Callable[[str, int, int], None]  # what, done, of
+DOCUMENTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+RUN = 4 << 20  # numbers in memory at once
+CALIBRATION_TOKENS = 128
+DEFAULT_SCHEME = "nl4"
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """What storing one kind of tensor cost. `error` is relative squared error."""
+
+    kind: str
+    scheme: str
+    tensors: int
+    weights: int
+    bytes: int
+    error: float
+    wide: int  # tensors that ask for 16-bit activations
+    folded: int  # tensors whose columns were balanced
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert` made."""
+
+    path: str
+    bytes: int
+    weights: int
+    bits_per_weight: float
+    kinds: tuple[KindReport, ...]
+
+
+def parse_schemes(text: str) -> dict[str, Scheme]:
+    """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
+
+    A kind that is not named takes the default; a head that is not named goes with the embedding.
+    Raises SchemeError for unknown kinds or schemes.
+    """
+    if "=" not in text:
+        return dict.fromkeys(KINDS, Scheme.parse(text))
+    chosen: dict[str, Scheme] = {}
+    for item in text.split(","):
+        kind, _, name = (part.strip() for part in item.partition("="))
+        if kind not in KINDS or kind in chosen:
+            raise SchemeError(
+                f"{item!r}: expected KIND=SCHEME, each kind once; kinds: {', '.join(KINDS)}"
+            )
+        chosen[kind] = Scheme.parse(name)
+    default = Scheme.parse(DEFAULT_SCHEME)
+    chosen.setdefault("head", chosen.get("embedding", default))
+    return {kind: chosen.get(kind, default) for kind in KINDS}
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The model a checkpoint holds. Raises FormatError or UnsupportedError."""
+    raw = checkpoint.document("config.json")
+    where = f"{checkpoint.path}: config.json"
+    if raw is None:
+        raise FormatError(f"{where} is missing; is this a model's folder?")
+    parsed = parse_json(raw, where)
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{where}: expected an object")
+    return from_hugging_face(parsed)
+
+
+def check_shapes(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Raise FormatError where tensors are missing or contradict the configuration."""
+    for spec in model_tensors(config):
+        name = hugging_face(spec.name)
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            raise FormatError(
+                f"{checkpoint.path}: tensor {name} is missing; the configuration asks for it"
+            )
+        if found.shape != spec.shape:
+            raise FormatError(
+                f"{checkpoint.path}: tensor {name} has shape {found.shape}, "
+                f"config.json asks for {spec.shape}"
+            )
+
+
+def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
+    """Bytes that the file will need, without its documents."""
+    total = HEADER
+    for spec in model_tensors(config):
+        if spec.kind == "vector":
+            total += spec.shape[0] * 4
+        else:
+            total += packing.stored_bytes(schemes[spec.kind], spec.shape[0], spec.shape[1])
+        total += packing.ALIGNMENT + 300  # alignment, and its place in the manifest
+    return total
+
+
+def calibration_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
+    """Some 128 tokens of the bundled text; counted ids where the checkpoint has no tokenizer."""
+    raw = checkpoint.document("tokenizer.json")
+    if raw is not None:
+        from chalot.text.tokenizer import Tokenizer
+
+        text = resources.files("chalot.demo.model").joinpath("calibration.txt").read_text("utf-8")
+        tokenizer = Tokenizer.from_documents(raw, None, None, None)
+        found = [i for i in tokenizer.encode(text[:2000]) if i < config.vocabulary]
+        if found:
+            return found[:CALIBRATION_TOKENS]
+    return [(i * 7919) % config.vocabulary for i in range(CALIBRATION_TOKENS)]
+
+
+class Conversion:
+    """One checkpoint on its way into one file."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        schemes: Mapping[str, Scheme],
+        backend: Backend,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = read_config(checkpoint)
+        check_shapes(self.config, checkpoint)
+        self.specs = model_tensors(self.config)
+        self.schemes = {s.name: schemes[s.kind] for s in self.specs if s.kind != "vector"}
+        self.backend = backend
+        self.progress = progress
+        self.digest = hashlib.sha256()
+        self.plan = Plan()
+        self.errors: dict[str, tuple[float, float]] = {}
+        self.done = 0
+        self.total = sum(int(np.prod(s.shape)) for s in self.specs)
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
+        """Rows of a tensor as float32. Raises WeightError for NaN or Inf."""
+        values = self.checkpoint.float32(hugging_face(name), first, last)
+        if not np.isfinite(values).all():
+            raise WeightError(
+                f"{self.checkpoint.path}: tensor {hugging_face(name)} has NaN or Inf among its "
+                "weights; take another checkpoint"
+            )
+        return values
+
+    def write(self, writer: MyaiWriter) -> None:
+        """All tensors, in the order in which a forward pass meets them."""
+        frequencies = inverse_frequencies(self.config)
+        calibration = self._calibration(frequencies)
+        planned = -1
+        for spec in self.specs:
+            layer = int(spec.name.split(".")[1]) if spec.name.startswith("layers.") else None
+            if calibration is not None:
+                if layer is not None and layer > planned:
+                    calibration.layer(layer, self.read, self._source_scheme(layer))
+                    planned = layer
+            self._tensor(writer, spec)
+        if calibration is not None:  # the head's activations are known only now
+            head = "embedding" if self.config.tied else "head"
+            rows = np.concatenate(
+                [self.read(head, int(i), int(i) + 1) for i in some_rows(self.config.vocabulary)]
+            )
+            calibration.head(head, self.read("final_norm"), rows)
+            writer.tensors[head] = msgspec.structs.replace(
+                writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
+            )
+        writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
+        if any(s.has_levels for s in self.schemes.values()):
+            writer.constants["tables.nl4"] = writer.extent([nl4_tables()])
+        for name in DOCUMENTS:
+            raw = self.checkpoint.document(name)
+            if raw is not None:
+                writer.documents[name] = writer.extent([raw])
+        self.checkpoint.check_unchanged()
+
+    def _calibration(self, frequencies: Floats) -> Calibration | None:
+        if not any(s.is_coded for s in self.schemes.values()):
+            return None
+        ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
+        hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
+        calibration = Calibration(self.config, self.schemes, self.backend, frequencies, hidden)
+        calibration.plan = self.plan
+        return calibration
+
+    def _source_scheme(self, layer: int) -> Scheme:
+        """The dense scheme that holds a layer's weights as the source stores them."""
+        dtype = self.checkpoint.tensors[hugging_face(f"layers.{layer}.query")].dtype
+        same = all(
+            self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
+            for n in ("key", "value", "output", "gate", "up", "down")
+        )
+        return SCHEMES[dtype if same else "f32"]
+
+    def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
+        self.digest.update(f"{spec.name} {spec.shape}".encode())
+        if spec.kind == "vector":
+            values = self.plan.apply(spec.name, self.read(spec.name), 0)
+            self.digest.update(values)
+            writer.tensor(spec.name, "f32", spec.shape, [values.astype("<f4")])
+            self._advance(spec, values.size)
+            return
+        planes = self.plan.planes.get(spec.name, 1)
+        scheme = self.schemes[spec.name]
+        writer.tensor(spec.name, str(scheme), spec.shape, self._pieces(spec), planes * 8)
+        lost, had = self.errors[spec.name]
+        writer.note_error(spec.name, float(f"{lost / max(had, 1e-30):.3g}"))
+
+    def _runs(self, spec: TensorSpec) -> Iterator[Floats]:
+        """The tensor's rows, folded, in runs that are a multiple of a panel."""
+        rows, columns = spec.shape
+        size = max(PANEL, RUN // columns // PANEL * PANEL)
+        for first in range(0, rows, size):
+            values = self.read(spec.name, first, min(first + size, rows))
+            self.digest.update(np.ascontiguousarray(values))
+            yield self.plan.apply(spec.name, values, first)
+            self._advance(spec, values.size)
+
+    def _pieces(self, spec: TensorSpec) -> Iterator[NDArray[np.generic]]:
+        """The bytes of a matrix's extent in order: panels, then segments, then row scales."""
+        scheme = self.schemes[spec.name]
+        lost = had = 0.0
+        segments, row_scales = [], []
+        for values in self._runs(spec):
+            sample = values[:PANEL]
+            if not scheme.is_coded:
+                data = packing.pack_dense(values, scheme)
+                yield data
+                stored = packing.numbers(packing.Matrix(scheme, values.shape, data))  # type: ignore[arg-type]
+                again = stored[:PANEL, : values.shape[1]]
+            else:
+                layout = packing.Layout(scheme, *values.shape)
+                data = self.backend.encode(values, scheme)
+                yield data[: layout.panels * layout.panel_bytes]
+                end = layout.segments_at + layout.panels * layout.segment_count * PANEL * 2
+                segments.append(data[layout.segments_at : end])
+                row_scales.append(data[layout.row_scale_at :])
+                few = packing.Layout(scheme, len(sample), values.shape[1])
+                part = packing.take_panels(data, layout, few)
+                again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
+            lost += ordered_sum(again - sample)
+            had += ordered_sum(sample)
+        self.errors[spec.name] = lost, had
+        if scheme.is_coded:
+            whole = packing.Layout(scheme, spec.shape[0], spec.shape[1])
+            gaps = (
+                whole.segments_at - whole.panels * whole.panel_bytes,
+                whole.row_scale_at
+                - whole.segments_at
+                - whole.panels * whole.segment_count * PANEL * 2,
+            )
+            for gap, parts in zip(gaps, (segments, row_scales), strict=True):
+                yield np.zeros(gap, np.uint8)
+                yield from parts
+
+    def _advance(self, spec: TensorSpec, weights: int) -> None:
+        self.done += weights
+        self.progress(spec.name, self.done, self.total)
+
+    def kinds(self, writer: MyaiWriter) -> Iterator[KindReport]:
+        """A row for each kind of tensor there is."""
+        for kind in (*KINDS, "vector"):
+            names = [s.name for s in self.specs if s.kind == kind]
+            if not names:
+                continue
+            entries = [writer.tensors[n] for n in names]
+            lost = sum(self.errors.get(n, (0.0, 0.0))[0] for n in names)
+            had = sum(self.errors.get(n, (0.0, 0.0))[1] for n in names)
+            yield KindReport(
+                kind,
+                entries[0].scheme,
+                len(names),
+                sum(int(np.prod(e.shape)) for e in entries),
+                sum(e.extent.bytes for e in entries),
+                lost / had if had else 0.0,
+                sum(e.activation == 16 for e in entries),
+                sum(n in self.plan.columns for n in names),
+            )
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    scheme: str = DEFAULT_SCHEME,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> ConvertReport:
+    """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
+
+    `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
+    embedding, head, attention and ffn. Peak memory is about three times the largest tensor. The
+    file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
+    """
+    from chalot.sources import resolve
+
+    out = Path(out)
+    schemes = parse_schemes(scheme)
+    checkpoint = open_checkpoint(resolve(source))
+    try:
+        work = Conversion(
+            checkpoint, schemes, open_backend(threads=threads), progress or (lambda *_: None)
+        )
+        need = planned_bytes(work.config, schemes) + sum(
+            len(checkpoint.document(n) or b"") for n in DOCUMENTS
+        )
+        free = machine.disk_free(out.absolute().parent)
+        if free < need:
+            raise LimitError(
+                f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
+                "free some space or choose another place"
+            )
+        with MyaiWriter(out) as writer:
+            work.write(writer)
+            said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
+            writer.finish(
+                msgspec.to_builtins(work.config),
+                Source(Path(str(source)).name, work.digest.hexdigest(), said, __version__),
+                lambda partial: check_text(checkpoint, partial),
+            )
+            kinds = tuple(work.kinds(writer))
+    finally:
+        checkpoint.close()
+    stored = sum(k.bytes for k in kinds)
+    return ConvertReport(str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds)
+
+
+def check_text(checkpoint: Checkpoint, partial: Path) -> None:
+    """Open what was written, and raise TokenizerError if its tokenizer or template changed."""
+    from chalot.text.tokenizer import check_same, from_source
+
+    file = MyaiFile(partial)
+    try:
+        if checkpoint.document("tokenizer.json") is not None:
+            check_same(from_source(checkpoint), from_source(file))
+    finally:
+        file.close()

@@ -1,0 +1,207 @@
+"""What converting learns from a short text: channel factors and activation bits, by measured error.
+
+Hidden states of some 128 tokens go through the source's own weights, a layer at a time. For each
+input that matrices share, every candidate of `quant.fold` is tried on some rows of them, quantised,
+against the exact product; the best is kept if it gains. Sixteen-bit activations are asked for where
+eight bits would add more than a tenth to the weights' own error. All arithmetic is the kernels',
+so the choice, and with it the file, is the same on every machine.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.kernels.backend import Backend
+from chalot.kernels.program import Batch, padded_vector
+from chalot.kernels.reference import rms_norm
+from chalot.model.cache import PageCache, Sequence
+from chalot.model.config import ModelConfig
+from chalot.model.layers import layer_tensors
+from chalot.model.transformer import LAYER_INPUTS, Weights, build_layer
+from chalot.quant import fold
+from chalot.quant.grids import nl4_tables
+from chalot.quant.packing import Matrix, pack_dense
+from chalot.quant.scheme import SCHEMES, Scheme
+
+Floats = NDArray[np.float32]
+ROWS = 48  # of each matrix that a candidate is tried on
+GAIN = 0.97  # a fold must bring the error below this part of it
+NOTABLE = 5e-4  # relative squared error that eight-bit activations may add
+
+
+@dataclass
+class Plan:
+    """How tensors change before they are stored: factors of rows and columns, activation planes."""
+
+    rows: dict[str, Floats] = field(default_factory=dict)
+    columns: dict[str, Floats] = field(default_factory=dict)
+    planes: dict[str, int] = field(default_factory=dict)
+
+    def apply(self, name: str, weights: Floats, first: int) -> Floats:
+        """Rows `first`... of a tensor, or a vector, with its factors."""
+        if name in self.columns:
+            weights = weights * self.columns[name]
+        if name in self.rows:
+            factor = self.rows[name][first : first + len(weights)]
+            weights = weights * (factor[:, None] if weights.ndim == 2 else factor)
+        return weights
+
+
+def ordered_sum(x: Floats) -> float:
+    """Sum of squares in float64, one after another."""
+    return float(np.add.accumulate(x.astype(np.float64).ravel() ** 2)[-1])
+
+
+def some_rows(count: int) -> NDArray[np.int64]:
+    """Evenly spaced rows of a matrix."""
+    return np.unique(np.arange(ROWS) * count // ROWS)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One input and samples of the matrices that read it."""
+
+    backend: Backend
+    x: Floats  # (tokens, columns)
+    samples: Mapping[str, tuple[Floats, Scheme]]  # rows of each matrix, and how it will be stored
+
+    def error(self, factor: Floats, planes: int) -> float:
+        """Mean relative squared error of the products, with columns scaled by `factor`."""
+        total = 0.0
+        x = self.x / factor
+        for rows, scheme in self.samples.values():
+            exact = self.backend.product(dense(rows), self.x, 1)
+            data = self.backend.encode(rows * factor, scheme)
+            tables = nl4_tables() if scheme.has_levels else None
+            stored = Matrix(scheme, (rows.shape[0], rows.shape[1]), data, tables)
+            got = self.backend.product(stored, x, planes)
+            total += ordered_sum(got - exact) / max(ordered_sum(exact), 1e-30)
+        return total / len(self.samples)
+
+    def best(self, fold_columns: Callable[[Floats], Floats] | None) -> tuple[Floats, int]:
+        """The factor of columns and the planes that serve this input best.
+
+        `fold_columns` makes factors such that what produces the input can take their inverse.
+        """
+        none = np.ones(self.x.shape[1], np.float32)
+        tried = [none]
+        if fold_columns is not None:
+            activation = fold.channel_size(self.x)
+            column = fold.channel_size(np.concatenate([r for r, _ in self.samples.values()]))
+            for halves in fold.CANDIDATES[1:]:
+                factor = fold_columns(fold.factors(activation, column, halves))
+                if not any(np.array_equal(factor, t) for t in tried):
+                    tried.append(factor)
+        kept: dict[int, tuple[float, Floats]] = {}
+        for planes in (1, 2):
+            errors = [self.error(f, planes) for f in tried]
+            least = int(np.argmin(errors))
+            chosen = least if errors[least] < GAIN * errors[0] else 0
+            kept[planes] = errors[chosen], tried[chosen]
+        extra = kept[1][0] - kept[2][0]
+        planes = 2 if extra > max(NOTABLE, 0.1 * kept[2][0]) else 1
+        return kept[planes][1], planes
+
+
+def dense(rows: Floats) -> Matrix:
+    """A float32 matrix for the dense kernels."""
+    scheme = SCHEMES["f32"]
+    return Matrix(scheme, (rows.shape[0], rows.shape[1]), pack_dense(rows, scheme))
+
+
+class Calibration:
+    """Hidden states on their way through the source's layers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        schemes: Mapping[str, Scheme],  # by tensor name
+        backend: Backend,
+        inverse_frequency: Floats,
+        hidden: Floats,  # (tokens, hidden), at most a page of them
+    ) -> None:
+        self.config = config
+        self.schemes = schemes
+        self.backend = backend
+        self.inverse_frequency = inverse_frequency
+        self.hidden = hidden
+        self.plan = Plan()
+
+    def layer(self, i: int, read: Callable[[str], Floats], dense_scheme: Scheme) -> None:
+        """Take the hidden states through layer i, and plan its tensors. `read` gives a tensor."""
+        matrices, vectors, samples = {}, {}, {}
+        for spec in layer_tensors(self.config, i):
+            weights = read(spec.name)
+            if spec.kind == "vector":
+                vectors[spec.name] = weights
+                continue
+            shape = (spec.shape[0], spec.shape[1])
+            matrices[spec.name] = Matrix(dense_scheme, shape, pack_dense(weights, dense_scheme))
+            if self.schemes[spec.name].is_coded:
+                rows = weights[some_rows(len(weights))]
+                samples[spec.name] = (rows, self.schemes[spec.name])
+        inputs = self._run(i, Weights(matrices, vectors))
+        if samples:
+            self._plan(f"layers.{i}.", inputs, samples)
+
+    def _run(self, i: int, weights: Weights) -> dict[str, Floats]:
+        """What the layer's matrices are multiplied with, by slot; the hidden states move on."""
+        tokens = len(self.hidden)
+        program, slots = build_layer(
+            self.config, weights, i, dense(self.hidden), self.inverse_frequency
+        )
+        cache = PageCache(program.cache, tokens)
+        sequence = Sequence(cache)
+        sequence.reserve(tokens)
+        line = np.arange(tokens, dtype=np.int32)
+        batch = Batch(line, line, np.zeros(tokens, np.int32), cache.tables([sequence]))
+        runnable = self.backend.compile(program)
+        runnable.run(batch, cache.arena)
+        self.hidden = runnable.slot(slots["hidden"], tokens)
+        return {name: runnable.slot(slots[name], tokens) for name in LAYER_INPUTS}
+
+    def _plan(
+        self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]
+    ) -> None:
+        def values_to_output(factor: Floats) -> Floats:
+            """Query heads of a group read one value head: they share its factors."""
+            c = self.config
+            by_head = factor.reshape(c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+            shared = by_head.max(axis=1, keepdims=True)
+            return np.broadcast_to(shared, by_head.shape).reshape(-1)
+
+        def value_rows(factor: Floats) -> Floats:
+            c = self.config
+            return factor.reshape(c.kv_heads, -1, c.head_dim)[:, 0].reshape(-1)
+
+        def same(factor: Floats) -> Floats:
+            return factor
+
+        # input, the matrices that read it, what produces it, how its factors are shared and seen
+        for slot, readers, producer, share, seen in (
+            ("attention input", ("query", "key", "value"), "attention_norm", same, same),
+            ("attention output", ("output",), "value", values_to_output, value_rows),
+            ("feed-forward input", ("gate", "up"), "ffn_norm", same, same),
+            ("feed-forward inner", ("down",), "up", same, same),
+        ):
+            coded = {p + r: samples[p + r] for r in readers if p + r in samples}
+            if not coded:
+                continue
+            factor, planes = Trial(self.backend, inputs[slot], coded).best(share)
+            self.plan.planes.update(dict.fromkeys(coded, planes))
+            if (factor == 1).all():
+                continue
+            inverse = 1 / seen(factor)
+            self.plan.rows[p + producer] = inverse
+            self.plan.rows[p + producer + ".bias"] = inverse
+            self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
+
+    def head(self, name: str, norm: Floats, rows: Floats) -> None:
+        """Plan the head's activations from the last hidden states and some of its rows."""
+        if not self.schemes[name].is_coded:
+            return
+        x = rms_norm(self.hidden, padded_vector(norm), self.config.norm_epsilon)
+        trial = Trial(self.backend, x, {name: (rows, self.schemes[name])})
+        self.plan.planes[name] = trial.best(None)[1]

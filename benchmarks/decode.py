@@ -132,8 +132,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if not ours + peers:
         raise SystemExit("nothing to measure: name at least one of --schemes and --peers")
     reads = ReadBandwidth(options.work / "bin", options.threads)
-    limits = ["--threads", str(options.threads),
-              "--context", str(options.prompt + options.tokens)]  # fmt: skip
+    context = options.prompt + options.tokens + 1  # and the token that is chosen last
+    limits = ["--threads", str(options.threads), "--context", str(context)]
     workers: dict[str, Worker] = {}
     with OthersWork() as others, contextlib.ExitStack() as stack:
         for side in ours + peers:

@@ -33,7 +33,8 @@ def summarise_side(
     rounds: Rounds, bandwidth: list[dict[str, float]], side: str, ready: dict[str, Any]
 ) -> dict[str, Any]:
     speed = rates(rounds, side)
-    summary = {"tokens_per_second": spread(speed), **ready}
+    whole = [len(turn[side]["seconds"]) / turn[side]["wall_seconds"] for turn in rounds]
+    summary = {"tokens_per_second": spread(speed), "with_host": spread(whole), **ready}
     touched = ready.get("bytes_per_token")
     if touched:
         read = [touched * rate / 1e9 for rate in speed]

@@ -114,8 +114,8 @@ def decoder(context: ctypes.c_void_p) -> Callable[[Message], Message]:
 
     def answer(request: Message) -> Message:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        start = time.perf_counter()
         prefill = decode(request["prompt"])
+        start = time.perf_counter()
         seconds = [decode([token]) for token in request["tokens"]]
         wall = time.perf_counter() - start
         return {"prefill_seconds": prefill, "seconds": seconds, "wall_seconds": wall}

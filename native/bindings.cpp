@@ -135,7 +135,7 @@ struct Model {
       expect(t.size() == 9, "operation: expected nine fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
-      expect(kind >= 0 && kind <= int(OpKind::gather) && (gate == 0 || gate == 1), "operation: unknown kind");
+      expect(kind >= 0 && kind <= int(OpKind::restore) && (gate == 0 || gate == 1), "operation: unknown kind");
       op.kind = OpKind(kind);
       op.in = nb::cast<int>(t[1]);
       op.out = nb::cast<int>(t[2]);
@@ -201,7 +201,7 @@ void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<flo
   nb::gil_scoped_release release;
   std::scoped_lock lock(machine.busy);
   std::vector<Buffer> scratch(size_t(machine.threads()));
-  for (Buffer& b : scratch) b.reserve(size_t(w.segment_count()) * 4 + 64);
+  for (Buffer& b : scratch) b.reserve(encode_scratch_bytes(w));
   machine.pool().run([&](int id) {
     for (int p = int(int64_t(w.panels()) * id / machine.threads());
          p < int(int64_t(w.panels()) * (id + 1) / machine.threads()); p++)

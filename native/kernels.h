@@ -88,6 +88,9 @@ struct Kernels {
 
 inline size_t scratch_bytes(const Matrix& w) { return size_t(round_up(w.columns, kBlock)) * 2 * kPanel + 4096; }
 
+// What `encode` needs: its tables as numbers, and a number a segment.
+inline size_t encode_scratch_bytes(const Matrix& w) { return 20000 + size_t(w.segment_count()) * 4; }
+
 // Best first; a null entry of a table is inherited from the next one in the list.
 extern const Kernels avx512vnni_kernels, avx2_kernels, scalar_kernels;
 

@@ -18,7 +18,8 @@ constexpr int kMaxHead = 1024;
 
 // Operations whose work is split over tokens: between two of them no thread needs another's result.
 bool by_token(OpKind k) {
-  return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate;
+  return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate ||
+         k == OpKind::restore;
 }
 
 // sin and cos of a float32 angle, in double, rounded to float32: pi / 2 in three parts (33 + 33 + 53 bits), so that
@@ -103,6 +104,10 @@ void Program::check() const {
       case OpKind::quantize:
         if (slot(op.in).planes || !slot(op.out).planes || slot(op.in).width != slot(op.out).width)
           invalid(i, "quantize goes from numbers to codes of the same width");
+        break;
+      case OpKind::restore:
+        if (!slot(op.in).planes || slot(op.out).planes || slot(op.in).width != slot(op.out).width)
+          invalid(i, "restore goes from codes to numbers of the same width");
         break;
       case OpKind::linear:
         for (const Part& part : op.parts) {
@@ -227,6 +232,19 @@ void Program::apply(const Kernels& k, const Op& op, const Batch& batch, int coun
       for (size_t t = size_t(first); t < size_t(last); t++)
         k.quantize(numbers(op.in, int(t)), int(stride), s.planes, to.codes.as<int8_t>() + t * planes * stride,
                    to.scales.as<float>() + t * blocks, to.sums.as<int32_t>() + t * planes * blocks);
+      break;
+    }
+    case OpKind::restore: {
+      const Slot& s = slots_[size_t(op.in)];
+      const Storage& from = storage_[size_t(op.in)];
+      const size_t stride = size_t(s.stride()), planes = size_t(s.planes);
+      for (size_t t = size_t(first); t < size_t(last); t++) {
+        const int8_t* codes = from.codes.as<int8_t>() + t * planes * stride;
+        for (size_t i = 0; i < stride; i++) {
+          int whole = planes == 2 ? codes[i] * kPlaneStep + codes[stride + i] : codes[i];
+          numbers(op.out, int(t))[i] = float(whole) * from.scales.as<float>()[(t * stride + i) / kBlock];
+        }
+      }
       break;
     }
     case OpKind::linear:

@@ -10,7 +10,7 @@
 
 namespace chalot {
 
-enum class OpKind : int { embed, norm, quantize, linear, rope_store, attend, gate, gather };
+enum class OpKind : int { embed, norm, quantize, linear, rope_store, attend, gate, gather, restore };
 
 struct Part {  // one matrix of a fused product
   Matrix w;

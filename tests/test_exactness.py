@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import tiny
 from chalot.kernels.backend import Backend, instruction_sets, open_backend
 from chalot.kernels.program import PAGE, Batch, Program
 from chalot.model.cache import PageCache, Sequence
+from chalot.model.config import inverse_frequencies as inverse
+from chalot.model.transformer import build
 
 ISAS = [name for name, runs in instruction_sets() if runs]
 NATIVE = [name for name in ISAS if name != "reference"]
@@ -120,6 +123,17 @@ def test_oracle_agrees(scheme: str, planes: int, cache: str) -> None:
     oracle = digest(feed(open_backend("reference"), program, text, 20)[0])
     for isa in NATIVE:
         assert digest(feed(open_backend(isa, 2), program, text, 9)[0]) == oracle, isa
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_coded_activations_of_dense_matrices_agree(planes: int) -> None:
+    c = tiny.config()
+    w = tiny.weights(c, {"*": "bf16"}, planes)
+    program = build(c, replace(w, planes=dict.fromkeys(w.matrices, planes)), inverse(c), "f16")
+    assert any(op.kind == "restore" for op in program.ops)
+    oracle = digest(feed(open_backend("reference"), program, [ids(5, 9)], 9)[0])
+    for isa in NATIVE:
+        assert digest(feed(open_backend(isa, 2), program, [ids(5, 9)], 9)[0]) == oracle, isa
 
 
 def test_oracle_agrees_over_pages() -> None:

@@ -60,7 +60,8 @@ def weights(c: ModelConfig, schemes: dict[str, str], planes: int = 1, seed: int 
         else:
             w = bell(rng, t.shape, 0.125)
             matrices[t.name] = matrix(w, schemes.get(t.kind, schemes["*"]))
-            all_planes[t.name] = planes
+            if matrices[t.name].scheme.is_coded:
+                all_planes[t.name] = planes
     return Weights(matrices, vectors, all_planes)
 
 

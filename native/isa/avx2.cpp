@@ -69,6 +69,15 @@ inline float largest(F x) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+inline F nearest(F x, const float* value, const float* middle) {
+  F out = set(value[0]);
+  for (int i = 0; i < 15; i++) {
+    __m256 bound = _mm256_set1_ps(middle[i]), next = _mm256_set1_ps(value[i + 1]);
+    out.a = _mm256_blendv_ps(out.a, next, _mm256_cmp_ps(x.a, bound, _CMP_GT_OQ));
+    out.b = _mm256_blendv_ps(out.b, next, _mm256_cmp_ps(x.b, bound, _CMP_GT_OQ));
+  }
+  return out;
+}
 inline I join(I first, I second) {
   return {_mm256_add_epi32(_mm256_slli_epi32(first.a, 7), second.a),
           _mm256_add_epi32(_mm256_slli_epi32(first.b, 7), second.b)};

@@ -46,6 +46,16 @@ inline float sum(F a) {
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 inline float largest(F a) { return _mm512_reduce_max_ps(a); }
+inline F nearest(F x, const float* value, const float* middle) {  // binary search by permutes
+  const F middles = load(middle);
+  I at = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int step = 8; step; step /= 2) {
+    F bound = _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(step - 1)), middles);
+    at = _mm512_mask_add_epi32(at, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), at, _mm512_set1_epi32(step));
+  }
+  return _mm512_permutexvar_ps(at, load(value));
+}
 inline I join(I first, I second) { return _mm512_add_epi32(_mm512_slli_epi32(first, 7), second); }
 
 constexpr int kTokens = 4, kDenseRows = 4, kDenseTokens = 4;

@@ -11,55 +11,60 @@ inline float group_sum(const float* e) {
   return s[0] + s[1];
 }
 
-// The nearest of sixteen ascending values for each of 32 numbers. Written so that compilers turn it into
-// compares and masked adds: the value is a sum of steps between neighbours, exact in float32.
-inline float nearest(const float* x, const float* table, float* code) {
-  float value[kGroup], miss[kGroup];
-  for (int k = 0; k < kGroup; k++) value[k] = table[0], code[k] = 0;
-  for (int i = 1; i < 16; i++) {
-    float middle = (table[i] + table[i - 1]) * 0.5f, step = table[i] - table[i - 1];
-    for (int k = 0; k < kGroup; k++) {
-      bool above = x[k] > middle;
-      value[k] += above ? step : 0.0f;
-      code[k] += above ? 1.0f : 0.0f;
+// The tables with positive sign as numbers, and the middles between neighbours (the last one unused).
+struct Grids {
+  float value[2 * kMagnitudes][16], middle[2 * kMagnitudes][16], reach[kMagnitudes];
+};
+
+inline void fill(Grids& g, const int8_t* tables) {
+  for (int level = 0; level < 2 * kMagnitudes; level++)
+    for (int i = 0; i < 16; i++) {
+      g.value[level][i] = float(tables[level * 16 + i]);
+      g.middle[level][i] = i < 15 ? (float(tables[level * 16 + i + 1]) + float(tables[level * 16 + i])) * 0.5f : 1e30f;
     }
+  for (int m = 0; m < kMagnitudes; m++) {
+    double power = 1.0 / double(uint64_t(1) << 63);
+    for (int i = 0; i < m; i++) power *= 2;  // 2^(m - 63)
+    g.reach[m] = float(127 * __builtin_sqrt(__builtin_sqrt(__builtin_sqrt(power))));
   }
-  for (int k = 0; k < kGroup; k++) {
-    float d = x[k] - value[k];
-    miss[k] = d * d;
+}
+
+// Squared distance of 32 numbers to the nearest of sixteen ascending values.
+inline float distance(const F* x, const float* value, const float* middle) {
+  float miss[kGroup];
+  for (int i = 0; i < 2; i++) {
+    F d = sub(x[i], nearest(x[i], value, middle));
+    store(miss + 16 * i, mul(d, d));
   }
   return group_sum(miss);
 }
 
 // Level and codes of one group of 32 numbers in units of their segment.
-inline uint8_t nearest_level(const float* v, const int8_t* tables, const float* reach, uint8_t* codes) {
-  float size = 0, negative[kGroup];
-  for (int k = 0; k < kGroup; k++) {
-    negative[k] = v[k] * -1.0f;
-    float a = __builtin_fabsf(v[k]);
-    size = a > size ? a : size;
-  }
+inline uint8_t nearest_level(const float* v, const Grids& grids, uint8_t* codes) {
+  F x[2] = {load(v), load(v + 16)};
+  F negative[2] = {sub(zero(), x[0]), sub(zero(), x[1])};
+  const float size = largest(max(max(x[0], negative[0]), max(x[1], negative[1])));
   int centre = 0;
-  while (centre < kMagnitudes && reach[centre] < size) centre++;
-  float best = __builtin_inff(), code[kGroup], best_code[kGroup] = {};
-  int best_level = 0;
+  while (centre < kMagnitudes && grids.reach[centre] < size) centre++;
+  float best = __builtin_inff();
+  int best_half = 0, best_side = 0;
   for (int step = -kSearchBelow; step <= kSearchAbove; step++) {
     int m = centre + step;
     m = m < 0 ? 0 : m > kMagnitudes - 1 ? kMagnitudes - 1 : m;
     for (int half = 0; half < 4; half++) {
       int side = half % 2 * kMagnitudes + m;
-      float table[16];
-      for (int i = 0; i < 16; i++) table[i] = float(tables[side * 16 + i]);
-      float error = nearest(half >= 2 ? negative : v, table, code);
-      if (error < best) {
-        best = error;
-        best_level = side + half / 2 * 2 * kMagnitudes;
-        __builtin_memcpy(best_code, code, sizeof code);
-      }
+      float error = distance(half >= 2 ? negative : x, grids.value[side], grids.middle[side]);
+      if (error < best) best = error, best_half = half, best_side = side;
     }
   }
-  for (int k = 0; k < kGroup; k++) codes[k] = uint8_t(best_code[k]);
-  return uint8_t(best_level);
+  const float* middle = grids.middle[best_side];
+  const float sign = best_half >= 2 ? -1.0f : 1.0f;
+  for (int k = 0; k < kGroup; k++) {
+    int code = 0;
+    for (int i = 0; i < 15; i++) code += v[k] * sign > middle[i];
+    codes[k] = uint8_t(code);
+  }
+  return uint8_t(best_side + best_half / 2 * 2 * kMagnitudes);
 }
 
 // Largest size of each segment; returns that of the row.
@@ -96,13 +101,9 @@ inline void put_codes(const Matrix& w, uint8_t* panel, int r, int g, const uint8
 void encode(const Matrix& w, const float* weights, uint8_t* panel, uint16_t* segments, float* row_scale,
             void* scratch) {
   const int columns = w.groups() * kGroup, segment = w.segment_blocks * kBlock, count = w.segment_count();
-  float* sizes = static_cast<float*>(scratch);
-  float reach[kMagnitudes];
-  for (int m = 0; m < kMagnitudes; m++) {
-    double power = 1.0 / double(uint64_t(1) << 63);
-    for (int i = 0; i < m; i++) power *= 2;  // 2^(m - 63)
-    reach[m] = float(127 * __builtin_sqrt(__builtin_sqrt(__builtin_sqrt(power))));
-  }
+  Grids& grids = *static_cast<Grids*>(scratch);
+  float* sizes = reinterpret_cast<float*>(&grids + 1);
+  if (w.scheme == Scheme::nl4) fill(grids, w.tables);
   for (int r = 0; r < kPanel; r++) {
     const float* row = weights + size_t(r) * columns;
     float whole = segment_sizes(row, columns, segment, sizes);
@@ -121,7 +122,7 @@ void encode(const Matrix& w, const float* weights, uint8_t* panel, uint16_t* seg
           v[k] = x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x;
         }
         if (w.scheme == Scheme::nl4)
-          level = nearest_level(v, w.tables, reach, codes);
+          level = nearest_level(v, grids, codes);
         else
           for (int k = 0; k < kGroup; k++) codes[k] = uint8_t(int8_t(__builtin_rintf(v[k])));
         put_codes(w, panel, r, g, codes, level);

@@ -98,6 +98,13 @@ inline float largest(F a) {
   for (int i = 1; i < 16; i++) high = a.v[i] > high ? a.v[i] : high;
   return high;
 }
+// The nearest of sixteen ascending values, given the middles between them; the lower one in the middle.
+inline F nearest(F x, const float* value, const float* middle) {
+  F out = set(value[0]);
+  for (int i = 0; i < 15; i++)
+    for (int l = 0; l < 16; l++) out.v[l] = x.v[l] > middle[i] ? value[i + 1] : out.v[l];
+  return out;
+}
 inline I join(I first, I second) {
   I out;
   for (int i = 0; i < 16; i++) out.v[i] = first.v[i] * 128 + second.v[i];

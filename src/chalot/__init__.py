@@ -1,3 +1,43 @@
-"""chalot: shrink a language model, say what that costs, and run it on the machine you have."""
+"""chalot: shrink a language model, say what that costs, and run it on the machine you have.
+
+    chalot.convert("folder or org/name", "x.myai", scheme="nl4")
+    with chalot.load("x.myai") as model:
+        print(model.generate("Once upon a time", seed=1))
+
+Names are imported when they are first used: `import chalot` itself costs next to nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from chalot.convert import convert
+    from chalot.describe import describe
+    from chalot.errors import ChalotError
+    from chalot.load import Model, load
+    from chalot.quant.scheme import Scheme
+
+__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "load"]
+HOMES = {
+    "ChalotError": "chalot.errors",
+    "Model": "chalot.load",
+    "Scheme": "chalot.quant.scheme",
+    "convert": "chalot.convert",
+    "describe": "chalot.describe",
+    "load": "chalot.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in HOMES:
+        raise AttributeError(f"module 'chalot' has no attribute {name!r}")
+    value = getattr(import_module(HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

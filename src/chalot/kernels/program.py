@@ -10,6 +10,7 @@ one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a
     rope_store  rotates queries and keys of [q | k | v] in place and puts keys and values in the cache
     attend    target <- softmax(q k) v over the sequence's pages
     gate      target <- activation(first half of source) * second half
+    restore   target <- the numbers that source's codes stand for, to see what coding them costs
     gather    target <- the rows whose logits are wanted; what follows runs on those alone
 """
 
@@ -23,7 +24,7 @@ from chalot.quant.scheme import PANEL, round_up
 
 PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
-KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather")
+KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore")
 GATES = ("silu", "gelu_tanh")
 CACHE_TYPES = ("f32", "f16")
 

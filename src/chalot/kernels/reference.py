@@ -100,6 +100,14 @@ def quantize(x: Floats, planes: int) -> tuple[NDArray[np.int8], Floats]:
     return np.clip(whole, -127, 127).astype(np.int8), scale
 
 
+def restore(codes: NDArray[np.int8], scale: Floats) -> Floats:
+    """(tokens, columns padded to 128): what codes and scales stand for."""
+    whole = codes[:, 0].astype(np.int32)
+    if codes.shape[1] == 2:
+        whole = whole * 128 + codes[:, 1]
+    return whole.astype(F32) * np.repeat(scale, BLOCK, axis=1)
+
+
 def product(matrix: Matrix, codes: NDArray[np.int8], scale: Floats) -> Floats:
     """(tokens, rows): coded activations times a coded matrix, an fma chain over blocks of columns."""
     coded = unpack(matrix.data, matrix.scheme, matrix.shape)
@@ -215,7 +223,9 @@ class ReferenceProgram:
         for op in self.program.ops:
             if op.kind == "gather" and not len(batch.wanted):
                 break
-            if op.kind == "quantize":
+            if op.kind == "restore":
+                slots[op.target] = restore(*codes[op.source])[:, : self.program.slots[op.target].width]
+            elif op.kind == "quantize":
                 codes[op.target] = quantize(slots[op.source], self.program.slots[op.target].planes)
             elif op.kind == "linear":
                 self.linear(op, slots, codes, logits)

@@ -52,19 +52,22 @@ class Builder:
 
     def linear(self, source: int, target: int, names: dict[str, int], add: bool = False) -> None:
         """target[:, column] (+)= product with each named matrix; inputs are quantised where asked."""
-        by_planes: dict[int, list[Part]] = {}
+        by_kind: dict[tuple[int, bool], list[Part]] = {}
         for name, column in names.items():
             matrix = self.weights.matrices[name]
             bias = self.weights.vectors.get(name + ".bias")
             part = Part(matrix, None if bias is None else padded_vector(bias), column)
-            planes = self.weights.planes.get(name, 1) if matrix.scheme.is_coded else 0
-            by_planes.setdefault(planes, []).append(part)
-        for planes, parts in by_planes.items():
+            planes = self.weights.planes.get(name, 1 if matrix.scheme.is_coded else 0)
+            by_kind.setdefault((planes, matrix.scheme.is_coded), []).append(part)
+        for (planes, coded), parts in by_kind.items():
             given = source
             if planes:
                 width = self.slots[source].width
                 given = self.slot(f"codes {width} x {planes}", width, planes)
                 self.ops.append(Op("quantize", source, given))
+                if not coded:  # numbers through codes and back: what coding activations costs alone
+                    codes, given = given, self.slot(f"restored {width} x {planes}", width)
+                    self.ops.append(Op("restore", codes, given))
             self.ops.append(Op("linear", given, target, parts=tuple(parts), add=add))
 
     def layer(self, i: int, cache_layer: int) -> None:

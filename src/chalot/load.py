@@ -1,0 +1,310 @@
+"""The verb `load`: a `.myai` file becomes a `Model` that answers in text or in ids.
+
+A model is used by one thread at a time; other threads wait. After a fork the child computes with
+threads of its own, and shares the mapped file; sessions are not to be used on both sides.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot import machine
+from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.sampler import Sampling
+from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
+from chalot.formats.documents import parse_json
+from chalot.formats.myai import MyaiFile
+from chalot.kernels.backend import open_backend
+from chalot.kernels.program import CACHE_TYPES
+from chalot.model.cache import PageCache, Sequence
+from chalot.model.config import ModelConfig
+from chalot.model.layers import model_tensors
+from chalot.model.transformer import Weights, build, cache_shape
+
+if TYPE_CHECKING:
+    from chalot.text.tokenizer import Tokenizer
+
+Messages = list[dict[str, str]]
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def read_model_config(file: MyaiFile) -> ModelConfig:
+    """The configuration in a manifest. Raises FormatError where it contradicts itself or a tensor."""
+    try:
+        config = msgspec.convert(file.manifest.config, ModelConfig)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{file.path}: configuration: {error}") from None
+    for spec in model_tensors(config):
+        entry = file.manifest.tensors.get(spec.name)
+        if entry is None or entry.shape != spec.shape:
+            found = "nothing" if entry is None else f"shape {entry.shape}"
+            raise FormatError(
+                f"{file.path}: tensor {spec.name}: found {found}, expected shape {spec.shape}"
+            )
+    return config
+
+
+def read_weights(file: MyaiFile, config: ModelConfig, activations: int | None) -> Weights:
+    """All tensors as views of the file. `activations` forces their bits, of dense matrices too."""
+    matrices, vectors, planes = {}, {}, {}
+    for spec in model_tensors(config):
+        if spec.kind == "vector":
+            vectors[spec.name] = file.vector(spec.name)
+        else:
+            matrices[spec.name] = file.matrix(spec.name)
+            if activations is not None:
+                planes[spec.name] = activations // 8
+            elif matrices[spec.name].scheme.is_coded:
+                planes[spec.name] = file.manifest.tensors[spec.name].activation // 8
+    return Weights(matrices, vectors, planes)
+
+
+def default_context(config: ModelConfig, position_bytes: int) -> int:
+    """The model's own context, or what fits half of the memory that is free."""
+    free = machine.memory_available()
+    if free is None:
+        return config.context
+    return min(config.context, max(256, free // 2 // position_bytes // 256 * 256))
+
+
+class Model:
+    """A loaded model. Use it in a `with` block, or call `close`."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        isa: str | None = None,
+        kv: str = "f16",
+        activations: int | None = None,
+    ) -> None:
+        """Map the file and check it; weights are read when they are needed.
+
+        `context` is in tokens (default: the model's own, or what half of the free memory holds),
+        `kv` the type of cached keys and values, "f16" or "f32". `activations` (8 or 16 bits)
+        overrides what the file asks for, for dense matrices too: for measuring. Raises FormatError, ContextError,
+        KernelError.
+        """
+        self.file = MyaiFile(Path(path).expanduser())
+        self.config = read_model_config(self.file)
+        if kv not in CACHE_TYPES:
+            raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
+        if activations not in (None, 8, 16):
+            raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
+        shape = cache_shape(self.config, kv)
+        self.context = context or default_context(self.config, shape.position_bytes)
+        if not 1 <= self.context <= self.config.context:
+            raise ContextError(
+                f"--context {self.context}: this model was made for 1 to {self.config.context}"
+            )
+        self.backend = open_backend(isa, threads)
+        frequencies = self.file.constant(
+            "rope.inverse_frequency", "<f4", self.config.head_dim // 2
+        )
+        program = build(self.config, read_weights(self.file, self.config, activations), frequencies, kv)
+        self.engine = Engine(
+            self.backend.compile(program),
+            PageCache(shape, self.context + CHUNK),
+            self.config.vocabulary,
+            self.context,
+            self.backend.exp,
+            self.file.check_length,
+        )
+        self.last_stats = Stats()
+        self.lock = threading.RLock()
+        self._tokenizer: Tokenizer | None = None
+        self._talk: Session | None = None  # keeps what the last chat put in the cache
+
+    # ---- text
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer, opened on first use. Raises TokenizerError if the file has none."""
+        if self._tokenizer is None:
+            if self.file.document("tokenizer.json") is None:
+                raise TokenizerError(
+                    f"{self.file.path}: has no tokenizer; give token ids instead of text"
+                )
+            from chalot.text.tokenizer import from_source
+
+            self._tokenizer = from_source(self.file)
+        return self._tokenizer
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """Sampling options that the model's makers ask for (generation_config.json)."""
+        raw = self.file.document("generation_config.json")
+        found = parse_json(raw, f"{self.file.path}: generation_config.json") if raw else {}
+        if not isinstance(found, dict):
+            return {}
+        out = {k: found[k] for k in SAMPLING_KEYS if isinstance(found.get(k), (int, float))}
+        if found.get("do_sample") is False:
+            out["temperature"] = 0.0
+        return out
+
+    def sampling(self, **options: Any) -> Sampling:
+        """Options over the model's own defaults over chalot's; a seed is drawn if none is given."""
+        given = {k: v for k, v in options.items() if v is not None}
+        given.setdefault("seed", secrets.randbits(32))
+        return Sampling(**{**self.generation_defaults(), **given})
+
+    def stream(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        max_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        **options: Any,
+    ) -> Iterator[str]:
+        """Text as it is generated, whole characters at a time.
+
+        Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
+        choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        with self.session(**options) as session:
+            yield from self._answer(session, ids, max_tokens, stop)
+
+    def _answer(
+        self, session: Session, ids: list[int], max_tokens: int | None, stop: Iterable[str]
+    ) -> Iterator[str]:
+        from chalot.text.stream import TextStream
+
+        self.last_stats = session.stats
+        text = TextStream(self.tokenizer, tuple(stop))
+        ends = self.tokenizer.eos_ids
+        session.prefill(ids)
+        room = self.context - len(session.tokens)
+        for _ in range(room if max_tokens is None else min(max_tokens, room)):
+            token = session.step()
+            if token in ends:
+                break
+            piece = text.push(token)
+            if piece:
+                yield piece
+            if text.stopped:
+                return
+        last = text.flush()
+        if last:
+            yield last
+
+    def generate(self, prompt: str | Iterable[int], **options: Any) -> str:
+        """The whole answer; options as for `stream`."""
+        return "".join(self.stream(prompt, **options))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        max_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        **options: Any,
+    ) -> Iterator[str]:
+        """The answer to a conversation by the model's own template; what the cache holds is reused.
+
+        Raises TokenizerError for a model without a chat template.
+        """
+        ids = self.tokenizer.encode_chat(messages)
+        with self.lock:
+            sampling = self.sampling(**options)
+            session = self._talk or Session(self.engine, sampling)
+            self._talk = session
+            session.sampling = sampling
+            session.stats = Stats(seed=sampling.seed)
+            same = 0
+            for a, b in zip(session.tokens, ids, strict=False):
+                if a != b:
+                    break
+                same += 1
+            session.rewind(min(same, len(ids) - 1))
+            yield from self._answer(session, ids[len(session.tokens) :], max_tokens, stop)
+
+    def chat(self, messages: Messages, **options: Any) -> str:
+        """The whole answer to a conversation; options as for `stream`."""
+        return "".join(self.stream_chat(messages, **options))
+
+    # ---- ids
+
+    def session(self, **options: Any) -> "OpenSession":
+        """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
+        return OpenSession(self, self.sampling(**options))
+
+    def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
+        """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
+
+        Raises LimitError when that would not fit the memory that is free, ContextError when the
+        ids are more than the context.
+        """
+        tokens = [int(i) for i in ids]
+        count = len(tokens) if last is None else min(last, len(tokens))
+        need, free = count * self.config.vocabulary * 4, machine.memory_available()
+        if free is not None and need > free:
+            raise LimitError(
+                f"logits of {count} tokens need {need:,} bytes, {free:,} are free; "
+                "ask for fewer with last="
+            )
+        out = np.empty((count, self.config.vocabulary), np.float32)
+        with self.lock:
+            sequence = Sequence(self.engine.cache)
+            try:
+                for at in range(0, len(tokens), CHUNK):
+                    part = tokens[at : at + CHUNK]
+                    rows = min(len(part), max(0, at + len(part) - (len(tokens) - count)))
+                    # the chunk that the wanted rows begin in is cut in two
+                    for piece, wanted in ((part[: len(part) - rows], "none"), (part[-rows:], "all")):
+                        if piece and (rows or wanted == "none"):
+                            got = self.engine.step([Work(sequence, piece, wanted)])
+                            first = sequence.length - len(piece) - (len(tokens) - count)
+                            if len(got):
+                                out[first : first + len(got)] = got
+            finally:
+                sequence.close()
+        return out
+
+    def close(self) -> None:
+        """Give back cache, sessions and file."""
+        if self._talk is not None:
+            self._talk.close()
+            self._talk = None
+        self.file.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OpenSession(Session, AbstractContextManager["OpenSession"]):
+    """A session that locks its model for each call and gives its pages back at the block's end."""
+
+    def __init__(self, model: Model, sampling: Sampling) -> None:
+        super().__init__(model.engine, sampling)
+        self.model = model
+
+    def prefill(self, ids: Iterable[int]) -> None:  # type: ignore[override]
+        """See Session."""
+        with self.model.lock:
+            super().prefill(list(ids))
+
+    def step(self) -> int:
+        """See Session."""
+        with self.model.lock:
+            return super().step()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(path: str | Path, **options: Any) -> Model:
+    """Open a `.myai` file: `with chalot.load("x.myai") as model: ...`. Options as for `Model`."""
+    return Model(path, **options)

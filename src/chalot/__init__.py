@@ -7,6 +7,8 @@
 Names are imported when they are first used: `import chalot` itself costs next to nothing.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -27,6 +29,17 @@ HOMES = {
     "describe": "chalot.describe",
     "load": "chalot.load",
 }
+
+
+class _Package(ModuleType):
+    """Importing `chalot.load` must not put the module where the function of that name belongs."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

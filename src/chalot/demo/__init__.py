@@ -118,9 +118,11 @@ def demo(
     threads: int | None = None,
     keep: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
-    show: Callable[[str], None] | None = None,
+    show: Callable[[str], None] = lambda _: None,
+    table: Callable[["DemoReport"], None] = lambda _: None,
 ) -> DemoReport:
-    """Run it all. `say` hears what happens, `show` gets the sample as it is generated.
+    """Run it all. `say` hears what happens, `table` gets the report, `show` the sample as it is
+    generated.
 
     With `keep` the files stay in that folder. About twenty seconds on two cores.
     """
@@ -146,9 +148,9 @@ def demo(
             time.perf_counter() - start,
         )
         base.close()
-        if show is not None:
-            with Model(plain["nl4"], threads=threads, context=1024) as model:
-                show(PROMPT)
-                for piece in model.stream(PROMPT, **SAMPLE):  # type: ignore[arg-type]
-                    show(piece)
+        table(report)
+        with Model(plain["nl4"], threads=threads, context=1024) as model:
+            show(PROMPT)
+            for piece in model.stream(PROMPT, **SAMPLE):  # type: ignore[arg-type]
+                show(piece)
         return report

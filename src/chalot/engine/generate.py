@@ -68,6 +68,7 @@ class Engine:
     context: int
     exp: Exp
     before_step: Callable[[], None] = field(default=lambda: None)
+    native_seconds: float = 0.0  # spent in forward passes so far
 
     def step(self, work: list[Work]) -> NDArray[np.float32]:
         """Logits (wanted tokens, vocabulary), in the order of the work.
@@ -101,7 +102,9 @@ class Engine:
             self.cache.tables([w.sequence for w in work]),
             np.array(wanted, np.int32),
         )
+        start = time.perf_counter()
         logits = self.runnable.run(batch, self.cache.arena)
+        self.native_seconds += time.perf_counter() - start
         for w in work:
             w.sequence.length += len(w.tokens)
         return logits
@@ -156,17 +159,14 @@ class Session:
 
     def step(self) -> int:
         """The next token. Raises ContextError when nothing was read, or the context is full."""
-        start = time.perf_counter()
-        native = start
-        if self.sequence.length < len(self.tokens):
-            self._feed()
-            native = time.perf_counter()
+        start, native = time.perf_counter(), self.engine.native_seconds
+        self._feed()
         if self.logits is None:
             raise ContextError("nothing was read yet; call prefill(ids) with at least one token")
         token = sample(self.logits, self.tokens, self.sampling, len(self.tokens), self.engine.exp)
         self.tokens.append(token)
         self.stats.new_tokens += 1
-        self.stats.native_seconds += native - start
+        self.stats.native_seconds += self.engine.native_seconds - native
         self.stats.decode_seconds += time.perf_counter() - start
         return token
 

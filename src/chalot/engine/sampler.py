@@ -92,14 +92,16 @@ def sample(
 
     Raises KernelError for logits that are not finite.
     """
-    if not np.isfinite(logits).all():
+    top = int(np.argmax(logits))  # the first of equals; NaN, if there is any
+    if not np.isfinite(logits[top]):
         raise KernelError(
             "the model computed NaN or Inf; its file may be damaged (chalot verify FILE), "
             "or its weights overflow"
         )
-    logits = penalized(logits, before, sampling)
+    changed = penalized(logits, before, sampling)
     if sampling.temperature == 0:
-        return int(np.argmax(logits))
+        return top if changed is logits else int(np.argmax(changed))
+    logits = changed
     ids = candidates(logits, sampling.top_k)
     scaled = logits[ids] / np.float32(sampling.temperature)
     weight = exp(scaled - scaled[0]).astype(np.float64)  # relative to the most likely

@@ -8,8 +8,8 @@ from chalot.model.config import ModelConfig, inverse_frequencies
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
 from chalot.quant import codes
-from chalot.quant.packing import Matrix, pack, pack_dense
 from chalot.quant.grids import nl4_tables
+from chalot.quant.packing import Matrix, pack, pack_dense
 from chalot.quant.scheme import Scheme
 
 

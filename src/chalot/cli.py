@@ -1,4 +1,4 @@
-"""Arguments to verbs. A verb is imported when it is called; bad input ends in one line, exit code 1.
+"""Arguments to verbs. A verb is imported when called; bad input ends in one line, exit code 1.
 
 Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
 """

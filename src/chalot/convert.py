@@ -186,10 +186,9 @@ class Conversion:
         planned = -1
         for spec in self.specs:
             layer = int(spec.name.split(".")[1]) if spec.name.startswith("layers.") else None
-            if calibration is not None:
-                if layer is not None and layer > planned:
-                    calibration.layer(layer, self.read, self._source_scheme(layer))
-                    planned = layer
+            if calibration is not None and layer is not None and layer > planned:
+                calibration.layer(layer, self.read, self._source_scheme(layer))
+                planned = layer
             self._tensor(writer, spec)
         if calibration is not None:  # the head's activations are known only now
             head = "embedding" if self.config.tied else "head"
@@ -231,7 +230,7 @@ class Conversion:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "vector":
             values = self.plan.apply(spec.name, self.read(spec.name), 0)
-            self.digest.update(values)
+            self.digest.update(values.data)
             writer.tensor(spec.name, "f32", spec.shape, [values.astype("<f4")])
             self._advance(spec, values.size)
             return
@@ -247,7 +246,7 @@ class Conversion:
         size = max(PANEL, RUN // columns // PANEL * PANEL)
         for first in range(0, rows, size):
             values = self.read(spec.name, first, min(first + size, rows))
-            self.digest.update(np.ascontiguousarray(values))
+            self.digest.update(np.ascontiguousarray(values).data)
             yield self.plan.apply(spec.name, values, first)
             self._advance(spec, values.size)
 
@@ -261,7 +260,8 @@ class Conversion:
             if not scheme.is_coded:
                 data = packing.pack_dense(values, scheme)
                 yield data
-                stored = packing.numbers(packing.Matrix(scheme, values.shape, data))  # type: ignore[arg-type]
+                whole = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
+                stored = packing.numbers(whole)
                 again = stored[:PANEL, : values.shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)

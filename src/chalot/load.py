@@ -6,8 +6,7 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def read_model_config(file: MyaiFile) -> ModelConfig:
-    """The configuration in a manifest. Raises FormatError where it contradicts itself or a tensor."""
+    """The configuration in a manifest. Raises FormatError where it contradicts a tensor."""
     try:
         config = msgspec.convert(file.manifest.config, ModelConfig)
     except msgspec.ValidationError as error:
@@ -92,8 +91,8 @@ class Model:
 
         `context` is in tokens (default: the model's own, or what half of the free memory holds),
         `kv` the type of cached keys and values, "f16" or "f32". `activations` (8 or 16 bits)
-        overrides what the file asks for, for dense matrices too: for measuring. Raises FormatError, ContextError,
-        KernelError.
+        overrides what the file asks for, for dense matrices too: for measuring. Raises
+        FormatError, ContextError, KernelError.
         """
         self.file = MyaiFile(Path(path).expanduser())
         self.config = read_model_config(self.file)
@@ -108,10 +107,9 @@ class Model:
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
             )
         self.backend = open_backend(isa, threads)
-        frequencies = self.file.constant(
-            "rope.inverse_frequency", "<f4", self.config.head_dim // 2
-        )
-        program = build(self.config, read_weights(self.file, self.config, activations), frequencies, kv)
+        frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
+        weights = read_weights(self.file, self.config, activations)
+        program = build(self.config, weights, frequencies, kv)
         self.engine = Engine(
             self.backend.compile(program),
             PageCache(shape, self.context + CHUNK),
@@ -129,7 +127,7 @@ class Model:
 
     @property
     def tokenizer(self) -> "Tokenizer":
-        """The model's tokenizer, opened on first use. Raises TokenizerError if the file has none."""
+        """The model's tokenizer, opened on first use. Raises TokenizerError if there is none."""
         if self._tokenizer is None:
             if self.file.document("tokenizer.json") is None:
                 raise TokenizerError(
@@ -260,8 +258,9 @@ class Model:
                     part = tokens[at : at + CHUNK]
                     rows = min(len(part), max(0, at + len(part) - (len(tokens) - count)))
                     # the chunk that the wanted rows begin in is cut in two
-                    for piece, wanted in ((part[: len(part) - rows], "none"), (part[-rows:], "all")):
-                        if piece and (rows or wanted == "none"):
+                    cut = len(part) - rows
+                    for piece, wanted in ((part[:cut], "none"), (part[cut:], "all")):
+                        if piece:
                             got = self.engine.step([Work(sequence, piece, wanted)])
                             first = sequence.length - len(piece) - (len(tokens) - count)
                             if len(got):
@@ -291,7 +290,7 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         super().__init__(model.engine, sampling)
         self.model = model
 
-    def prefill(self, ids: Iterable[int]) -> None:  # type: ignore[override]
+    def prefill(self, ids: Iterable[int]) -> None:
         """See Session."""
         with self.model.lock:
             super().prefill(list(ids))

@@ -1,4 +1,4 @@
-"""What this machine has: cores this process may use, memory, disk. Reads only what the system says."""
+"""What this machine has: cores this process may use, memory, disk, as the system says."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def cpu_quota() -> float | None:
-    """Cores that the control group grants (cgroup v2 cpu.max, v1 cfs_quota_us), None if unlimited."""
+    """Cores that the control group grants (v2 cpu.max, v1 cfs_quota_us), None if unlimited."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
         if quota != "max":

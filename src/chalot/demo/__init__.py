@@ -1,7 +1,7 @@
 """The verb `demo`: the bundled model through the whole of chalot, with one honest table.
 
-Converts the bundled checkpoint and its outlier twin (demo/twin.py), measures what each form costs on
-text that no training has seen, times decoding, and lets the 4-bit form write.
+Converts the bundled checkpoint and its outlier twin (demo/twin.py), measures what each form costs
+on text that no training has seen, times decoding, and lets the 4-bit form write.
 """
 
 import tempfile

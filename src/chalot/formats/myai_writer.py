@@ -86,7 +86,7 @@ class MyaiWriter:
             "Free some space, or choose another place"
         )
 
-    def write(self, data: bytes | NDArray[Any]) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         try:
@@ -102,7 +102,7 @@ class MyaiWriter:
         self.write(b"\0" * (-self.at % ALIGNMENT))
         start, digest = self.at, hashlib.sha256()
         for piece in pieces:
-            contiguous = piece if isinstance(piece, bytes) else np.ascontiguousarray(piece)
+            contiguous = piece if isinstance(piece, bytes) else np.ascontiguousarray(piece).data
             digest.update(contiguous)
             self.write(contiguous)
         return Extent(start, self.at - start, digest.hexdigest())

@@ -1,7 +1,7 @@
-"""Which kernels run here, and one interface to them: compile a program, encode weights, exponentials.
+"""Which kernels run here, and one interface to them: compile programs, encode weights, multiply.
 
-`open_backend` takes the best instruction set, or the one that `CHALOT_ISA` or its argument forces; a
-set that cannot run is an error. "reference" forces the numpy oracle, which also serves, after one
+`open_backend` takes the best instruction set, or the one that `CHALOT_ISA` or its argument forces;
+a set that cannot run is an error. "reference" forces the numpy oracle, which also serves, after one
 visible warning, where the compiled extension is missing.
 """
 
@@ -54,10 +54,10 @@ class Backend(Protocol):
         """Check a program and make it ready. Raises KernelError where it does not fit together."""
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
-        """The packed extent of a float32 matrix (rows, columns), as `packing.pack` would give it."""
+        """The packed extent of a float32 matrix (rows, columns), as `packing.pack` gives it."""
 
     def product(self, matrix: Matrix, x: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
-        """(tokens, rows) = x @ matrix.T, x quantised to `planes` of 8 bits if the matrix is coded."""
+        """(tokens, rows) = x @ matrix.T; x is quantised to `planes` for a coded matrix."""
 
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """e^x by the project's polynomial."""
@@ -115,7 +115,7 @@ def open_backend(isa: str | None = None, threads: int | None = None) -> Backend:
         )
     if native is None:
         warnings.warn(
-            f"compiled kernels are missing ({MISSING}); numpy runs instead, a hundred times slower. "
+            f"compiled kernels are missing ({MISSING}); numpy runs instead, far slower. "
             "Reinstall chalot with a C++20 compiler at hand.",
             RuntimeWarning,
             stacklevel=2,

@@ -7,7 +7,7 @@ one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a
     norm      target <- source / rms(source) * weight
     quantize  target <- codes of source
     linear    target[:, column:] (+)= source @ matrix.T + bias, for each of its parts
-    rope_store  rotates queries and keys of [q | k | v] in place and puts keys and values in the cache
+    rope_store  rotates q and k of [q | k | v] in place and puts k and v in the cache
     attend    target <- softmax(q k) v over the sequence's pages
     gate      target <- activation(first half of source) * second half
     restore   target <- the numbers that source's codes stand for, to see what coding them costs
@@ -63,7 +63,7 @@ class Op:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a page of 256 positions holds: for each layer the keys, then the values, of each head."""
+    """What a page of 256 positions holds: a layer's keys, then its values, of each head."""
 
     kind: str  # of CACHE_TYPES
     layers: int
@@ -101,7 +101,7 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A ragged list of tokens: ids, absolute positions and the sequence each belongs to, all int32."""
+    """A ragged list of tokens: ids, absolute positions and each one's sequence, all int32."""
 
     tokens: NDArray[np.int32]  # (tokens,)
     positions: NDArray[np.int32]  # (tokens,)

@@ -34,7 +34,8 @@ def fma(a: Floats, b: Floats | np.float32, c: Floats | np.float32) -> Floats:
         inexact = (error != 0) & (bits & 1 == 0) & np.isfinite(s)
         away = (error > 0) == (s > 0)
         bits = bits + np.where(inexact, np.where(away, 1, -1), 0)
-        return bits.view(F64).astype(F32)
+        out: Floats = bits.view(F64).astype(F32)
+        return out
 
 
 def tree(lanes: Floats) -> Floats:
@@ -109,7 +110,7 @@ def restore(codes: NDArray[np.int8], scale: Floats) -> Floats:
 
 
 def product(matrix: Matrix, codes: NDArray[np.int8], scale: Floats) -> Floats:
-    """(tokens, rows): coded activations times a coded matrix, an fma chain over blocks of columns."""
+    """(tokens, rows): coded activations times a coded matrix, an fma chain over blocks."""
     coded = unpack(matrix.data, matrix.scheme, matrix.shape)
     w = np.pad(values(coded), [(0, 0), (0, codes.shape[2] - coded.codes.shape[1])]).astype(F32)
     factor = coded.segments.astype(F32)  # (rows16, segments)
@@ -211,7 +212,7 @@ class ReferenceProgram:
         return self.slots[index][:tokens]
 
     def run(self, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
-        """Logits (wanted, vocabulary); keys and values of the batch's tokens go to the arena's pages."""
+        """Logits (wanted, vocabulary); the tokens' keys and values go to the arena's pages."""
         slots = self.slots = {}
         codes: dict[int, tuple[NDArray[np.int8], Floats]] = {}
         if (
@@ -224,7 +225,8 @@ class ReferenceProgram:
             if op.kind == "gather" and not len(batch.wanted):
                 break
             if op.kind == "restore":
-                slots[op.target] = restore(*codes[op.source])[:, : self.program.slots[op.target].width]
+                width = self.program.slots[op.target].width
+                slots[op.target] = restore(*codes[op.source])[:, :width]
             elif op.kind == "quantize":
                 codes[op.target] = quantize(slots[op.source], self.program.slots[op.target].planes)
             elif op.kind == "linear":
@@ -308,7 +310,7 @@ class ReferenceProgram:
         return parts.reshape(len(x), -1)
 
     def attend(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
-        """(tokens, heads * head_dim): every query over its own and earlier positions, page by page."""
+        """(tokens, heads * head_dim): every query over its and earlier positions, page by page."""
         shape, heads = self.program.cache, self.program.heads
         share = heads // shape.kv_heads
         queries = pad(x.reshape(len(x), -1, shape.head_dim)[:, :heads] * F32(op.number), PANEL)

@@ -193,7 +193,7 @@ class Calibration:
             self.plan.planes.update(dict.fromkeys(coded, planes))
             if (factor == 1).all():
                 continue
-            inverse = 1 / seen(factor)
+            inverse = np.float32(1) / seen(factor)
             self.plan.rows[p + producer] = inverse
             self.plan.rows[p + producer + ".bias"] = inverse
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))

@@ -136,7 +136,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, from today's `rope_parameters` or the older `rope_theta`, `rope_scaling`."""
+    """Theta and scaling, from `rope_parameters` or the older `rope_theta`, `rope_scaling`."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
         raise ValueError("rope_scaling is no object")

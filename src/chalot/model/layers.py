@@ -1,4 +1,4 @@
-"""Which tensors a decoder has: chalot's own names, shapes, and the kind by which schemes are chosen."""
+"""Which tensors a decoder has: chalot's own names, shapes, and the kind that schemes go by."""
 
 from typing import NamedTuple
 

@@ -20,7 +20,7 @@ from chalot.quant.packing import Matrix
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A model's tensors by chalot's names, and the planes (8 bits each) of each one's activations."""
+    """A model's tensors by chalot's names, and the planes (8 bits each) of their activations."""
 
     matrices: Mapping[str, Matrix]
     vectors: Mapping[str, NDArray[np.float32]]
@@ -51,7 +51,7 @@ class Builder:
         self.ops.append(Op("norm", source, target, weight=weight, number=epsilon))
 
     def linear(self, source: int, target: int, names: dict[str, int], add: bool = False) -> None:
-        """target[:, column] (+)= product with each named matrix; inputs are quantised where asked."""
+        """target[:, column] (+)= product with each named matrix; inputs are quantised if asked."""
         by_kind: dict[tuple[int, bool], list[Part]] = {}
         for name, column in names.items():
             matrix = self.weights.matrices[name]

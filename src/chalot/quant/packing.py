@@ -9,6 +9,7 @@ starts at a multiple of 64 bytes. Dense matrices are rows of numbers, padded to 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,11 @@ from chalot.quant.codes import Codes
 from chalot.quant.scheme import BLOCK, GROUP, PANEL, Scheme, round_up
 
 ALIGNMENT = 64  # bytes: one cache line, one 512-bit register
-DENSE = {"f32": np.dtype("<f4"), "bf16": np.dtype("<u2"), "f16": np.dtype("<f2")}
+DENSE: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype("<f4"),
+    "bf16": np.dtype("<u2"),
+    "f16": np.dtype("<f2"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A packed matrix (rows, columns): its extent of the file, and its tables where the scheme has."""
+    """A packed matrix (rows, columns): its extent of the file, and tables if the scheme has."""
 
     scheme: Scheme
     shape: tuple[int, int]
@@ -99,8 +104,8 @@ def numbers(matrix: Matrix) -> NDArray[np.float32]:
     """A dense matrix (rows, columns padded to 16) as float32."""
     stored = matrix.data.view(DENSE[matrix.scheme.name]).reshape(matrix.shape[0], -1)
     if matrix.scheme.name == "bf16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(stored, np.float32)
 
 
 def take_panels(data: NDArray[np.uint8], whole: Layout, few: Layout) -> NDArray[np.uint8]:

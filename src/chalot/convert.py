@@ -260,8 +260,8 @@ class Conversion:
             if not scheme.is_coded:
                 data = packing.pack_dense(values, scheme)
                 yield data
-                whole = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
-                stored = packing.numbers(whole)
+                dense = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
+                stored = packing.numbers(dense)
                 again = stored[:PANEL, : values.shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)

@@ -97,7 +97,7 @@ def measure(
     say: Callable[[str], None],
 ) -> list[Row]:
     """A row for each form, all against `base`."""
-    plans = [(form, files[form], None) for form in files]
+    plans: list[tuple[str, Path, int | None]] = [(f, path, None) for f, path in files.items()]
     plans.insert(1, ("bf16, 8-bit activations", files["bf16"], 8))
     models = [Model(path, threads=threads, context=1024, activations=a) for _, path, a in plans]
     say(f"measuring {name} on {len(ids):,} held-out tokens")

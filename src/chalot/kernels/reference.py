@@ -62,7 +62,8 @@ def exp(x: Floats) -> Floats:
             p = fma(p, r, F32(c))
         n = np.maximum(n, F32(-126))
         power = ((n.astype(np.int32) + 127) << 23).view(F32)
-        return np.where(x < F32(-87), F32(0), p * power)
+        out: Floats = np.where(x < F32(-87), F32(0), p * power)
+        return out
 
 
 def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
@@ -196,7 +197,7 @@ def attend_page(
     gathered = np.zeros(keys.shape[1], F32)
     for j in range(len(p)):
         gathered = fma(p[j : j + 1], held[j], gathered)
-    denominator = fma(denominator[None], before, tree(total) * here)[0]
+    denominator = fma(np.array([denominator]), before, tree(total) * here)[0]
     return fma(out, before, gathered * here), top, denominator
 
 

@@ -43,6 +43,7 @@ DOCUMENTS = (
 )
 RUN = 4 << 20  # numbers in memory at once
 CALIBRATION_TOKENS = 128
+CALIBRATION_TEXT = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
 DEFAULT_SCHEME = "nl4"
 
 
@@ -138,7 +139,7 @@ def calibration_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
     if raw is not None:
         from chalot.text.tokenizer import Tokenizer
 
-        text = resources.files("chalot.demo.model").joinpath("calibration.txt").read_text("utf-8")
+        text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
         tokenizer = Tokenizer.from_documents(raw, None, None, None)
         found = [i for i in tokenizer.encode(text[:2000]) if i < config.vocabulary]
         if found:

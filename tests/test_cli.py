@@ -1,0 +1,140 @@
+"""Commands as a user meets them: answers on stdout, the rest on stderr, no traceback ever."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chalot import cli
+from chalot.demo import FOLDER
+
+VERBS = ["convert", "run", "chat", "describe", "verify", "doctor", "demo"]
+
+
+def chalot(
+    *arguments: str, stdin: str | bytes = "", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run(
+        [sys.executable, "-m", "chalot.cli", *arguments],
+        input=data,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def test_bare_command_says_what_to_do_next() -> None:
+    done = chalot()
+    assert done.returncode == 0 and "chalot demo" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    assert ended.value.code == 0
+    assert "--threads" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("chalot 0.")
+
+
+def test_unknown_verb_is_a_usage_error() -> None:
+    done = chalot("convrt")
+    assert done.returncode == 2 and "convrt" in done.stderr and "--help" in done.stderr
+
+
+def test_run_streams_text_and_shows_the_seed(demo_file: Path) -> None:
+    first = chalot("run", str(demo_file), "def add(a, b):", "--max-tokens", "12")
+    assert first.returncode == 0 and first.stdout.strip()
+    seed = first.stderr.split("seed ")[1].split()[0]
+    again = chalot("run", str(demo_file), "def add(a, b):", "--max-tokens", "12", "--seed", seed)
+    assert again.stdout == first.stdout
+
+
+def test_run_reads_stdin_and_reports_json(demo_file: Path) -> None:
+    done = chalot(
+        "run", str(demo_file), "--max-tokens", "5", "--seed", "3", "--json", stdin="import "
+    )
+    report = json.loads(done.stdout)
+    assert report["prompt"] == "import " and report["options"]["seed"] == 3
+    assert report["stats"]["new_tokens"] <= 5
+    plain = chalot("run", str(demo_file), "import ", "--max-tokens", "5", "--seed", "3", "-q")
+    assert plain.stdout == report["text"] + "\n" and plain.stderr == ""
+
+
+def test_run_takes_a_folder_and_converts_it_once(tmp_path: Path) -> None:
+    home = str(tmp_path / "home")
+    arguments = ("run", str(FOLDER), "def f", "--max-tokens", "4", "--seed", "1")
+    first = chalot(*arguments, CHALOT_HOME=home)
+    assert first.returncode == 0 and "converting" in first.stderr
+    second = chalot(*arguments, CHALOT_HOME=home)
+    assert second.stdout == first.stdout and "converting" not in second.stderr
+
+
+def test_convert_reports(tmp_path: Path) -> None:
+    out = tmp_path / "m.myai"
+    scheme = "attention=int8,ffn=nl4,embedding=int8"
+    done = chalot("convert", str(FOLDER), "-o", str(out), "--scheme", scheme, "--json")
+    report = json.loads(done.stdout)
+    assert report["bytes"] == out.stat().st_size
+    found = {k["kind"]: k["scheme"] for k in report["kinds"]}
+    assert found == {"embedding": "int8", "attention": "int8", "ffn": "nl4", "vector": "f32"}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "nowhere.myai", "x"), "no such file"),
+        (("run", "/etc/hostname", "x"), ""),
+        (("convert", "nowhere/at/all", "-o", "x.myai"), "no such file"),
+        (("convert", str(FOLDER), "-o", "x.myai", "--scheme", "nl5"), "nl4"),
+        (("convert", str(FOLDER), "-o", "/nowhere/x.myai"), "cannot be written"),
+        (("convert", str(FOLDER), "-o", "/"), "directory"),
+        (("verify", "nowhere.myai"), "nowhere.myai"),
+        (("describe", "nowhere.myai"), "nowhere.myai"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "chalot.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("chalot: ")
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_options_are_one_line(demo_file: Path) -> None:
+    for options in (["--temperature", "-1"], ["--top-p", "nan"], ["--context", "99999999"]):
+        done = chalot("run", str(demo_file), "x", *options)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    done = chalot("run", str(demo_file), stdin=b"\xff\xfe")
+    assert done.returncode == 1 and "UTF-8" in done.stderr
+    assert chalot("run", str(demo_file), "").returncode == 1
+    done = chalot("run", str(demo_file), "x", CHALOT_ISA="avx9")
+    assert done.returncode == 1 and "avx9" in done.stderr
+    done = chalot("run", str(demo_file), "x", CHALOT_THREADS="many")
+    assert done.returncode == 1 and "CHALOT_THREADS" in done.stderr
+
+
+def test_prompt_over_the_context_is_refused_with_both_numbers(demo_file: Path) -> None:
+    done = chalot("run", str(demo_file), "word " * 200, "--context", "64")
+    assert done.returncode == 1 and "64" in done.stderr and "--context" in done.stderr

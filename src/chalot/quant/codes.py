@@ -36,6 +36,8 @@ class Codes:
 def padded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """The matrix with zero rows up to a multiple of 16 and zero columns up to a multiple of 32."""
     rows, columns = weights.shape
+    if rows % PANEL == 0 and columns % GROUP == 0:
+        return np.ascontiguousarray(weights)
     out = np.zeros((round_up(rows, PANEL), round_up(columns, GROUP)), F32)
     out[:rows, :columns] = weights
     return out

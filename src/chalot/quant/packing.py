@@ -94,7 +94,11 @@ def pack_dense(weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8
     stored = out.view(DENSE[scheme.name]).reshape(rows, -1)
     if scheme.name == "bf16":
         bits = np.ascontiguousarray(weights).view(np.uint32)
-        stored[:, :columns] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        halves = bits.view(np.uint16).reshape(rows, columns, 2)  # little-endian: low, high
+        if halves[:, :, 0].any():
+            stored[:, :columns] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        else:  # bf16 already
+            stored[:, :columns] = halves[:, :, 1]
     else:
         stored[:, :columns] = weights
     return out

@@ -11,8 +11,9 @@ before each step, and the race that remains is documented.
 import hashlib
 import mmap
 import os
+import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError, SchemeError, UnsupportedError, WeightError
+from chalot.errors import ChalotError, FormatError, SchemeError, UnsupportedError, WeightError
+from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
 from chalot.quant.packing import ALIGNMENT, Layout, Matrix, stored_bytes
 from chalot.quant.scheme import SCHEMES
@@ -80,6 +82,8 @@ def header_bytes(config: dict[str, Any], where: tuple[int, int, int, bytes]) -> 
     FIELDS.pack_into(out, 0, MAGIC, VERSION, *(config[s] for s in sizes), 1)
     MORE.pack_into(out, 32, config["kv_heads"], config["head_dim"])
     WHERE.pack_into(out, 64, *where)
+    if not isinstance(config["rope_theta"], (int, float)):  # a long text x 100 fills the memory
+        raise TypeError("rope_theta is no number")
     theta = min(int(config["rope_theta"] * 100), 2**32 - 1)
     struct.pack_into("<3I", out, 128, 0, 0, 32)
     struct.pack_into("<2I", out, 144, config["context"], theta)
@@ -93,19 +97,32 @@ class MyaiFile:
         """Raises FormatError for anything that is not a whole, consistent file."""
         self.path = path
         try:
-            with path.open("rb") as file:
-                self.descriptor = os.dup(file.fileno())
-                self.size = os.fstat(self.descriptor).st_size
-                if self.size < HEADER:
-                    raise FormatError(
-                        f"{path}: found {self.size} bytes, expected at least {HEADER}; truncated?"
-                    )
-                self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+            # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except (OSError, ValueError) as error:
-            raise FormatError(f"{path}: cannot be opened ({error})") from None
-        self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
-        self.manifest, self.digest = self._manifest()
-        self._check_extents()
+            raise self._unusable(error) from None
+        try:
+            status = os.fstat(self.descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path}: is not a regular file; expected a .myai file")
+            self.size = status.st_size
+            if self.size < HEADER:
+                raise FormatError(
+                    f"{path}: found {self.size} bytes, expected at least {HEADER}; truncated?"
+                )
+            self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+            self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
+            self.manifest, self.digest = self._manifest()
+            self._check_extents()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ChalotError) or not isinstance(error, (OSError, ValueError)):
+                raise
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> FormatError:
+        reason = getattr(error, "strerror", None) or error
+        return FormatError(f"{self.path}: cannot be opened ({reason}); expected a .myai file")
 
     def _manifest(self) -> tuple[Manifest, str]:
         magic, version = struct.unpack_from("<2I", self.map, 0)
@@ -120,16 +137,22 @@ class MyaiFile:
             raise FormatError(
                 f"{self.path}: found {self.size} bytes, expected {size}; truncated download?"
             )
-        if length > MAX_MANIFEST or offset < HEADER or offset + length > size:
-            raise FormatError(f"{self.path}: the manifest lies outside the file; damaged download?")
+        if length > MAX_MANIFEST or offset < HEADER or offset + length != size:
+            raise FormatError(
+                f"{self.path}: a manifest of {length} bytes at {offset} does not end the file of "
+                f"{size}; damaged download?"
+            )
         raw = self.map[offset : offset + length]
         found = hashlib.sha256(raw).digest()
         if found != expected:
             raise FormatError(f"{self.path}: the manifest's checksum is wrong; damaged download?")
+        parsed = parse_json(raw, f"{self.path}: manifest")  # strict where msgspec is not
         try:
-            manifest = msgspec.json.decode(raw, type=Manifest)
-        except (msgspec.DecodeError, RecursionError) as error:
+            manifest = msgspec.convert(parsed, Manifest)
+        except msgspec.ValidationError as error:
             raise FormatError(f"{self.path}: manifest: {error}") from None
+        if manifest.format != VERSION:
+            raise FormatError(f"{self.path}: manifest of format {manifest.format} in version 3")
         try:
             agrees = self.map[:HEADER] == header_bytes(
                 manifest.config, (offset, length, size, expected)
@@ -155,29 +178,42 @@ class MyaiFile:
                 raise FormatError(
                     f"{self.path}: extent of {quoted(name)} overlaps or is misaligned"
                 )
+            if e.offset - end_of_last >= ALIGNMENT:
+                raise FormatError(
+                    f"{self.path}: {e.offset - end_of_last} bytes before {quoted(name)} belong to "
+                    f"nothing, expected fewer than {ALIGNMENT}"
+                )
             end_of_last = e.offset + e.bytes
             if end_of_last > manifest_at:
                 raise FormatError(
                     f"{self.path}: extent of {quoted(name)} ends at {end_of_last}, "
                     f"payload ends at {manifest_at}; damaged file?"
                 )
+        if manifest_at - end_of_last >= ALIGNMENT:
+            raise FormatError(f"{self.path}: bytes before the manifest belong to nothing")
         for name, entry in self.manifest.tensors.items():
             self._check_entry(name, entry)
+        layers = self.manifest.config["layers"]
+        if layers > len(self.manifest.tensors):  # before anyone lists what they should have
+            raise FormatError(
+                f"{self.path}: {layers} layers, but {len(self.manifest.tensors)} tensors"
+            )
 
     def _check_entry(self, name: str, entry: TensorEntry) -> None:
         where = f"{self.path}: tensor {quoted(name)}"
         if entry.scheme not in SCHEMES:
             raise SchemeError(f"{where} has scheme {quoted(entry.scheme)}; a newer chalot's file?")
-        if not entry.shape or any(not 1 <= n <= 1 << 28 for n in entry.shape):
-            raise FormatError(f"{where} has shape {entry.shape}")
+        if not 1 <= len(entry.shape) <= 2 or any(not 1 <= n <= 1 << 28 for n in entry.shape):
+            raise FormatError(
+                f"{where} has shape {quoted(str(entry.shape[:4]))}; "
+                "expected one or two dimensions of 1 to 2^28"
+            )
         if entry.activation not in (8, 16):
             raise FormatError(f"{where} asks for {entry.activation}-bit activations; 8 or 16")
         if len(entry.shape) == 1:
             expected = entry.shape[0] * 4 if entry.scheme == "f32" else -1
-        elif len(entry.shape) == 2:
-            expected = stored_bytes(SCHEMES[entry.scheme], *entry.shape)
         else:
-            expected = -1
+            expected = stored_bytes(SCHEMES[entry.scheme], *entry.shape)
         if entry.extent.bytes != expected:
             raise FormatError(
                 f"{where}: found {entry.extent.bytes} bytes, expected {expected} "
@@ -232,15 +268,28 @@ class MyaiFile:
                 f"{self.path}: was cut from {self.size} to {size} bytes while in use; restore it"
             )
 
-    def damaged(self) -> Iterator[tuple[str, bool]]:
-        """(name, whether its checksum is wrong) of each extent, read piece by piece."""
-        for name, extent in self.extents():
-            digest = hashlib.sha256()
-            for at in range(0, extent.bytes, 1 << 24):
-                self.check_length()
-                piece = self.view(extent)[at : at + (1 << 24)]
-                digest.update(piece.data)
-            yield name, digest.hexdigest() != extent.sha256
+    def pieces(self, extent: Extent, size: int = 1 << 24) -> Iterator[NDArray[np.uint8]]:
+        """An extent, `size` bytes at a time; before each, the file's length is looked at."""
+        for at in range(0, extent.bytes, size):
+            self.check_length()
+            yield self.view(extent)[at : at + size]
+
+    def is_whole(self, extent: Extent, progress: Callable[[int], None] = lambda _: None) -> bool:
+        """Whether an extent has the checksum that it should. `progress` is told bytes as read."""
+        digest = hashlib.sha256()
+        for piece in self.pieces(extent):
+            digest.update(piece.data)
+            progress(len(piece))
+        return digest.hexdigest() == extent.sha256
+
+    def gaps(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """(what follows, the fill before it) wherever there is fill; its bytes should be zero."""
+        end = HEADER
+        last = ("the manifest", Extent(WHERE.unpack_from(self.map, 64)[0], 0, ""))
+        for name, e in [*sorted(self.extents(), key=lambda item: item[1].offset), last]:
+            if e.offset > end:
+                yield name, self.data[end : e.offset]
+            end = e.offset + e.bytes
 
     def close(self) -> None:
         """Give back the file. The mapping goes when nothing reads it any more."""

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""What `chalot describe` says a model will take of memory, beside what a process really takes.
+
+    python benchmarks/memory.py MODEL.myai ... [--contexts 0,300,1000] [--out FILE.jsonl]
+
+Each measurement is a process of its own: it loads the file, fills the context with random token
+ids, draws one more, and reads its resident memory (Rss of /proc/self/smaps_rollup, file pages
+included; the file is read beforehand, so that it lies in the page cache). With --text the tokenizer
+is opened too. 0 is a model that was loaded and has computed one token.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+INSIDE = """
+import sys
+from pathlib import Path
+import numpy as np
+import chalot
+path, context, kv, text = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
+with chalot.load(path, kv=kv) as model:
+    ids = np.random.default_rng(0).integers(0, model.config.vocabulary, max(context, 1))
+    session = model.session(seed=1)
+    session.prefill([int(i) for i in ids])
+    session.step()
+    if text:
+        model.tokenizer.encode("Hello, world")
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    print(next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) * 1024)
+"""
+
+
+def measured(path: str, context: int, kv: str, text: bool) -> int:
+    """Resident bytes of a process that did all this."""
+    command = [sys.executable, "-c", INSIDE, path, str(context), kv, str(text)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def compare(path: str, contexts: list[int], kv: str, text: bool) -> list[dict[str, Any]]:
+    """A row for each context: predicted, measured, and by how much they differ."""
+    import chalot
+
+    with Path(path).open("rb") as file:
+        while file.read(1 << 24):
+            pass
+    report = chalot.describe(path)
+    out = []
+    for context in contexts:
+        said = report.memory(context, kv)
+        predicted = said.total_with_text if text else said.total
+        found = measured(path, context, kv, text)
+        off = predicted / found - 1
+        row = {"context": context, "predicted": predicted, "measured": found, "off": round(off, 4)}
+        out.append(row | {"kv": kv, "text": text})
+        print(
+            f"{Path(path).name:32} {context:6} tokens  {kv}  {'text' if text else 'ids ':4}  "
+            f"predicted {predicted / 1e6:8.1f} MB  measured {found / 1e6:8.1f} MB  {off:+.1%}"
+        )
+    return out
+
+
+def main() -> None:
+    """Print the table, and append a line to --out."""
+    from machine import describe_machine
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--contexts", default="0,1,300,1000")
+    parser.add_argument("--kv", default="f16", choices=("f16", "f32"))
+    parser.add_argument("--text", action="store_true", help="open the tokenizer too")
+    parser.add_argument("--out", help="a .jsonl file to append to")
+    given = parser.parse_args()
+    contexts = [int(n) for n in given.contexts.split(",")]
+    found = {Path(m).name: compare(m, contexts, given.kv, given.text) for m in given.models}
+    if given.out:
+        line = {"what": "memory", "machine": describe_machine(), "models": found}
+        with Path(given.out).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""The verb `describe`: what a model is, what it takes, and whether it fits here.
+
+Takes a `.myai` file, a Hugging Face folder or a hub id, and reads nothing but headers: of a hub id
+before any download. What is no `.myai` file yet is judged as it would be in a scheme: `nl4`, unless
+another is asked for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from chalot import machine, memory
+from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
+from chalot.errors import FormatError, SchemeError, UnsupportedError
+from chalot.formats import hub
+from chalot.formats.checkpoint import TensorInfo, open_checkpoint
+from chalot.formats.documents import parse_json
+from chalot.formats.files import quoted
+from chalot.formats.myai import MyaiFile
+from chalot.formats.names import hugging_face
+from chalot.kernels.backend import instruction_sets, open_backend
+from chalot.load import read_model_config
+from chalot.memory import Memory, Stored
+from chalot.model.config import ModelConfig, from_hugging_face
+from chalot.model.layers import KINDS, model_tensors
+from chalot.quant.packing import stored_bytes
+from chalot.quant.scheme import SCHEMES
+from chalot.sources import resolve
+from chalot.table import pairs, rows, size
+
+USUAL_CONTEXT = 1000  # tokens of a short conversation
+VECTOR = "f32"  # what vectors are stored as
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """A tensor by chalot's name: as the source has it, and as it is, or would be, computed with."""
+
+    name: str
+    kind: str  # of KINDS, or "vector"
+    shape: tuple[int, ...]
+    source_type: str
+    source_bytes: int
+    scheme: str
+    bytes: int
+    activation: int | None = None  # bits, of a coded matrix
+    error: float | None = None  # relative squared error against the source, where it is known
+
+
+@dataclass(frozen=True)
+class KindReport:
+    """All tensors of a kind."""
+
+    kind: str
+    tensors: int
+    weights: int
+    source_type: str
+    source_bytes: int
+    scheme: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the description comes from. Bytes are of weights' files, or of the whole `.myai`."""
+
+    form: str  # ".myai", "folder" or "hub"
+    bytes: int
+    download_bytes: int | None = None  # of a hub id: weights and documents
+    documents: tuple[str, ...] | None = None  # None: not known before a download
+    unused: tuple[str, ...] = ()  # tensors that the model does not need
+    made_from: str | None = None  # of a .myai file: the source's name, its digest, the command
+    digest: str | None = None
+    command: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Instruction sets, best first; the one that would be used here, and on how many threads."""
+
+    known: tuple[str, ...]
+    runs_here: tuple[str, ...]
+    chosen: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is. `bytes` and `bits_per_weight` are of tensors as they are computed with."""
+
+    source: str
+    origin: Origin
+    architecture: dict[str, Any]  # the fields of chalot.model.config.ModelConfig
+    parameters: int
+    bytes: int
+    file_bytes: int  # of the .myai file, or of the one that a conversion would write
+    bits_per_weight: float
+    kinds: tuple[KindReport, ...]
+    tensors: tuple[TensorReport, ...]
+    kernels: Kernels
+    memory_available: int | None
+    memory_at: tuple[Memory, ...] = ()
+
+    def memory(self, context: int, kv: str = "f16") -> Memory:
+        """Resident bytes of a process that has loaded the model and filled `context` tokens.
+
+        `kv` is the type of cached keys and values. Raises ContextError beyond the model's context.
+        """
+        config = msgspec.convert(self.architecture, ModelConfig)
+        stored = {
+            t.name: Stored(SCHEMES[t.scheme], (t.activation or 8) // 8)
+            for t in self.tensors
+            if len(t.shape) == 2
+        }
+        embedding = next(t.bytes for t in self.tensors if t.name == "embedding")
+        documents = self.origin.documents
+        text = documents is None or "tokenizer.json" in documents
+        return memory.estimate(config, stored, self.bytes, embedding, context, kv, text)
+
+    def fits(self, context: int) -> bool | None:
+        """Whether that fits what is free now, with the tokenizer; None where nobody knows."""
+        free = self.memory_available
+        return None if free is None else self.memory(context).total_with_text <= free
+
+
+def describe(
+    source: str | Path, scheme: str | None = None, context: int | None = None
+) -> Description:
+    """Describe a `.myai` file, a Hugging Face folder or a hub id.
+
+    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"); a `.myai` file has its
+    own. `memory_at` has 0, 1,000 and all positions, and `context` if it is given. Raises
+    FormatError, UnsupportedError, SchemeError, ContextError, HubError.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if scheme is not None:
+            raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")
+        found = _of_myai(path)
+    elif not path.exists() and isinstance(source, str) and hub.is_hub_id(source):
+        remote = hub.headers(source)
+        origin = Origin("hub", remote.weight_bytes, remote.download_bytes)
+        found = _of_checkpoint(source, origin, remote.tensors, remote.document, scheme)
+    else:
+        checkpoint = open_checkpoint(resolve(path))
+        try:
+            held = sum(info.nbytes for info in checkpoint.tensors.values())
+            documents = tuple(n for n in DOCUMENTS if (path / n).exists())
+            origin = Origin("folder", held, documents=documents)
+            found = _of_checkpoint(
+                str(source), origin, checkpoint.tensors, checkpoint.document, scheme
+            )
+        finally:
+            checkpoint.close()
+    full = found.architecture["context"]
+    wanted = {0, min(USUAL_CONTEXT, full), full} | (set() if context is None else {context})
+    shown = tuple(found.memory(n) for n in sorted(wanted))
+    return dataclasses.replace(found, memory_at=shown)
+
+
+def _of_myai(path: Path) -> Description:
+    file = MyaiFile(path)
+    try:
+        config = read_model_config(file)
+        manifest = file.manifest
+        tensors = []
+        for spec in model_tensors(config):
+            e = manifest.tensors[spec.name]
+            coded = SCHEMES[e.scheme].is_coded
+            here, bits = (e.scheme, e.extent.bytes), e.activation if coded else None
+            tensors.append(TensorReport(spec.name, spec.kind, e.shape, *here, *here, bits, e.error))
+        origin = Origin(
+            ".myai",
+            file.size,
+            documents=tuple(manifest.documents),
+            unused=tuple(manifest.tensors.keys() - {t.name for t in tensors}),
+            made_from=manifest.source.name,
+            digest=manifest.source.digest,
+            command=manifest.source.command,
+            version=manifest.source.version,
+        )
+        return _description(str(path), origin, config, tensors, file.size)
+    finally:
+        file.close()
+
+
+def _of_checkpoint(
+    source: str,
+    origin: Origin,
+    found: Mapping[str, TensorInfo],
+    document: Callable[[str], bytes | None],
+    scheme: str | None,
+) -> Description:
+    """A folder or a hub id. Raises FormatError where tensors contradict the configuration."""
+    schemes = parse_schemes(scheme or DEFAULT_SCHEME)
+    raw = document("config.json")
+    if raw is None:
+        raise FormatError(f"{source}: config.json is missing; is this a model's folder?")
+    parsed = parse_json(raw, f"{source}: config.json")
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{source}: config.json: expected an object")
+    config = from_hugging_face(parsed)
+    if config.layers > len(found):  # before anyone lists what they should have
+        raise FormatError(
+            f"{source}: config.json asks for {config.layers} layers; the checkpoint "
+            f"has {len(found)} tensors"
+        )
+    tensors = []
+    for spec in model_tensors(config):
+        name = hugging_face(spec.name)
+        info = found.get(name)
+        if info is None or info.shape != spec.shape:
+            has = "is missing" if info is None else f"has shape {info.shape}"
+            raise FormatError(f"{source}: tensor {name} {has}; config.json asks for {spec.shape}")
+        if info.dtype not in SCHEMES:
+            raise UnsupportedError(
+                f"{source}: tensor {name} is {info.dtype}; chalot reads bf16, f16 and f32: "
+                "use the model's original, not yet quantised checkpoint"
+            )
+        here = (spec.name, spec.kind, spec.shape, info.dtype, info.nbytes)
+        if spec.kind == "vector":
+            tensors.append(TensorReport(*here, VECTOR, spec.shape[0] * 4))
+        else:
+            s = schemes[spec.kind]
+            need = stored_bytes(s, spec.shape[0], spec.shape[1])
+            tensors.append(TensorReport(*here, str(s), need, 8 if s.is_coded else None))
+    needed = {hugging_face(t.name) for t in tensors}
+    origin = dataclasses.replace(origin, unused=tuple(sorted(found.keys() - needed)))
+    return _description(source, origin, config, tensors, planned_bytes(config, schemes))
+
+
+def _description(
+    source: str, origin: Origin, config: ModelConfig, tensors: list[TensorReport], file_bytes: int
+) -> Description:
+    parameters = sum(prod(t.shape) for t in tensors)
+    total = sum(t.bytes for t in tensors)
+    sets = instruction_sets()
+    backend = open_backend()
+    kernels = Kernels(
+        tuple(name for name, _ in sets),
+        tuple(name for name, runs in sets if runs),
+        backend.name,
+        backend.threads,
+    )
+    kinds = [_kind(kind, [t for t in tensors if t.kind == kind]) for kind in (*KINDS, "vector")]
+    return Description(
+        source,
+        origin,
+        msgspec.to_builtins(config),
+        parameters,
+        total,
+        file_bytes,
+        total * 8 / parameters,
+        tuple(k for k in kinds if k.tensors),
+        tuple(tensors),
+        kernels,
+        machine.memory_available(),
+    )
+
+
+def _kind(kind: str, tensors: list[TensorReport]) -> KindReport:
+    return KindReport(
+        kind,
+        len(tensors),
+        sum(prod(t.shape) for t in tensors),
+        _names(t.source_type for t in tensors),
+        sum(t.source_bytes for t in tensors),
+        _names(t.scheme for t in tensors),
+        sum(t.bytes for t in tensors),
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))
+
+
+# ---- as text
+
+
+def render(report: Description, verbose: bool = False) -> str:
+    """The report as text; with `verbose` every tensor."""
+    parts = [_facts(report), _kind_table(report), _memory_table(report)]
+    if verbose:
+        parts.insert(2, _tensor_table(report))
+    return "\n\n".join(parts)
+
+
+def _facts(report: Description) -> str:
+    a, o, k = report.architecture, report.origin, report.kernels
+    facts = [
+        ("source", f"{report.source} ({o.form}, {size(o.bytes)})"),
+        ("family", a["family"]),
+        ("parameters", f"{report.parameters:,}"),
+        ("layers", f"{a['layers']}, hidden {a['hidden']:,}, feed-forward {a['feed_forward']:,}"),
+        ("heads", f"{a['heads']} of {a['head_dim']}, {a['kv_heads']} of keys and values"),
+        ("vocabulary", f"{a['vocabulary']:,}{', tied' if a['tied'] else ''}"),
+        ("context", f"{a['context']:,} tokens"),
+        ("weights", f"{size(report.bytes)}, {report.bits_per_weight:.2f} bits each"),
+    ]
+    if o.form != ".myai":
+        facts.append(("converted", f"about {size(report.file_bytes)} with these schemes"))
+    if o.download_bytes is not None:
+        facts.append(("download", size(o.download_bytes)))
+    if o.made_from is not None:
+        facts.append(("made from", f"{quoted(o.made_from)}, weights {(o.digest or '')[:16]}"))
+        facts.append(("made by", f"chalot {o.version}: {quoted(o.command, 200)}"))
+    if o.documents is not None:
+        facts.append(("documents", ", ".join(o.documents) or "none: token ids only"))
+    if o.unused:
+        first = ", ".join(quoted(name) for name in o.unused[:3])
+        more = f" and {len(o.unused) - 3} more" if len(o.unused) > 3 else ""
+        facts.append(("not used", f"{first}{more}"))
+    others = [name for name in k.runs_here if name != k.chosen]
+    facts.append(("kernels", f"{k.chosen} on {k.threads} threads; also run: {', '.join(others)}"))
+    return pairs(facts)
+
+
+def _kind_table(report: Description) -> str:
+    converted = report.origin.form == ".myai"
+    head = ["kind", "tensors", "weights", "stored as", "bytes"]
+    table = [head if converted else [*head, "becomes", "bytes"]]
+    for k in report.kinds:
+        row = [k.kind, str(k.tensors), f"{k.weights:,}", k.source_type, f"{k.source_bytes:,}"]
+        table.append(row if converted else [*row, k.scheme, f"{k.bytes:,}"])
+    return rows(table)
+
+
+def _tensor_table(report: Description) -> str:
+    table = [["tensor", "shape", "stored as", "scheme", "bytes", "activations", "error"]]
+    for t in report.tensors:
+        shape = " x ".join(str(n) for n in t.shape)
+        bits = "-" if t.activation is None else str(t.activation)
+        error = "-" if t.error is None else f"{t.error:.2g}"
+        table.append([t.name, shape, t.source_type, t.scheme, f"{t.bytes:,}", bits, error])
+    return rows(table)
+
+
+def _memory_table(report: Description) -> str:
+    head = ["memory at", "weights", "cache", "working set", "tokenizer", "in all", "fits here"]
+    table, free = [head], report.memory_available
+    for m in report.memory_at:
+        fits = "unknown" if free is None else "yes" if m.total_with_text <= free else "no"
+        parts = (m.weights - m.unread, m.cache, m.buffers + m.baseline, m.tokenizer)
+        cells = [size(n) for n in (*parts, m.total_with_text)]
+        table.append([f"{m.context:,} tokens", *cells, fits])
+    known = "unknown" if free is None else f"{size(free)} are free"
+    return (
+        f"{rows(table)}\n{known}. Weights are mapped: other processes share them. Token ids alone "
+        "need no tokenizer."
+    )

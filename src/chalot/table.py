@@ -1,0 +1,30 @@
+"""Reports as plain text: columns under their headings, and sizes as people say them."""
+
+
+def rows(table: list[list[str]]) -> str:
+    """Columns under their headings: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = []
+    for n, row in enumerate(table):
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if n == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def pairs(table: list[tuple[str, str]]) -> str:
+    """One fact a line, its name in front."""
+    width = max(len(name) for name, _ in table)
+    return "\n".join(f"{name.ljust(width)}  {value}".rstrip() for name, value in table)
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: 271,158,379 -> "271.2 MB"."""
+    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= of:
+            return f"{count / of:,.1f} {unit}"
+    return f"{count} bytes"

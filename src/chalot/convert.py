@@ -119,6 +119,23 @@ def check_shapes(config: ModelConfig, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name} has shape {found.shape}, "
                 f"config.json asks for {spec.shape}"
             )
+    if config.tied and hugging_face("head") in checkpoint.tensors:
+        check_tied_head(checkpoint)
+
+
+def check_tied_head(checkpoint: Checkpoint) -> None:
+    """Raise FormatError if a head that should be the embedding is stored, and differs from it."""
+    tied, head = (checkpoint.tensors[hugging_face(n)] for n in ("embedding", "head"))
+    same, rows = tied.shape == head.shape, tied.shape[0]
+    size = max(1, RUN // tied.shape[1])
+    for first in range(0, rows, size) if same else ():
+        a, b = (checkpoint.float32(t.name, first, min(first + size, rows)) for t in (tied, head))
+        same = same and np.array_equal(a, b)
+    if not same:
+        raise FormatError(
+            f"{checkpoint.path}: {head.name} differs from {tied.name}, to which config.json ties "
+            "it; set tie_word_embeddings to false to use it, or take the tensor out"
+        )
 
 
 def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
@@ -225,7 +242,7 @@ class Conversion:
             self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
             for n in ("key", "value", "output", "gate", "up", "down")
         )
-        return SCHEMES[dtype if same else "f32"]
+        return SCHEMES[dtype if same and dtype in SCHEMES else "f32"]
 
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())

@@ -76,6 +76,10 @@ FAMILIES = {
     "llama": Family("attention_bias", "attention_bias", "mlp_bias"),
     "qwen2": Family(True),
 }
+ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("original_max_position_embeddings", "partial_rotary_factor"),
+}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -136,18 +140,27 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, from `rope_parameters` or the older `rope_theta`, `rope_scaling`."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Theta and scaling, from `rope_parameters` or the older `rope_theta`, `rope_scaling`.
+
+    Where a configuration has both, the older one holds, as it does in transformers.
+    """
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise ValueError("rope_scaling is no object")
     theta = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    if kind not in ("default", "llama3"):
         raise UnsupportedError(
             f"config.json: rope scaling {kind!r} is not known; known: default, llama3"
         )
+    for key in sorted(found.keys() - ROPE_KEYS):
+        if found[key] is not None:
+            raise UnsupportedError(f"config.json: rope setting {key!r} is not known")
+    part = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part is not None and float(part) != 1:
+        raise UnsupportedError(f"config.json: partial_rotary_factor {part} cannot be run; only 1")
+    if kind == "default":
+        return theta, None
     return theta, {
         "factor": float(found["factor"]),
         "low_freq_factor": float(found["low_freq_factor"]),

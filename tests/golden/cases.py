@@ -1,0 +1,265 @@
+"""Tiny random checkpoints as data: Hugging Face folders made again, byte for byte, from a seed.
+
+Weights are sums of whole random numbers, rounded to the stored type, so that they need not be kept:
+the golden files hold only logits and a digest of the folder they belong to. numpy only; tensor
+names and shapes are written out here a second time, as a check of chalot's own.
+
+Norm weights vary, biases are large and scores are spread wide, so that an error in any of them
+shows in the logits. It is the function that is compared: the models have learnt nothing.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEW_TOKENS = 24  # that follow the text greedily
+PAGE = 256  # positions that chalot's cache keeps together
+
+
+def qwen2(**changes: Any) -> dict[str, Any]:
+    """A config.json as Qwen2 and Qwen2.5 ship it."""
+    usual = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "max_position_embeddings": 1024,
+        "max_window_layers": 2,
+        "model_type": "qwen2",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "sliding_window": 128,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 512,
+    }
+    return usual | changes
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    """A config.json as Llama 2 and 3 ship it."""
+    usual = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_act": "silu",
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "max_position_embeddings": 1024,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 6,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 3,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 512,
+    }
+    return usual | changes
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint: its config.json, how its tensors are stored, and how long the text is."""
+
+    name: str
+    config: dict[str, Any]
+    stored: str = "bf16"  # of matrices: bf16, f16 or f32; chalot's scheme that loses nothing too
+    vectors: str = ""  # of norm weights and biases; the same if empty
+    shards: int = 1
+    tokens: int = 70
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions whose logits are recorded: both ends, between, and where cache pages meet."""
+        last = self.tokens + NEW_TOKENS - 1
+        wanted = {0, 1, 7, 23, 40, 69, self.tokens - 1, last, PAGE - 1, PAGE, PAGE + 1}
+        return sorted(p for p in wanted if p <= last)
+
+
+ODD = {"hidden_size": 320, "num_attention_heads": 5, "num_key_value_heads": 1} | {
+    "intermediate_size": 200,
+    "vocab_size": 1003,
+    "tie_word_embeddings": False,
+}
+# Of 32 or 24 frequencies some are kept, some mixed, some divided.
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | {
+    "original_max_position_embeddings": 128
+}
+OLD = {"rope_theta": 500000.0, "rope_scaling": SCALING | {"rope_type": "llama3"}}
+OLDER = {"rope_scaling": SCALING | {"type": "llama3", "factor": 32.0}}
+NEW = {"rope_parameters": SCALING | {"rope_type": "llama3", "rope_theta": 500000.0}}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The configuration, these keys left to the family's defaults."""
+    return {k: v for k, v in config.items() if k not in keys}
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("qwen2", qwen2(num_hidden_layers=3)),
+        Case("qwen2-odd", qwen2(**ODD)),
+        Case("qwen2-odd-48", qwen2(**ODD, head_dim=48), "f16"),
+        Case("qwen2-long", qwen2(rope_theta=10000.0), "f32", tokens=300),
+        Case(
+            "qwen2-new",
+            without(
+                qwen2(rope_parameters={"rope_type": "default", "rope_theta": 5e4}), "rope_theta"
+            ),
+            vectors="f32",
+        ),
+        Case("llama", llama(), shards=3),
+        Case("llama-tied", llama(tie_word_embeddings=True, num_key_value_heads=6), "f32"),
+        Case("llama3", llama(**OLD, num_attention_heads=3, head_dim=64), tokens=300),
+        Case("llama3-older", llama(**OLDER, head_dim=48), "f16", vectors="f32"),
+        Case(
+            "llama3-new",
+            without(llama(**NEW, head_dim=48, tie_word_embeddings=True), "rope_theta"),
+            "f32",
+            tokens=300,
+        ),
+        Case("llama-biases", llama(**BIASES, head_dim=32), "f16", shards=2),
+        Case("llama-gelu", llama(hidden_act="gelu_pytorch_tanh", rms_norm_eps=0.01), "f32"),
+        Case(
+            "llama-defaults",
+            without(llama(**BIASES), "num_key_value_heads", "rope_theta", "rms_norm_eps"),
+        ),
+    )
+}
+
+
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the checkpoint: name to shape."""
+    hidden, inner, heads = (
+        config[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads")
+    )
+    size = config.get("head_dim", hidden // heads)
+    keys = config.get("num_key_value_heads", heads) * size
+    qwen = config["model_type"] == "qwen2"
+    biased = {"q_proj", "k_proj", "v_proj"} if qwen or config["attention_bias"] else set()
+    if not qwen and config["attention_bias"]:
+        biased.add("o_proj")
+    if not qwen and config["mlp_bias"]:
+        biased |= {"gate_proj", "up_proj", "down_proj"}
+    attention = {"q_proj": (heads * size, hidden), "k_proj": (keys, hidden)}
+    attention |= {"v_proj": (keys, hidden), "o_proj": (hidden, heads * size)}
+    feed = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        out[at + "input_layernorm.weight"] = out[at + "post_attention_layernorm.weight"] = (hidden,)
+        for part, matrices in (("self_attn", attention), ("mlp", feed)):
+            for name, shape in matrices.items():
+                out[f"{at}{part}.{name}.weight"] = shape
+                if name in biased:
+                    out[f"{at}{part}.{name}.bias"] = shape[:1]
+    out["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        out["lm_head.weight"] = (config["vocab_size"], hidden)
+    return out
+
+
+def weights(case: Case, name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """About normal: sums of four whole numbers, a deviation of 1182, scaled and rounded once."""
+    key = zlib.crc32(f"{case.name}/{name}".encode())
+    rng = np.random.Generator(np.random.Philox(key=[seed, key]))
+    bell = rng.integers(-(2**10), 2**10, (4, *shape)).sum(axis=0) / 1182
+    if len(shape) == 2:
+        return (bell * (1.5 / math.sqrt(shape[1]))).astype(np.float32)
+    return (bell * 0.5 + (1 if "norm" in name else 0)).astype(np.float32)
+
+
+def stored_bytes(values: NDArray[np.float32], stored: str) -> bytes:
+    """Little-endian bytes; bf16 is the upper half of a float32, rounded to nearest even."""
+    if stored != "bf16":
+        return values.astype({"f16": "<f2", "f32": "<f4"}[stored]).tobytes()
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+
+
+@dataclass
+class Shard:
+    """A safetensors file on its way: 8 bytes of header size, header in JSON, tensors."""
+
+    header: dict[str, Any] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
+    data: bytearray = field(default_factory=bytearray)
+
+    def add(self, name: str, values: NDArray[np.float32], stored: str) -> None:
+        """Append a tensor."""
+        begin = len(self.data)
+        self.data += stored_bytes(values, stored)
+        self.header[name] = {
+            "dtype": stored.upper(),
+            "shape": list(values.shape),
+            "data_offsets": [begin, len(self.data)],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        text = json.dumps(self.header).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + self.data)
+
+
+def write_folder(case: Case, seed: int, folder: Path) -> Path:
+    """Write the case's checkpoint, sharded with an index if it asks for that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(case.config, indent=1))
+    names = ["model.safetensors"]
+    if case.shards > 1:
+        names = [f"model-{i + 1:05}-of-{case.shards:05}.safetensors" for i in range(case.shards)]
+    shards = {name: Shard() for name in names}
+    weight_map = {}
+    for i, (name, shape) in enumerate(shapes(case.config).items()):
+        file = names[i % case.shards]  # a layer's tensors lie in different files
+        stored = case.stored if len(shape) == 2 else case.vectors or case.stored
+        shards[file].add(name, weights(case, name, shape, seed), stored)
+        weight_map[name] = file
+    for file, shard in shards.items():
+        shard.write(folder / file)
+    if case.shards > 1:
+        size = sum(len(s.data) for s in shards.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def prompt(case: Case, seed: int) -> list[int]:
+    """The case's token ids, some of them twice."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(case.name.encode())]))
+    return rng.integers(0, case.config["vocab_size"], case.tokens).tolist()
+
+
+def digest(folder: Path) -> str:
+    """What tells one folder's content from another's."""
+    out = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        out.update(path.name.encode() + b"\0" + path.read_bytes())
+    return out.hexdigest()
+
+
+def golden(case: Case) -> Path:
+    """Where the recorded logits lie."""
+    return Path(__file__).parent / f"{case.name}.npz"

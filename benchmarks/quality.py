@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from machine import provenance
-
 from chalot.convert import Conversion, convert
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
+from machine import provenance
 
 # name -> (scheme, forced activation bits, calibrated)
 FORMS: dict[str, tuple[str, int | None, bool]] = {

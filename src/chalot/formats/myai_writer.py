@@ -40,14 +40,17 @@ class MyaiWriter:
     def __init__(self, path: Path) -> None:
         """Raises OutputError if the place cannot be written or another process is writing it."""
         self.path = path
-        self.partial = path.with_name(f".{path.name}.partial")
         self.tensors: dict[str, TensorEntry] = {}
         self.documents: dict[str, Extent] = {}
         self.constants: dict[str, Extent] = {}
-        if path.is_dir():
-            raise OutputError(f"{path}: is a directory; expected a file name such as model.myai")
+        self.at = HEADER
         try:
-            self.descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+            if path.is_dir():
+                raise OutputError(f"{path}: is a directory; expected a file name like model.myai")
+            self.partial = path.with_name(f".{path.name}.partial")
+            # a link that someone planted there is not followed
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            self.descriptor = os.open(self.partial, flags, 0o644)
         except OSError as error:
             raise self.failed(error) from None
         self._lock()
@@ -55,8 +58,8 @@ class MyaiWriter:
             os.ftruncate(self.descriptor, 0)
             os.lseek(self.descriptor, HEADER, os.SEEK_SET)
         except OSError as error:
+            self.__exit__()
             raise self.failed(error) from None
-        self.at = HEADER
 
     def _lock(self) -> None:
         if fcntl is None:

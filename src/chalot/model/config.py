@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from chalot.errors import FormatError, UnsupportedError
 
 LARGEST = 1 << 24  # of any dimension; products of three stay far below 2^63 in Python
+MOST_LAYERS = 4096  # a list of their tensors stays small
 
 
 class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,6 +26,15 @@ class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise ValueError(f"rope scaling by {self.factor}; expected a positive number")
+        if not (math.isfinite(high) and 0 < low < high):
+            raise ValueError(f"rope scaling from {low} to {high}; expected 0 < low < high")
+        if not 1 <= self.original_context <= LARGEST:
+            raise ValueError(f"rope scaling of a context of {self.original_context} tokens")
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,8 +62,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary")
         for name in (*sizes, "context"):
             value = getattr(self, name)
-            if not 1 <= value <= LARGEST:
-                raise ValueError(f"{name} is {value}; expected 1 to {LARGEST}")
+            most = MOST_LAYERS if name == "layers" else LARGEST
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} is {value}; expected 1 to {most}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         if self.head_dim % 2 or self.head_dim > 1024:
@@ -106,7 +117,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
         return bool(config.get(source, False)) if isinstance(source, str) else source
 
     activation = config.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UnsupportedError(
             f"config.json: activation {activation!r} is not known; known: {', '.join(ACTIVATIONS)}"
         )

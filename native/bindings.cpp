@@ -161,9 +161,17 @@ struct Model {
     expect(ids.ndim() == 1 && positions.size() == ids.size() && sequence.size() == ids.size(), "batch: sizes differ");
     expect(pages.ndim() == 2, "batch: pages must be (sequences, pages)");
     expect(rows.ndim() == 1 && logits.size() == rows.size() * size_t(program.vocabulary()), "batch: logits size");
-    Batch b{int(ids.size()),  int(pages.shape(0)), int(pages.shape(1)), int(rows.size()),
-            ids.data(),       positions.data(),    sequence.data(),     pages.data(),
-            rows.data(),      arena.data(),        arena.size() / program.cache().page_bytes(),
+    Batch b{int(ids.size()),
+            int(pages.shape(0)),
+            int(pages.shape(1)),
+            int(rows.size()),
+            ids.data(),
+            positions.data(),
+            sequence.data(),
+            pages.data(),
+            rows.data(),
+            arena.data(),
+            arena.size() / program.cache().page_bytes(),
             logits.data()};
     nb::gil_scoped_release release;
     std::scoped_lock lock(busy, machine.busy);

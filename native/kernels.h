@@ -6,10 +6,10 @@
 
 namespace chalot {
 
-constexpr int kPanel = 16;   // rows stored together
-constexpr int kGroup = 32;   // columns that share a level
-constexpr int kBlock = 128;  // columns that share an activation scale
-constexpr int kPage = 256;   // positions of a cache page
+constexpr int kPanel = 16;       // rows stored together
+constexpr int kGroup = 32;       // columns that share a level
+constexpr int kBlock = 128;      // columns that share an activation scale
+constexpr int kPage = 256;       // positions of a cache page
 constexpr int kPlaneStep = 128;  // a 16-bit activation is kPlaneStep * first plane + second plane
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

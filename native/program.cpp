@@ -18,8 +18,7 @@ constexpr int kMaxHead = 1024;
 
 // Operations whose work is split over tokens: between two of them no thread needs another's result.
 bool by_token(OpKind k) {
-  return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate ||
-         k == OpKind::restore;
+  return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate || k == OpKind::restore;
 }
 
 // sin and cos of a float32 angle, in double, rounded to float32: pi / 2 in three parts (33 + 33 + 53 bits), so that
@@ -28,10 +27,18 @@ void sine_cosine(float angle, float& s, float& c) {
   double a = angle, n = std::nearbyint(a * 0.63661977236758134308);
   double r = ((a - n * 1.5707963267341256e+00) - n * 6.0771005063039660e-11) - n * 2.0222662487959506e-21;
   double x = r * r;
-  double sp = ((((((-1.0 / 1307674368000) * x + 1.0 / 6227020800) * x - 1.0 / 39916800) * x + 1.0 / 362880) * x -
-                1.0 / 5040) * x + 1.0 / 120) * x - 1.0 / 6;
+  double sp =
+      ((((((-1.0 / 1307674368000) * x + 1.0 / 6227020800) * x - 1.0 / 39916800) * x + 1.0 / 362880) * x - 1.0 / 5040) *
+           x +
+       1.0 / 120) *
+          x -
+      1.0 / 6;
   double cp = ((((((1.0 / 20922789888000) * x - 1.0 / 87178291200) * x + 1.0 / 479001600) * x - 1.0 / 3628800) * x +
-                1.0 / 40320) * x - 1.0 / 720) * x + 1.0 / 24;
+                1.0 / 40320) *
+                   x -
+               1.0 / 720) *
+                  x +
+              1.0 / 24;
   double sine = r + r * x * sp, cosine = 1.0 - x * 0.5 + x * x * cp;
   int quarter = int(int64_t(n) & 3);
   double s4[4] = {sine, cosine, -sine, -cosine}, c4[4] = {cosine, -sine, -cosine, sine};
@@ -325,7 +332,8 @@ void Program::attend(const Kernels& k, const Op& op, const Batch& batch, int id,
     const int32_t* pages = batch.pages + size_t(batch.sequence[t]) * batch.pages_a_sequence;
     for (int p = 0; p <= batch.positions[t] / kPage; p++) {
       const uint8_t* base = batch.arena + size_t(pages[p]) * cache_.page_bytes();
-      Page page{cache_.type, base + cache_.offset(op.layer, kv, false), base + cache_.offset(op.layer, kv, true), stride};
+      Page page{cache_.type, base + cache_.offset(op.layer, kv, false), base + cache_.offset(op.layer, kv, true),
+                stride};
       int count = batch.positions[t] + 1 - p * kPage;
       k.attend(page, query, count < kPage ? count : kPage, so_far);
     }

@@ -77,7 +77,8 @@ class Buffer {  // 64-byte aligned, zeroed, grows only
 class Program {
  public:
   // Throws std::invalid_argument where an operation does not fit its slots or matrices.
-  Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads, std::vector<float> inverse_frequency);
+  Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
+          std::vector<float> inverse_frequency);
   // Throws std::out_of_range where the batch does not fit the program or the cache.
   void run(const Kernels& kernels, Pool& pool, const Batch& batch);
   // Copies (tokens, width) numbers that the last batch left in a slot.

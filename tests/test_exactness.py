@@ -1,4 +1,4 @@
-"""The exactness contract: equal hashes of logits, whatever computes them and however tokens arrive."""
+"""The exactness contract: equal hashes of logits, whatever computes them, however fed."""
 
 import hashlib
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ class Reader:
         magic, version = struct.unpack_from("<2I", self.data, 0)
         assert (magic, version) == (0x4D594149, 3)
         offset, size, whole = struct.unpack_from("<3Q", self.data, 64)
-        assert whole == len(self.data) and 256 <= offset and size <= 64_000_000
+        assert whole == len(self.data) and offset >= 256 and size <= 64_000_000
         assert offset % 64 == 0 and offset + size <= whole
         raw = self.data[offset : offset + size]
         assert hashlib.sha256(raw).digest() == self.data[88:120]

@@ -1,4 +1,4 @@
-"""Laws of quant/: packing undoes itself, names parse to what printed them, errors stay within their bounds."""
+"""Laws of quant/: packing undoes itself, names parse, errors stay within their bounds."""
 
 import numpy as np
 import pytest

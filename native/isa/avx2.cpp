@@ -43,7 +43,8 @@ inline F zero_below(F v, F x, F bound) {
           _mm256_andnot_ps(_mm256_cmp_ps(x.b, bound.b, _CMP_LT_OQ), v.b)};
 }
 inline F load_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline __m256 widen(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -162,6 +163,6 @@ bool runs() { return has_avx2(); }
 #include "loops.h"
 
 namespace chalot {
-extern const Kernels avx2_kernels = {"avx2", runs, exp_all, rms_norm, rotate, gate,  quantize,
-                                     row,    product,   dense,   store_cached, attend, encode};
+extern const Kernels avx2_kernels = {"avx2", runs,    exp_all, rms_norm,     rotate, gate,  quantize,
+                                     row,    product, dense,   store_cached, attend, encode};
 }

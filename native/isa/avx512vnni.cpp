@@ -101,7 +101,8 @@ inline void dot(const uint8_t* block, int groups, const int8_t* tables, const in
   const uint8_t* levels = block + groups * 256;
   for (int g = 0; g < groups; g++) {
     const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
-    for (int line = 0; line < Coder::group_bytes; line += 64) _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_T0);
+    for (int line = 0; line < Coder::group_bytes; line += 64)
+      _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_T0);
     I x0[N], x1[N];
     for (int s = 0; s < N; s++) {
       x0[s] = broadcast(x + size_t(s) * stride + g * kGroup);
@@ -119,8 +120,7 @@ inline void dot(const uint8_t* block, int groups, const int8_t* tables, const in
         w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low));
         w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
       }
-      for (int s = 0; s < N; s++)
-        acc[s][j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[s][j], w0, x0[s]), w1, x1[s]);
+      for (int s = 0; s < N; s++) acc[s][j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[s][j], w0, x0[s]), w1, x1[s]);
     }
   }
   for (int s = 0; s < N; s++)
@@ -133,7 +133,6 @@ bool runs() { return has_avx512vnni(); }
 #include "loops.h"
 
 namespace chalot {
-extern const Kernels avx512vnni_kernels = {
-    "avx512vnni", runs, exp_all, rms_norm, rotate, gate,  quantize,
-    row,          product,   dense,   store_cached, attend, encode};
+extern const Kernels avx512vnni_kernels = {"avx512vnni", runs,    exp_all, rms_norm,     rotate, gate,  quantize,
+                                           row,          product, dense,   store_cached, attend, encode};
 }

@@ -337,8 +337,7 @@ void attend_to(const Page& page, const float* query, int count, Gathered& g) {
   g.largest = largest_of_both;
   for (int d = 0; d < page.stride; d += 16) {
     F o = zero();
-    for (int j = 0; j < count; j++)
-      o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
+    for (int j = 0; j < count; j++) o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
     store(g.out + d, fma(load(g.out + d), before, mul(o, here)));
   }
 }

@@ -156,7 +156,6 @@ bool runs() { return true; }
 #include "loops.h"
 
 namespace chalot {
-extern const Kernels scalar_kernels = {
-    "scalar", runs, exp_all, rms_norm, rotate, gate,  quantize,
-    row,      product,             dense,   store_cached, attend, encode};
+extern const Kernels scalar_kernels = {"scalar", runs,    exp_all, rms_norm,     rotate, gate,  quantize,
+                                       row,      product, dense,   store_cached, attend, encode};
 }

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a checkpoint: names, shapes, floats and a few small documents.
+"""What the rest of the package knows of a checkpoint: names, shapes, floats, small documents.
 
 A reader of another format implements `Checkpoint` and adds one line to `open_checkpoint`.
 """
@@ -23,7 +23,7 @@ class TensorInfo(NamedTuple):
 
 
 class Checkpoint(Protocol):
-    """A model's weights and documents, opened and checked; nothing is read before it is asked for."""
+    """A model's weights and documents, opened and checked; read when asked for."""
 
     path: Path
 
@@ -32,13 +32,13 @@ class Checkpoint(Protocol):
         """Every tensor of the checkpoint by its own name."""
 
     def raw(self, name: str) -> NDArray[Any]:
-        """The stored values as a mapped, read-only view: uint16 bits for bf16, else float16 or float32."""
+        """Stored values as a mapped, read-only view: uint16 bits for bf16, else floats."""
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Rows `first:last` of a tensor as float32. Raises FormatError if the name is not there."""
 
     def document(self, name: str) -> bytes | None:
-        """A small file that belongs to the checkpoint ("config.json", "tokenizer.json", ...), if there."""
+        """A small file of the checkpoint ("config.json", "tokenizer.json", ...), if there."""
 
     def check_unchanged(self) -> None:
         """Raise FormatError if a file changed size or date since it was opened."""

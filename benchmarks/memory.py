@@ -51,7 +51,8 @@ def compare(path: str, contexts: list[int], kv: str, text: bool) -> list[dict[st
             pass
     report = chalot.describe(path)
     out = []
-    for context in contexts:
+    full = report.architecture["context"]
+    for context in sorted({min(n, full) for n in contexts}):
         said = report.memory(context, kv)
         predicted = said.total_with_text if text else said.total
         found = measured(path, context, kv, text)
@@ -67,7 +68,7 @@ def compare(path: str, contexts: list[int], kv: str, text: bool) -> list[dict[st
 
 def main() -> None:
     """Print the table, and append a line to --out."""
-    from machine import describe_machine
+    from machine import describe_machine, provenance
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
@@ -79,7 +80,9 @@ def main() -> None:
     contexts = [int(n) for n in given.contexts.split(",")]
     found = {Path(m).name: compare(m, contexts, given.kv, given.text) for m in given.models}
     if given.out:
-        line = {"what": "memory", "machine": describe_machine(), "models": found}
+        names = [Path(a).name if a in given.models else a for a in sys.argv[1:]]
+        made = provenance(names, ("--out",))
+        line = {"what": "memory", **made, "machine": describe_machine(), "models": found}
         with Path(given.out).open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -33,7 +33,7 @@ from chalot.quant.packing import Matrix
 from chalot.quant.scheme import BLOCK, PANEL, Scheme, round_up
 
 SYSTEM_PAGE = 4096
-NEIGHBOURS = 65536  # bytes of a file that the system maps around the one that is read
+NEIGHBOURS = 131_072  # bytes mapped around one that is read: measured 64 kB to 2 MB, by page cache
 IMPORTED = 35_000_000  # bytes; where it cannot be measured. CPython 3.11, numpy 2.4, x86-64 Linux
 FIRST_STEP = 3_500_000  # bytes of code and objects that the first token brings in
 LOGIT_BYTES = 12  # of each token of the vocabulary: the logit, and its place while sampling

@@ -216,6 +216,7 @@ def test_targets_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
         tmp_path / "no" / "such" / "folder.myai",
         tmp_path / "file" / "x.myai",
         tmp_path / ("n" * 300),
+        tmp_path / "zero\0byte",
         Path("/proc/x.myai"),
         Path("/sys/x.myai"),
     ]
@@ -223,6 +224,17 @@ def test_targets_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
         with pytest.raises((OutputError, LimitError)):  # /proc has no room at all
             chalot.convert(source, target)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_other_files_are_not_replaced(source: Path, tmp_path: Path) -> None:
+    """Least of all the weights that are being read."""
+    copy = checkpoint(tmp_path / "copy")
+    os.mkfifo(tmp_path / "pipe")
+    for target in (copy / "model.safetensors", copy / "config.json", tmp_path / "pipe"):
+        with pytest.raises(OutputError, match="no .myai file"):
+            chalot.convert(copy, target)
+    for name in ("model.safetensors", "config.json"):
+        assert (copy / name).read_bytes() == (source / name).read_bytes()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

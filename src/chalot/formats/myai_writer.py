@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from chalot.errors import OutputError
 from chalot.formats.myai import (
     HEADER,
+    MAGIC,
     VERSION,
     Extent,
     Manifest,
@@ -34,6 +35,17 @@ except ImportError:  # Windows: no lock, the last writer wins
     fcntl = None  # type: ignore[assignment]
 
 
+def is_other_file(path: Path) -> bool:
+    """Whether `path` holds something that is no `.myai` file: the source's own weights, say."""
+    if not path.exists():
+        return False
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        begin = file.read(4)
+    return begin not in (b"", MAGIC.to_bytes(4, "little"))
+
+
 class MyaiWriter:
     """Collects extents; `finish` makes the file appear. Leaving the block without it drops all."""
 
@@ -47,11 +59,15 @@ class MyaiWriter:
         try:
             if path.is_dir():
                 raise OutputError(f"{path}: is a directory; expected a file name like model.myai")
+            if is_other_file(path):
+                raise OutputError(
+                    f"{path}: is there, and is no .myai file; choose another name, or remove it"
+                )
             self.partial = path.with_name(f".{path.name}.partial")
             # a link that someone planted there is not followed
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             self.descriptor = os.open(self.partial, flags, 0o644)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
             raise self.failed(error) from None
         self._lock()
         try:
@@ -81,9 +97,9 @@ class MyaiWriter:
             os.close(self.descriptor)
             raise busy
 
-    def failed(self, error: OSError) -> OutputError:
+    def failed(self, error: Exception) -> OutputError:
         """The error a user sees when the system refuses to write."""
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         return OutputError(
             f"{self.path}: cannot be written ({reason}); nothing was left under that name. "
             "Free some space, or choose another place"

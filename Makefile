@@ -24,7 +24,7 @@ demo: $(VENV)/.package
 	@$(VENV)/bin/chalot demo
 
 test: $(VENV)/.package $(VENV)/.extra-test
-	@$(PY) -m pytest -rs $(TESTS)
+	@$(PY) -m pytest -rsfE $(TESTS)
 
 lint: $(VENV)/.extra-dev
 	@$(PY) -m ruff check .

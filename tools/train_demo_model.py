@@ -1,5 +1,6 @@
 """Trains the bundled demo model: a Qwen2 that has read the Python standard library.
 
+    export OMP_WAIT_POLICY=passive GLIBC_TUNABLES=glibc.malloc.mmap_max=0
     python tools/train_demo_model.py OUT_FOLDER [--minutes 36]
 
 The whole recipe, tokenizer to README, for two CPU cores in under an hour. The schedule follows the
@@ -8,10 +9,10 @@ learning rate. So a rerun gives a model of the same kind, not the same bits. A c
 every few minutes; the last one is the result.
 
 Choices: windows of 512 tokens, every fourth batch of 1,024, because longer ones cost a third more;
-one window in eight of the short batches is chat. Muon for the matrices (arXiv 2502.16982, scaled to
-AdamW's update size), AdamW for the rest; a constant rate, then a straight fall to zero. No
-torch.compile: it took minutes and gave no faster steps on two cores. With glibc, set
-GLIBC_TUNABLES=glibc.malloc.mmap_max=0: freed tensors are then kept instead of faulted in anew.
+one window in eight is chat; small batches, because tokens are scarce and not steps. Muon for the
+matrices (arXiv 2502.16982, scaled to AdamW's update size), AdamW for the rest; a constant rate,
+then a straight fall to zero. The first setting above keeps threads from burning a core that other
+work wants (a threefold difference on a busy machine), the second keeps freed tensors' pages.
 """
 
 import argparse
@@ -37,9 +38,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import demo_corpus
 
 VOCABULARY, CONTEXT, WINDOW = 4096, 1024, 512
-BATCH, CHAT_ROWS, CHAT_ROUNDS = 8, 1, 3  # windows a step, of which chat; chats an entry
+BATCH, CHAT_SHARE, CHAT_ROUNDS = 4, 0.125, 3  # windows a step, share of chat, chats an entry
 PEAK_RATE, WARMUP_STEPS = 3e-3, 60
-DECAY_FROM = 0.55  # share of the time from which the rate falls
+DECAY_FROM = 0.5  # share of the time from which the rate falls
+BIAS_SCALE = 3.0  # of the rate: key biases of real models are large, these have little time to grow
 WEIGHT_DECAY, SEED = 0.1, 0
 CHECKPOINT_SECONDS = 300.0
 
@@ -132,20 +134,17 @@ def build_model() -> Qwen2ForCausalLM:
 
 
 def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    inner, table, small = [], [], []
+    inner, table, norms, biases = [], [], [], []
     for name, parameter in model.named_parameters():
+        small = biases if name.endswith("bias") else norms
         (small if parameter.ndim < 2 else table if "embed" in name else inner).append(parameter)
-    return [
-        torch.optim.Muon(
-            inner, lr=PEAK_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(
-            [{"params": table, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}],
-            lr=PEAK_RATE,
-            betas=(0.9, 0.95),
-            fused=True,
-        ),
+    groups = [
+        {"params": table, "weight_decay": 0.01},
+        {"params": norms, "weight_decay": 0.0},
+        {"params": biases, "weight_decay": 0.0, "scale": BIAS_SCALE},
     ]
+    muon = torch.optim.Muon(inner, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 def rate(step: int, progress: float) -> float:
@@ -243,11 +242,9 @@ def batches(
     }
     for step in itertools.count():
         size = CONTEXT if step % 4 == 3 else WINDOW
-        rows, chat_rows = BATCH * WINDOW // size, CHAT_ROWS * WINDOW // size
         sources, talks = streams[size]
-        picked = [next(talks) for _ in range(chat_rows)]
-        picked += [next(sources) for _ in range(rows - chat_rows)]
-        yield torch.stack(picked)
+        is_chat = rng.random(BATCH * WINDOW // size) < CHAT_SHARE
+        yield torch.stack([next(talks if chat else sources) for chat in is_chat])
 
 
 @dataclass
@@ -273,7 +270,7 @@ def train(
     while (progress := (time.monotonic() - begin) / (60 * minutes)) < 1.0:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, progress)
+                group["lr"] = rate(step, progress) * group.get("scale", 1.0)
             optimizer.zero_grad()
         loss = loss_of(model, next(batches))
         loss.backward()

@@ -27,18 +27,20 @@ void sine_cosine(float angle, float& s, float& c) {
   double a = angle, n = std::nearbyint(a * 0.63661977236758134308);
   double r = ((a - n * 1.5707963267341256e+00) - n * 6.0771005063039660e-11) - n * 2.0222662487959506e-21;
   double x = r * r;
-  double sp =
-      ((((((-1.0 / 1307674368000) * x + 1.0 / 6227020800) * x - 1.0 / 39916800) * x + 1.0 / 362880) * x - 1.0 / 5040) *
-           x +
-       1.0 / 120) *
-          x -
-      1.0 / 6;
-  double cp = ((((((1.0 / 20922789888000) * x - 1.0 / 87178291200) * x + 1.0 / 479001600) * x - 1.0 / 3628800) * x +
-                1.0 / 40320) *
-                   x -
-               1.0 / 720) *
-                  x +
-              1.0 / 24;
+  double sp = -1.0 / 1307674368000;
+  sp = sp * x + 1.0 / 6227020800;
+  sp = sp * x - 1.0 / 39916800;
+  sp = sp * x + 1.0 / 362880;
+  sp = sp * x - 1.0 / 5040;
+  sp = sp * x + 1.0 / 120;
+  sp = sp * x - 1.0 / 6;
+  double cp = 1.0 / 20922789888000;
+  cp = cp * x - 1.0 / 87178291200;
+  cp = cp * x + 1.0 / 479001600;
+  cp = cp * x - 1.0 / 3628800;
+  cp = cp * x + 1.0 / 40320;
+  cp = cp * x - 1.0 / 720;
+  cp = cp * x + 1.0 / 24;
   double sine = r + r * x * sp, cosine = 1.0 - x * 0.5 + x * x * cp;
   int quarter = int(int64_t(n) & 3);
   double s4[4] = {sine, cosine, -sine, -cosine}, c4[4] = {cosine, -sine, -cosine, sine};

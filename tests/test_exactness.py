@@ -191,3 +191,22 @@ def test_native_codes_are_numpys(isa: str, scheme: str) -> None:
     s = Scheme.parse(scheme)
     expected = open_backend("reference").encode(w, s)
     np.testing.assert_array_equal(open_backend(isa, 3).encode(w, s), expected)
+
+
+def test_the_files_own_tables_count() -> None:
+    """Native code and the oracle read the tables of the file, not those of this version."""
+    program = tiny.program(tiny.config(layers=1), "nl4")
+    before = digest(feed(open_backend("reference"), program, [ids(5, 9)], 9)[0])
+    halved = []
+    for op in program.ops:
+        parts = tuple(
+            replace(p, matrix=replace(p.matrix, tables=p.matrix.tables // 2))
+            for p in op.parts
+            if p.matrix.tables is not None
+        )
+        halved.append(replace(op, parts=parts))
+    changed = replace(program, ops=tuple(halved))
+    oracle = digest(feed(open_backend("reference"), changed, [ids(5, 9)], 9)[0])
+    assert oracle != before
+    for isa in NATIVE:
+        assert digest(feed(open_backend(isa, 2), changed, [ids(5, 9)], 9)[0]) == oracle, isa

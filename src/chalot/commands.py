@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot.errors import ChalotError, FormatError
+from chalot.table import rows
 
 SAMPLING = (
     "temperature",
@@ -80,21 +81,6 @@ def progress(arguments: Arguments, what: str) -> Iterator[Callable[[str, int, in
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, name="")
         yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
-
-
-def rows(table: list[list[str]]) -> str:
-    """Columns under their headings: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = []
-    for n, row in enumerate(table):
-        cells = [
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-        if n == 0:
-            lines.append("  ".join("-" * w for w in widths))
-    return "\n".join(lines)
 
 
 def convert(arguments: Arguments) -> int:
@@ -228,8 +214,8 @@ def describe(arguments: Arguments) -> int:
     from chalot.describe import describe as run_it
     from chalot.describe import render
 
-    report = run_it(arguments.model, scheme=arguments.scheme)
-    print(as_json(report) if arguments.json else render(report))
+    report = run_it(arguments.model, scheme=arguments.scheme, context=arguments.context)
+    print(as_json(report) if arguments.json else render(report, verbose=arguments.verbose))
     return 0
 
 

@@ -247,8 +247,9 @@ class Conversion:
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "vector":
-            values = self.plan.apply(spec.name, self.read(spec.name), 0)
+            values = self.read(spec.name)
             self.digest.update(values.data)
+            values = self.plan.apply(spec.name, values, 0)
             writer.tensor(spec.name, "f32", spec.shape, [values.astype("<f4")])
             self._advance(spec, values.size)
             return

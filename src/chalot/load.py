@@ -40,7 +40,7 @@ def read_model_config(file: MyaiFile) -> ModelConfig:
     try:
         config = msgspec.convert(file.manifest.config, ModelConfig)
     except msgspec.ValidationError as error:
-        raise FormatError(f"{file.path}: configuration: {error}") from None
+        raise FormatError(f"{file.path}: configuration: {str(error)[:300]}") from None
     for spec in model_tensors(config):
         entry = file.manifest.tensors.get(spec.name)
         if entry is None or entry.shape != spec.shape:

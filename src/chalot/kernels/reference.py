@@ -74,7 +74,8 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
     for k in range(chunks.shape[-2]):
         lanes = fma(chunks[..., k, :], chunks[..., k, :], lanes)
     scale = F32(1) / np.sqrt(tree(lanes) / F32(n) + F32(epsilon))
-    return (x * scale[..., None]) * weight[:n]
+    y: Floats = (x * scale[..., None]) * weight[:n]
+    return y
 
 
 def gate(kind: str, g: Floats, up: Floats) -> Floats:
@@ -113,7 +114,9 @@ def restore(codes: NDArray[np.int8], scale: Floats) -> Floats:
 def product(matrix: Matrix, codes: NDArray[np.int8], scale: Floats) -> Floats:
     """(tokens, rows): coded activations times a coded matrix, an fma chain over blocks."""
     coded = unpack(matrix.data, matrix.scheme, matrix.shape)
-    w = np.pad(values(coded), [(0, 0), (0, codes.shape[2] - coded.codes.shape[1])]).astype(F32)
+    w = np.pad(
+        values(coded, matrix.tables), [(0, 0), (0, codes.shape[2] - coded.codes.shape[1])]
+    ).astype(F32)
     factor = coded.segments.astype(F32)  # (rows16, segments)
     total = np.zeros((len(codes), len(w)), F32)
     for b in range(-(-matrix.shape[1] // BLOCK)):
@@ -139,15 +142,13 @@ def dense(matrix: Matrix, x: Floats) -> Floats:
 
 def embedding(matrix: Matrix, ids: NDArray[np.int32]) -> Floats:
     """(tokens, columns): rows of a matrix as numbers."""
+    columns = matrix.shape[1]
     if not matrix.scheme.is_coded:
-        return numbers(matrix)[ids, : matrix.shape[1]]
+        return numbers(matrix)[ids, :columns]
     coded = unpack(matrix.data, matrix.scheme, matrix.shape)
     unit = units(coded.row_scale, coded.segments)[ids]
-    columns = matrix.shape[1]
-    return (
-        values(coded)[ids, :columns].astype(F32)
-        * np.repeat(unit, matrix.scheme.segment, axis=1)[:, :columns]
-    )
+    whole = values(coded, matrix.tables)[ids, :columns].astype(F32)
+    return whole * np.repeat(unit, matrix.scheme.segment, axis=1)[:, :columns]
 
 
 def sine_cosine(angle: Floats) -> tuple[Floats, Floats]:

@@ -94,13 +94,14 @@ def quantize(weights: NDArray[np.float32], scheme: Scheme) -> Codes:
     return Codes(scheme, weights.shape, codes, None, factor, row_scale)
 
 
-def values(coded: Codes) -> NDArray[np.int8]:
-    """(rows16, columns32) int8: the integers that the product multiplies."""
+def values(coded: Codes, tables: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
+    """(rows16, columns32) int8: the integers that the product multiplies, by a file's tables."""
     if coded.levels is None:
         return coded.codes.view(np.int8)
     rows, columns = coded.codes.shape
     grouped = coded.codes.reshape(rows, -1, GROUP)
-    return nl4_tables()[coded.levels[:, :, None], grouped].reshape(rows, columns)
+    tables = nl4_tables() if tables is None else tables
+    return tables[coded.levels[:, :, None], grouped].reshape(rows, columns)
 
 
 def dequantize(coded: Codes) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from chalot.errors import OutputError
 
 
 def home() -> Path:
-    """CHALOT_HOME, else `chalot` in the user's cache folder (XDG_CACHE_HOME or ~/.cache). Not made."""
+    """CHALOT_HOME, else `chalot` in XDG_CACHE_HOME, else ~/.cache/chalot. It may not exist yet."""
     given = os.environ.get("CHALOT_HOME")
     if given:
         return Path(given).expanduser()

@@ -153,7 +153,8 @@ class Tokenizer:
         """Whether `render` and `encode_chat` can be used."""
         return bool(self._templates)
 
-    def _template(self, tools: Any) -> ChatTemplate:
+    def chat_template(self, tools: Any = None) -> ChatTemplate:
+        """The template for a conversation. Raises TokenizerError if the model has none."""
         for name in ("tool_use", "default") if tools else ("default",):
             if name in self._templates:
                 return self._templates[name]
@@ -198,7 +199,7 @@ class Tokenizer:
         finds no end.
         """
         variables = self._variables(messages, add_generation_prompt, tools, kwargs)
-        return self._template(tools).render({**self._settings.named, **variables}, self.now)
+        return self.chat_template(tools).render({**self._settings.named, **variables}, self.now)
 
     def encode_chat(
         self,
@@ -213,7 +214,7 @@ class Tokenizer:
         Two renderings are compared, one of them disguised. If a template looks for brackets in the
         messages they differ, and a lighter disguise, of whole marks only, is used.
         """
-        template, opened = self._template(tools), self._opened
+        template, opened = self.chat_template(tools), self._opened
         variables = self._variables(messages, add_generation_prompt, tools, kwargs)
         taken = private_characters({**variables, "": template.source + "".join(opened.marks)})
         disguise = Disguise(opened.marks, opened.soft, taken)

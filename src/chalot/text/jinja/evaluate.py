@@ -133,6 +133,7 @@ class Evaluator:
 
 def write(ev: Evaluator, node: nodes.Output, scope: Scope) -> None:
     for part in node.nodes:
+        ev.budget.line = part.lineno
         text = values.to_text(ev.budget, ev.value(part, scope))
         ev.budget.spend(len(text))
         ev.out.append(text)

@@ -71,10 +71,11 @@ def tojson(
 def indent(
     budget: Budget, value: Any, width: Any = 4, first: bool = False, blank: bool = False
 ) -> str:
-    text = to_text(budget, value)
+    if type(value) is not str:
+        raise Fault(f"found {values.kind_of(value)}, expected text for the filter indent")
     step = len(width) if type(width) is str else width_of(width)
-    budget.spend(2 * len(text) + (len(text.splitlines()) + 2) * step)
-    return filters.do_indent(text, width, first, blank)
+    budget.spend(2 * len(value) + (len(value.splitlines()) + 2) * step)
+    return filters.do_indent(value, width, first, blank)
 
 
 def join(budget: Budget, value: Any, d: Any = "", attribute: Any = None) -> str:
@@ -82,12 +83,17 @@ def join(budget: Budget, value: Any, d: Any = "", attribute: Any = None) -> str:
     return values.join(budget, d, [to_text(budget, get(one)) for one in as_list(budget, value)])
 
 
+def some(budget: Budget, value: Any) -> list[Any]:
+    """Items, where none, false and 0 have none too, as for jinja2's map and select."""
+    return as_list(budget, value) if value else []
+
+
 def map_items(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
     if not args:
         get = getter(budget, kwargs["attribute"], kwargs.get("default"))
-        return [get(one) for one in as_list(budget, value)]
+        return [get(one) for one in some(budget, value)]
     name, *rest = args
-    return [call_filter(budget, name, one, *rest, **kwargs) for one in as_list(budget, value)]
+    return [call_filter(budget, name, one, *rest, **kwargs) for one in some(budget, value)]
 
 
 def selecting(keep: bool, by_attribute: bool) -> Filter:
@@ -99,7 +105,7 @@ def selecting(keep: bool, by_attribute: bool) -> Filter:
             found = get(one)
             return bool(found) if name is None else call_test(budget, name, found, *rest, **kwargs)
 
-        return [one for one in as_list(budget, value) if holds(one) == keep]
+        return [one for one in some(budget, value) if holds(one) == keep]
 
     return run
 

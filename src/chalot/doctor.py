@@ -23,7 +23,7 @@ from chalot.table import size
 
 HUB_TIMEOUT = 3.0  # seconds
 LITTLE_MEMORY, LITTLE_DISK = 1_000_000_000, 5_000_000_000  # bytes; below, a row warns
-NEEDED = ("numpy", "msgspec", "tokenizers", "huggingface_hub", "minijinja", "rich")
+NEEDED = ("numpy", "msgspec", "tokenizers", "huggingface_hub", "jinja2", "rich")
 OPTIONAL = {"torch": "tools/train_demo_model.py", "transformers": "tests/parity_live.py"}
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -20,7 +20,7 @@ from chalot.errors import TokenizerError
 
 _PLANE_15, _PLANE_16, _PLANE_SIZE = 0xF0000, 0x100000, 0xFFFE
 _WORD = re.compile(r"[\w.-]*")  # holds no mark, and cannot be the edge of one
-_TRUSTED = ("content", "reasoning_content", "thinking")  # what a model wrote itself, in its turns
+_OWN = ("content", "reasoning_content", "thinking", "reasoning")  # what a model wrote, in its turns
 
 
 def is_mark(text: str) -> bool:
@@ -112,7 +112,7 @@ class Disguise:
 
         return [
             {
-                key: self.put_on(value, around_soft if key in _TRUSTED else strength)
+                key: self.put_on(value, around_soft if key in _OWN else strength)
                 for key, value in message.items()
             }
             if isinstance(message, dict) and message.get("role") == "assistant"

@@ -43,8 +43,6 @@ class _TokenizerConfig(msgspec.Struct):
     additional_special_tokens: list[_Text] | None = None
     extra_special_tokens: list[_Text] | dict[str, _Text] | None = None
     added_tokens_decoder: dict[str, _Token] | None = None
-    add_bos_token: bool | None = None
-    add_eos_token: bool | None = None
     chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
 
 
@@ -63,8 +61,6 @@ class Settings:
     ids: Mapping[str, int]  # of the texts in added_tokens_decoder
     eos_ids: frozenset[int]  # by generation_config.json alone
     default_ids: Mapping[str, int]  # of "bos_token" and "pad_token" by generation_config.json
-    add_bos: bool | None
-    add_eos: bool | None
     templates: Mapping[str, str]
 
 
@@ -113,8 +109,6 @@ def read_settings(
         },
         eos_ids=frozenset(_as_list(generation.eos_token_id)),
         default_ids={name: found[0] for name, ids in defaults.items() if (found := _as_list(ids))},
-        add_bos=config.add_bos_token,
-        add_eos=config.add_eos_token,
         templates=_templates(config, chat_template),
     )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_SOURCE = 1 << 18  # characters of a template; the longest known have about 30,000
 MAX_DEPTH = 64  # of lists and mappings in messages and tools
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the first is the usual name
 BASE_UNITS = 1_000_000
 UNITS_PER_CHARACTER = 32
 
@@ -161,6 +162,27 @@ def plain(value: Any, depth: int = 0) -> Any:
     raise TokenizerError(
         f"messages: found a {type(value).__name__}, expected text, numbers, lists and mappings"
     )
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages as transformers 5 hands them to a template: plain, without keys whose value is none.
+
+    What a model thought goes by several names; the one that most templates read is filled in.
+    """
+    found = plain(messages)
+    if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
+        raise TokenizerError(
+            'messages: expected a list of one or more {"role": ..., "content": ...}, '
+            f"found {str(found)[:40]!r}"
+        )
+    result = []
+    for message in found:
+        message = {key: value for key, value in message.items() if value is not None}
+        thoughts = [message[name] for name in THOUGHTS if name in message][:1]
+        if thoughts:
+            message = {"thinking": thoughts[0], **message, "reasoning_content": thoughts[0]}
+        result.append(message)
+    return result
 
 
 def _size(value: Any) -> int:

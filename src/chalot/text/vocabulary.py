@@ -79,23 +79,22 @@ class Vocabulary:
         finish: Callable[[str], str] = lambda text: text,
     ) -> list[int]:
         """Ids of a text. With `marks`, those in it are meant; `finish` follows."""
-        wanted = self._find_all if marks else self._find_words
-        aliased = finish(wanted.sub(lambda mark: self._aliases[mark[0]], text))
         try:
-            encoding = self.core.encode(aliased, add_special_tokens=False)
-            if not self._mark_ids.isdisjoint(encoding.ids):
-                # A model with marks among its words (Unigram) finds typed ones: take those apart.
-                cut = self._find_all.sub(
-                    lambda m: m[0][0] + self._aliases[_CUT] + m[0][1:], aliased
-                )
-                encoding = self.core.encode(cut, add_special_tokens=False)
+            text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"text: found half of a surrogate pair at character {error.start}, expected Unicode"
             ) from None
+        wanted = self._find_all if marks else self._find_words
+        aliased = finish(wanted.sub(lambda mark: self._aliases[mark[0]], text))
+        encoding = self.core.encode(aliased, add_special_tokens=False)
+        if not self._mark_ids.isdisjoint(encoding.ids):
+            # A model with marks among its words (Unigram) finds typed ones: take those apart.
+            cut = self._find_all.sub(lambda m: m[0][0] + self._aliases[_CUT] + m[0][1:], aliased)
+            encoding = self.core.encode(cut, add_special_tokens=False)
         if not self._mark_ids.isdisjoint(encoding.ids):
             raise TokenizerError(
-                "text: found a special token that this tokenizer cannot spell as text"
+                "text: found a special token that this tokenizer cannot spell, expected other text"
             )
         if post_process:
             encoding = self.core.post_process(encoding)

@@ -103,6 +103,12 @@ def test_convert_reports(tmp_path: Path) -> None:
         (("convert", str(FOLDER), "-o", "x.myai", "--scheme", "nl5"), "nl4"),
         (("convert", str(FOLDER), "-o", "/nowhere/x.myai"), "cannot be written"),
         (("convert", str(FOLDER), "-o", "/"), "directory"),
+        (
+            ("convert", str(FOLDER), "-o", "x.myai", "--scheme", "head=int8"),
+            "head is its embedding",
+        ),
+        (("convert", "a" * 300, "-o", "x.myai"), "too long"),
+        (("convert", str(FOLDER), "-o", "a" * 300 + "/x.myai"), "too long"),
         (("verify", "nowhere.myai"), "nowhere.myai"),
         (("describe", "nowhere.myai"), "nowhere.myai"),
     ],
@@ -123,7 +129,16 @@ def test_bad_input_is_one_line(arguments: tuple[str, ...], words: str, tmp_path:
 
 
 def test_bad_options_are_one_line(demo_file: Path) -> None:
-    for options in (["--temperature", "-1"], ["--top-p", "nan"], ["--context", "99999999"]):
+    bad = (
+        ["--temperature", "-1"],
+        ["--top-p", "nan"],
+        ["--context", "99999999"],
+        ["--context", "0"],
+        ["--stop", ""],
+        ["--max-tokens", "-1"],
+        ["--threads", "0"],
+    )
+    for options in bad:
         done = chalot("run", str(demo_file), "x", *options)
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     done = chalot("run", str(demo_file), stdin=b"\xff\xfe")

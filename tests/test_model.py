@@ -1,5 +1,6 @@
 """The Python interface on the bundled model: text, ids, sessions, seeds, limits."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -154,6 +155,30 @@ if child == 0:
 assert again == first and os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_two_processes_share_the_mapped_file(demo_file: Path) -> None:
+    """Every resident page of the mapping is shared, none private."""
+    code = (
+        "import sys, chalot; m = chalot.load(sys.argv[1]); m.logits([1, 2, 3]); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(demo_file)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    try:
+        for process in both:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for process in both:
+            mappings = Path(f"/proc/{process.pid}/smaps").read_text().split(demo_file.name)[1:]
+            assert mappings
+            fields = dict(re.findall(r"(\w+):\s+(\d+) kB", mappings[0].split("\nVmFlags")[0]))
+            assert int(fields["Rss"]) > 1000
+            assert int(fields["Private_Clean"]) == int(fields["Private_Dirty"]) == 0
+    finally:
+        for process in both:
+            process.communicate()
 
 
 def test_import_is_quick_and_light() -> None:

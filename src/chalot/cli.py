@@ -133,6 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     ):  # the reader of stdout has gone: nothing to say, and nobody to say it to
         sys.stderr.close()
         return 1
+    except OSError as error:  # a name too long, a disk that fails: whatever no room has foreseen
+        sys.stderr.write(f"chalot: {str(error)[:300]}\n")
+        return 1
     except MemoryError:
         sys.stderr.write("chalot: out of memory; choose a smaller --context or model\n")
         return 1

@@ -356,6 +356,11 @@ def convert(
         work = Conversion(
             checkpoint, schemes, open_backend(threads=threads), progress or (lambda *_: None)
         )
+        if work.config.tied and schemes["head"] != schemes["embedding"]:
+            raise SchemeError(
+                f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
+                "head is its embedding; give both one scheme"
+            )
         need = planned_bytes(work.config, schemes) + sum(
             len(checkpoint.document(n) or b"") for n in DOCUMENTS
         )

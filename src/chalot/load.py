@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chalot import machine
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
-from chalot.engine.sampler import Sampling
+from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
@@ -101,7 +101,9 @@ class Model:
         if activations not in (None, 8, 16):
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
-        self.context = context or default_context(self.config, shape.position_bytes)
+        self.context = (
+            default_context(self.config, shape.position_bytes) if context is None else context
+        )
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
@@ -177,8 +179,13 @@ class Model:
     ) -> Iterator[str]:
         from chalot.text.stream import TextStream
 
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise SamplingError("a stop string is empty; expected a text to end before")
+        if max_tokens is not None and max_tokens < 0:
+            raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
         self.last_stats = session.stats
-        text = TextStream(self.tokenizer, tuple(stop))
+        text = TextStream(self.tokenizer, stops)
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
         room = self.context - len(session.tokens)

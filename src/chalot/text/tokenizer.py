@@ -7,7 +7,8 @@ tokens.
 
 Beginning of text: tokenizer.json's post-processor decides, and add_bos_token in
 tokenizer_config.json does not, as in transformers 5 (in 4 it did for the Llama, Gemma and Cohere
-classes alone). A chat template writes its own, so encode_chat adds none. Decoding never removes spaces before punctuation.
+classes alone). A chat template writes its own, so encode_chat adds none. Decoding never removes
+spaces before punctuation.
 """
 
 import threading

@@ -7,6 +7,7 @@ prompt, twice leaves. Lines are edited with readline, and kept in `chat_history`
 import secrets
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -285,11 +286,15 @@ def chat(model: Talker, *, system: str | None = None, **options: Any) -> None:
     model.tokenizer.chat_template()
     talk = Chat(model, system, options)
     say(f"seed {talk.options['seed']}; /help lists commands, Ctrl-D leaves")
-    leaving = False
-    with _Lines() as lines:
+    with _Lines() as lines, suppress(KeyboardInterrupt):
+        leaving = False
         while True:
             try:
                 line = lines.read()
+                leaving = False
+                if line.strip() == "/exit":
+                    break
+                talk.handle(line)
             except EOFError:
                 break
             except KeyboardInterrupt:
@@ -297,17 +302,8 @@ def chat(model: Talker, *, system: str | None = None, **options: Any) -> None:
                     break
                 leaving = True
                 say("\n(Ctrl-C again leaves)")
-                continue
             except UnicodeDecodeError as error:
                 say(f"error: found input that is not text ({error.reason}), expected UTF-8")
-                continue
-            leaving = False
-            if line.strip() == "/exit":
-                break
-            try:
-                talk.handle(line)
             except ChalotError as error:
                 say(f"error: {error}")
-            except KeyboardInterrupt:
-                say("\n(stopped)")
     say()

@@ -1,5 +1,6 @@
 """The verb chat: what a person sees, what a pipe carries, what is saved and loaded."""
 
+import codecs
 import fcntl
 import io
 import json
@@ -236,12 +237,12 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(side)
-        self.seen = ""
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
 
     def wait_for(self, text: str) -> str:
         """Read until `text` appears; what came before it."""
         while text not in self.seen:
-            self.seen += os.read(self.main, 4096).decode()
+            self.seen += self.decoder.decode(os.read(self.main, 4096))
         before, _, self.seen = self.seen.partition(text)
         return before
 
@@ -265,7 +266,7 @@ class Terminal:
             while True:
                 ready, _, _ = select.select([self.main], [], [], 0.2 if interrupt else 30)
                 if ready:
-                    self.seen += os.read(self.main, 4096).decode()
+                    self.seen += self.decoder.decode(os.read(self.main, 4096))
                 else:
                     self.type("\x03")
         return self.process.wait(30)

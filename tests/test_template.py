@@ -291,7 +291,10 @@ HOSTILE = {
     "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}",
     "shared print": NESTED + "{{ ns.t }}",
     "shared json": NESTED + "{{ ns.t | tojson }}",
-    "shared equal": NESTED + "{% set ns.l = ns.t %}" + NESTED[len(GROW) :] * 0 + "{{ [ns.t] == [[ns.t]] or ns.t == (ns.t, 1) }}{{ ns.t ~ '' }}",
+    "shared equal": "{% set a = namespace(x=[1], y=[1]) %}{% for i in range(60) %}"
+    "{% set a.x = [a.x, a.x] %}{% set a.y = [a.y, a.y] %}{% endfor %}{{ a.x == a.y }}",
+    "shared in": "{% set a = namespace(x=(1,), y=(1,)) %}{% for i in range(60) %}"
+    "{% set a.x = (a.x, a.x) %}{% set a.y = (a.y, a.y) %}{% endfor %}{{ a.x in [2, a.y] }}",
     "shared key": NESTED + "{{ {ns.t: 1} }}",
     "shared lookup": NESTED + "{{ {1: 1}[ns.t] }}{{ {1: 1}.get(ns.t) }}{{ ns.t in {1: 1} }}",
     "shared dict": NESTED + "{{ dict([[ns.t, 1]]) }}{{ namespace([[ns.t, 1]]) }}",
@@ -353,6 +356,15 @@ def test_allowance_grows_with_the_messages() -> None:
     )
     found = ChatTemplate(source).render({"messages": [{"role": "user", "content": text}] * 3})
     assert found == ("<user>" + text.strip() + "</s>") * 3
+
+
+def test_looking_for_a_long_message_costs_little() -> None:
+    messages = [{"role": "user", "content": "short"}] * 300
+    messages.append({"role": "user", "content": "long " * 50_000})
+    source = (
+        "{% for m in messages %}{% if m == messages[-1] %}{{ loop.index }}{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate(source).render({"messages": messages}) == "301"
 
 
 @pytest.mark.parametrize("value", [object(), b"x", {1, 2}, [[object()]], print])

@@ -252,13 +252,21 @@ FORMATTING: dict[str, Callable[..., str]] = {
 
 
 def pay_to_compare(budget: Budget, left: Any, right: Any) -> None:
-    """Pay for comparing two values; a comparison of texts stops at the end of the shorter."""
-    if type(left) is str or type(right) is str:
-        both = type(left) is type(right)
-        budget.spend(1 + (min(len(left), len(right)) // 16 if both else 0))
-    else:
-        budget.walk(left)
-        budget.walk(right)
+    """Pay for comparing two values, which visits only what both have in the same place."""
+    stack = [(left, right)]
+    while stack:
+        one, other = stack.pop()
+        budget.spend(1)
+        if type(one) is not type(other):
+            continue
+        if type(one) is str:
+            budget.spend(min(len(one), len(other)) // 16)
+        elif type(one) in (list, tuple):
+            budget.spend(min(len(one), len(other)))
+            stack += zip(one, other, strict=False)
+        elif type(one) is dict and len(one) == len(other):
+            budget.walk(list(one))
+            stack += [(value, other[key]) for key, value in one.items() if key in other]
 
 
 def contains(budget: Budget, needle: Any, haystack: Any) -> bool:

@@ -159,7 +159,7 @@ assert again == first and os.waitpid(child, 0)[1] == 0
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 def test_two_processes_share_the_mapped_file(demo_file: Path) -> None:
-    """Every resident page of the mapping is shared, none private."""
+    """The pages of the mapping are shared, and none was copied."""
     code = (
         "import sys, chalot; m = chalot.load(sys.argv[1]); m.logits([1, 2, 3]); "
         "print('ready', flush=True); sys.stdin.read()"
@@ -175,7 +175,9 @@ def test_two_processes_share_the_mapped_file(demo_file: Path) -> None:
             assert mappings
             fields = dict(re.findall(r"(\w+):\s+(\d+) kB", mappings[0].split("\nVmFlags")[0]))
             assert int(fields["Rss"]) > 1000
-            assert int(fields["Private_Clean"]) == int(fields["Private_Dirty"]) == 0
+            assert int(fields["Private_Dirty"]) == 0
+            # a page that only one of them has touched so far counts as private
+            assert int(fields["Shared_Clean"]) > 0.8 * int(fields["Rss"])
     finally:
         for process in both:
             process.communicate()

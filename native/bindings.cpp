@@ -114,8 +114,8 @@ class Machine {
 // A program and the Python objects whose memory it reads.
 struct Model {
   Model(const std::vector<std::pair<int, int>>& slots, nb::list ops, std::tuple<int, int, int, int> cache, int heads,
-        const std::vector<float>& inverse_frequency)
-      : program(slots_of(slots), ops_of(ops, slots), cache_of(cache), heads, inverse_frequency) {}
+        const std::vector<float>& inverse_frequency, bool fuse)
+      : program(slots_of(slots), ops_of(ops, slots), cache_of(cache), heads, inverse_frequency, fuse) {}
 
   static std::vector<Slot> slots_of(const std::vector<std::pair<int, int>>& slots) {
     std::vector<Slot> out;
@@ -124,15 +124,15 @@ struct Model {
   }
   static CacheShape cache_of(std::tuple<int, int, int, int> c) {
     auto [type, layers, kv_heads, head_dim] = c;
-    expect(type == 0 || type == 1, "cache: unknown type");
+    expect(type >= 0 && type <= int(CacheType::int8), "cache: unknown type");
     return {CacheType(type), layers, kv_heads, head_dim};
   }
-  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate); a part: (matrix, bias, column).
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap); a part: (matrix, bias, column).
   std::vector<Op> ops_of(nb::list ops, const std::vector<std::pair<int, int>>& slots) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
-      expect(t.size() == 9, "operation: expected nine fields");
+      expect(t.size() == 11, "operation: expected eleven fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
       expect(kind >= 0 && kind <= int(OpKind::restore) && (gate == 0 || gate == 1), "operation: unknown kind");
@@ -151,17 +151,41 @@ struct Model {
       op.layer = nb::cast<int>(t[6]);
       op.add = nb::cast<bool>(t[7]);
       op.gate = Gate(gate);
+      op.window = nb::cast<int>(t[9]);
+      op.cap = nb::cast<float>(t[10]);
       out.push_back(op);
     }
     return out;
   }
 
+  // Logits of the wanted rows; or, with a `count`, the ids and logits of the best alone.
   void run(Machine& machine, In<int32_t> ids, In<int32_t> positions, In<int32_t> sequence, In<int32_t> pages,
            In<int32_t> rows, Out<uint8_t> arena, Out<float> logits) {
+    expect(logits.size() == rows.size() * size_t(program.vocabulary()), "batch: logits size");
+    Batch b = batch_of(ids, positions, sequence, pages, rows, arena);
+    b.logits = logits.data();
+    run(machine, b);
+  }
+  void best(Machine& machine, In<int32_t> ids, In<int32_t> positions, In<int32_t> sequence, In<int32_t> pages,
+            In<int32_t> rows, Out<uint8_t> arena, Out<int32_t> best_ids, Out<float> best_logits) {
+    expect(best_ids.ndim() == 2 && best_ids.shape(0) == rows.size() && best_logits.size() == best_ids.size(),
+           "batch: sizes of the best");
+    Batch b = batch_of(ids, positions, sequence, pages, rows, arena);
+    b.count = int(best_ids.shape(1));
+    expect(b.count >= 1 && b.count <= program.vocabulary(), "batch: expected to choose 1 to all of the vocabulary");
+    std::vector<Candidate> found(best_ids.size());
+    b.best = found.data();
+    run(machine, b);
+    for (size_t i = 0; i < found.size(); i++)
+      best_ids.data()[i] = found[i].id, best_logits.data()[i] = found[i].logit;
+  }
+
+  Batch batch_of(In<int32_t>& ids, In<int32_t>& positions, In<int32_t>& sequence, In<int32_t>& pages,
+                 In<int32_t>& rows, Out<uint8_t>& arena) const {
     expect(ids.ndim() == 1 && positions.size() == ids.size() && sequence.size() == ids.size(), "batch: sizes differ");
     expect(pages.ndim() == 2, "batch: pages must be (sequences, pages)");
-    expect(rows.ndim() == 1 && logits.size() == rows.size() * size_t(program.vocabulary()), "batch: logits size");
-    Batch b{int(ids.size()),
+    expect(rows.ndim() == 1, "batch: wanted rows must be a vector");
+    return {int(ids.size()),
             int(pages.shape(0)),
             int(pages.shape(1)),
             int(rows.size()),
@@ -172,10 +196,14 @@ struct Model {
             rows.data(),
             arena.data(),
             arena.size() / program.cache().page_bytes(),
-            logits.data()};
+            nullptr,
+            0,
+            nullptr};
+  }
+  void run(Machine& machine, const Batch& batch) {
     nb::gil_scoped_release release;
     std::scoped_lock lock(busy, machine.busy);
-    program.run(*machine.kernels, machine.pool(), b);
+    program.run(*machine.kernels, machine.pool(), batch);
   }
 
   void copy_slot(int slot, Out<float> out) {
@@ -228,7 +256,7 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
   expect(planes == 1 || planes == 2, "product: planes");
   const int tokens = int(x.shape(0));
   const float* from = x.data();
-  Output out{y.data(), size_t(w.rows), nullptr, false};
+  Output out{y.data(), size_t(w.rows), 0, nullptr, false};
   nb::gil_scoped_release release;
   std::scoped_lock lock(machine.busy);
   const size_t stride = size_t(round_up(w.columns, kBlock)), blocks = stride / kBlock, n = size_t(tokens);
@@ -244,9 +272,10 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
     const int threads = machine.threads();
     for (size_t t = n * id / threads; t < n * (id + 1) / threads; t++) {
       std::memcpy(numbers.as<float>() + t * stride, from + t * w.columns, size_t(w.columns) * 4);
-      if (is_coded(w.scheme))
-        k.quantize(numbers.as<float>() + t * stride, int(stride), planes, codes.as<int8_t>() + t * planes * stride,
-                   scales.as<float>() + t * blocks, sums.as<int32_t>() + t * planes * blocks);
+      for (size_t i = 0; i < blocks && is_coded(w.scheme); i++)
+        k.quantize(numbers.as<float>() + t * stride + i * kBlock, kBlock, planes,
+                   codes.as<int8_t>() + t * planes * stride + i * kBlock, stride, scales.as<float>() + t * blocks + i,
+                   sums.as<int32_t>() + t * planes * blocks + i, blocks);
     }
     machine.pool().barrier();
     const int first = w.panels() * id / threads, last = w.panels() * (id + 1) / threads;
@@ -283,8 +312,10 @@ NB_MODULE(_native, m) {
       .def("exp", &exp_all);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
-                    const std::vector<float>&>())
-      .def("run", &Model::run)
+                    const std::vector<float>&, bool>())
+      .def("run", nb::overload_cast<Machine&, In<int32_t>, In<int32_t>, In<int32_t>, In<int32_t>, In<int32_t>,
+                                    Out<uint8_t>, Out<float>>(&Model::run))
+      .def("best", &Model::best)
       .def("copy_slot", &Model::copy_slot)
       .def_prop_ro("page_bytes", [](const Model& s) { return s.program.cache().page_bytes(); });
 }

@@ -23,13 +23,16 @@ std::vector<Kernels> complete_tables() {
     inherit(own.exp, next.exp);
     inherit(own.rms_norm, next.rms_norm);
     inherit(own.rotate, next.rotate);
+    inherit(own.spread, next.spread);
     inherit(own.gate, next.gate);
     inherit(own.quantize, next.quantize);
     inherit(own.row, next.row);
     inherit(own.product, next.product);
     inherit(own.dense, next.dense);
+    inherit(own.top, next.top);
     inherit(own.store, next.store);
     inherit(own.attend, next.attend);
+    inherit(own.merge, next.merge);
     inherit(own.encode, next.encode);
   }
   return tables;

@@ -10,6 +10,7 @@ constexpr int kPanel = 16;       // rows stored together
 constexpr int kGroup = 32;       // columns that share a level
 constexpr int kBlock = 128;      // columns that share an activation scale
 constexpr int kPage = 256;       // positions of a cache page
+constexpr int kMaxHead = 1024;   // numbers of one head, padded to 16
 constexpr int kPlaneStep = 128;  // a 16-bit activation is kPlaneStep * first plane + second plane
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -42,28 +43,49 @@ struct Activations {
   const int32_t* sums;  // (tokens, planes, stride / 128)
 };
 
-// Where a product goes: y[t * stride + r] = (add ? y : 0) + (product + bias[r]).
+// Where a product goes: row r of token t to y[t * stride + r - origin] = (add ? y : 0) + (product + bias[r]).
 struct Output {
   float* y;
   size_t stride;
+  int origin;
   const float* bias;  // may be null
   bool add;
 };
 
 enum class Gate : int { silu, gelu_tanh };
-enum class CacheType : int { f32, f16 };
+enum class CacheType : int { f32, f16, int8 };
 
-// One page of keys and values of one key/value head: rows of `stride` numbers.
+// One page of keys and values of one key/value head. Numbers lie in rows of `stride`; codes as tiles: keys with 16
+// positions to a panel, (16, stride / 4, 16, 4), values with 16 channels to a panel, (stride / 16, 64, 16, 4), and a
+// scale a position.
 struct Page {
   CacheType type;
-  const void *keys, *values;
-  int stride;  // head size padded to 16
+  void *keys, *values;
+  float *key_scale, *value_scale;  // (kPage), for codes
+  int stride;                      // head size padded to 16
 };
 
-// What a query has gathered so far: softmax numerator, largest score, denominator.
+// Rows of queries that look at one page, times the scores' scale; `codes` for a cache of codes, else `numbers`.
+struct Queries {
+  int rows;
+  const float* numbers;  // (rows, stride)
+  const int8_t* codes;   // (rows, 2, stride): two planes
+  const int32_t* sums;   // (rows, 2)
+  const float* scale;    // (rows)
+  const int *from, *to;  // (rows): the positions of the page that a row sees; none where from >= to
+  float cap;             // scores become cap * tanh(score / cap), unless 0
+};
+
+// What rows of queries gathered: softmax numerators, largest scores, denominators.
 struct Gathered {
-  float* out;  // (stride)
-  float largest, denominator;
+  float* out;  // (rows, stride)
+  float *largest, *denominator;
+};
+
+// The most likely of a part of the vocabulary: ids by descending logit, then ascending id.
+struct Candidate {
+  float logit;
+  int32_t id;
 };
 
 struct Kernels {
@@ -72,21 +94,33 @@ struct Kernels {
   void (*exp)(const float* x, float* y, size_t n);
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y);
   void (*rotate)(float* x, const float* cosine, const float* sine, int half);
+  void (*spread)(float* x, int n, int size);
   void (*gate)(Gate kind, const float* gate, const float* up, int n, float* y);
-  void (*quantize)(const float* x, int stride, int planes, int8_t* codes, float* scale, int32_t* sums);
+  // `n` numbers (a multiple of 16) under one scale, in one plane of codes or two; a sum a plane.
+  void (*quantize)(const float* x, int n, int planes, int8_t* codes, size_t plane_stride, float* scale, int32_t* sums,
+                   size_t sums_stride);
   void (*row)(const Matrix& w, int row, float* out);
   // Rows [16 * first, 16 * last) of w times all tokens. `scratch` holds scratch_bytes(w).
   void (*product)(const Matrix& w, const Activations& x, int tokens, int first, int last, Output out, void* scratch);
   void (*dense)(const Matrix& w, const float* x, size_t stride, int tokens, int first, int last, Output out);
-  void (*store)(CacheType type, const float* x, int n, void* out);
-  // Adds the first `count` positions of a page; `query` is scaled and padded to the page's stride.
-  void (*attend)(const Page& page, const float* query, int count, Gathered& so_far);
+  // Puts logits[0..n), whose ids start at `first`, among the `held` of `best`, which keeps the `count` best in order.
+  // Returns how many it holds then; -1 if a logit is infinite or not a number.
+  int (*top)(const float* logits, int n, int first, int count, Candidate* best, int held);
+  void (*store)(const Page& page, int at, const float* key, const float* value);
+  void (*attend)(const Page& page, const Queries& queries, Gathered out, void* scratch);
+  void (*merge)(float* out, float& top, float& denominator, const float* page_out, float page_top,
+                float page_denominator, int n);
   // 16 rows of float32 weights (16, columns padded to 32) to one panel in the layout of `w`.
   void (*encode)(const Matrix& w, const float* weights, uint8_t* panel, uint16_t* segments, float* row_scale,
                  void* scratch);
 };
 
-inline size_t scratch_bytes(const Matrix& w) { return size_t(round_up(w.columns, kBlock)) * 2 * kPanel + 4096; }
+// A panel as tiles: for each 4 columns, 16 rows of 4 bytes.
+inline size_t tile_bytes(const Matrix& w) { return size_t(round_up(w.columns, kBlock)) * kPanel; }
+// What `product` needs: two panels as tiles, and room for sums.
+inline size_t scratch_bytes(const Matrix& w) { return tile_bytes(w) * 2 + 32768; }
+// What `attend` needs: for each row its scores, their codes in two planes, sums and scale.
+inline size_t attend_scratch_bytes(int rows) { return size_t(rows) * (kPage * 6 + 12); }
 
 // What `encode` needs: its tables as numbers, and a number a segment.
 inline size_t encode_scratch_bytes(const Matrix& w) { return 20000 + size_t(w.segment_count()) * 4; }

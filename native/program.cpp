@@ -10,13 +10,15 @@
 namespace chalot {
 namespace {
 
-constexpr int kMaxHead = 1024;
+constexpr int kFusedPanels = kBlock / kPanel;  // of gate and of up: one block of what they make
 
 [[noreturn]] void invalid(size_t op, const char* what) {
   throw std::invalid_argument("operation " + std::to_string(op) + ": " + what);
 }
 
 // Operations whose work is split over tokens: between two of them no thread needs another's result.
+size_t to_lines(size_t n) { return (n + 63) / 64 * 64; }
+
 bool by_token(OpKind k) {
   return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate || k == OpKind::restore;
 }
@@ -65,7 +67,7 @@ void Buffer::reserve(size_t bytes) {
 }
 
 Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-                 std::vector<float> inverse_frequency)
+                 std::vector<float> inverse_frequency, bool fuse)
     : slots_(std::move(slots)),
       ops_(std::move(ops)),
       cache_(cache),
@@ -75,12 +77,33 @@ Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache,
   check();
   for (const Op& op : ops_)
     for (const Part& part : op.parts) scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(part.w));
-  scratch_bytes_ = std::max(scratch_bytes_, size_t(cache_.stride()) * 8 + 64);
+  scratch_bytes_ = to_lines(std::max(scratch_bytes_, attention_scratch_bytes()));
+  fused_.assign(ops_.size(), false);
+  if (fuse) find_fusions();
 }
 
-void Program::check() const {
+// Where gate and up are one operation, and what they make is wanted as codes only, a thread takes both as far as the
+// codes before either leaves its cache.
+void Program::find_fusions() {
+  for (size_t i = 0; i + 2 < ops_.size(); i++) {
+    const Op &linear = ops_[i], &gate = ops_[i + 1], &quantize = ops_[i + 2];
+    const bool in_a_row = linear.kind == OpKind::linear && gate.kind == OpKind::gate &&
+                          quantize.kind == OpKind::quantize && linear.out == gate.in && gate.out == quantize.in;
+    if (!in_a_row || linear.parts.size() != 2 || !slots_[size_t(linear.in)].planes) continue;
+    const int width = slots_[size_t(gate.out)].width;
+    const Part &first = linear.parts[0], &second = linear.parts[1];
+    const bool halves = first.column == 0 && second.column == width && first.w.rows == width && second.w.rows == width;
+    bool alone = true;
+    for (size_t j = 0; j < ops_.size(); j++)
+      alone &= (ops_[j].in != gate.in || ops_[j].kind == OpKind::gate) &&
+               (ops_[j].in != gate.out || (j && ops_[j].kind == OpKind::quantize && ops_[j - 1].kind == OpKind::gate));
+    fused_[i] = halves && alone;
+  }
+}
+
+void Program::check() {
   const bool heads_fit = cache_.kv_heads > 0 && heads_ > 0 && heads_ % cache_.kv_heads == 0;
-  const bool size_fits = cache_.head_dim > 0 && cache_.head_dim <= kMaxHead && cache_.head_dim % 2 == 0;
+  const bool size_fits = cache_.head_dim > 0 && cache_.stride() <= kMaxHead && cache_.head_dim % 2 == 0;
   if (!heads_fit || !size_fits || cache_.layers <= 0)
     throw std::invalid_argument("cache: heads must be a multiple of key/value heads, the head size even and <= 1024");
   if (inverse_frequency_.size() != size_t(cache_.head_dim) / 2)
@@ -88,7 +111,6 @@ void Program::check() const {
   for (const Slot& s : slots_)
     if (s.width <= 0 || s.width > 1 << 24 || s.planes < 0 || s.planes > 2) throw std::invalid_argument("slot: size");
   bool gathered = false;
-  auto& self = const_cast<Program&>(*this);
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
     auto slot = [&](int s) -> const Slot& {
@@ -103,7 +125,7 @@ void Program::check() const {
       case OpKind::embed:
         if (op.parts.size() != 1) invalid(i, "embed takes one matrix");
         numbers(op.out, op.parts[0].w.columns);
-        self.input_vocabulary_ = op.parts[0].w.rows;
+        input_vocabulary_ = op.parts[0].w.rows;
         break;
       case OpKind::norm:
         if (!op.weight) invalid(i, "norm needs a weight");
@@ -128,7 +150,7 @@ void Program::check() const {
         }
         if (op.out < 0) {
           if (op.parts.size() != 1 || !gathered || op.add) invalid(i, "logits come from one matrix after gather");
-          self.vocabulary_ = op.parts[0].w.rows;
+          vocabulary_ = op.parts[0].w.rows;
         }
         break;
       case OpKind::rope_store:
@@ -136,6 +158,7 @@ void Program::check() const {
         if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
         numbers(op.in, queries + 2 * keys);
         if (op.kind == OpKind::attend) numbers(op.out, queries);
+        if (op.window < 0 || !(op.cap >= 0)) invalid(i, "window and cap must not be negative");
         break;
       case OpKind::gate:
         numbers(op.in, 2 * slot(op.out).width);
@@ -165,8 +188,16 @@ void Program::check(const Batch& b) const {
     if (b.rows[i] < 0 || b.rows[i] >= b.tokens) throw std::out_of_range("wanted row is outside the batch");
 }
 
-void Program::reserve(int tokens, int threads) {
-  while (int(scratch_.size()) < threads) scratch_.emplace_back().reserve(scratch_bytes_);
+void Program::reserve(const Batch& batch, int threads) {
+  const int tokens = std::max(batch.tokens, batch.wanted);
+  size_t each = scratch_bytes_;
+  if (fused_.end() != std::find(fused_.begin(), fused_.end(), true))
+    each += size_t(batch.tokens) * 2 * kBlock * 4;  // behind what `product` needs
+  while (int(scratch_.size()) < threads) scratch_.emplace_back();
+  for (Buffer& b : scratch_) b.reserve(each);
+  if (!batch.logits) logits_.reserve(size_t(batch.wanted) * size_t(vocabulary_) * 4);
+  best_.reserve(size_t(threads) * size_t(batch.wanted) * size_t(batch.count) * sizeof(Candidate));
+  held_.assign(size_t(threads) * size_t(batch.wanted), 0);
   if (tokens <= room_) return;
   for (size_t i = 0; i < slots_.size(); i++) {
     const size_t stride = size_t(slots_[i].stride()), n = size_t(tokens), planes = size_t(slots_[i].planes);
@@ -184,11 +215,11 @@ void Program::reserve(int tokens, int threads) {
   room_ = tokens;
 }
 
-void Program::angles(const Batch& batch) {
+void Program::angles(const Run& run) {
   const size_t half = inverse_frequency_.size();
-  for (int t = 0; t < batch.tokens; t++)
+  for (size_t t = size_t(run.from()); t < size_t(run.to()); t++)
     for (size_t i = 0; i < half; i++) {
-      float angle = float(batch.positions[t]) * inverse_frequency_[i];
+      float angle = float(run.batch.positions[t]) * inverse_frequency_[i];
       sine_cosine(angle, sine_.as<float>()[t * half + i], cosine_.as<float>()[t * half + i]);
     }
 }
@@ -196,12 +227,12 @@ void Program::angles(const Batch& batch) {
 void Program::run(const Kernels& kernels, Pool& pool, const Batch& batch) {
   if (batch.tokens <= 0) return;
   check(batch);
-  reserve(std::max(batch.tokens, batch.wanted), pool.size());
-  {
-    PlainArithmetic plain;
-    angles(batch);
-  }
-  pool.run([&](int id) { execute(kernels, pool, batch, id); });
+  reserve(batch, pool.size());
+  cut_blocks(batch, pool.size());
+  Shares shares(pool.size());
+  split(shares, ops_[0], pool.size());
+  pool.run([&](int id) { execute({kernels, pool, batch, shares, batch.tokens, id, pool.size()}); });
+  collect(batch, pool.size());
 }
 
 void Program::copy_slot(int slot, int tokens, float* out) const {
@@ -211,38 +242,68 @@ void Program::copy_slot(int slot, int tokens, float* out) const {
   for (int t = 0; t < tokens; t++) std::memcpy(out + t * width, numbers(slot, t), width * 4);
 }
 
-void Program::execute(const Kernels& k, Pool& pool, const Batch& batch, int id) {
-  int count = batch.tokens;
+void Program::execute(Run run) {
+  angles(run);
   for (size_t i = 0; i < ops_.size(); i++) {
-    if (ops_[i].kind == OpKind::gather) {
-      count = batch.wanted;
-      if (!count) break;
+    const Op& op = ops_[i];
+    if (op.kind == OpKind::gather) {
+      run.count = run.batch.wanted;
+      if (!run.count) break;
     }
-    apply(k, ops_[i], batch, count, id, pool.size());
-    bool last = i + 1 == ops_.size();
-    if (!last && !(by_token(ops_[i].kind) && by_token(ops_[i + 1].kind))) pool.barrier();
+    if (fused_[i])
+      gated(op, run), i += 2;
+    else
+      apply(op, run);
+    if (i + 1 == ops_.size()) break;
+    const Op& next = ops_[i + 1];
+    if (!(by_token(op.kind) && by_token(next.kind)))
+      run.pool.barrier([&] { split(run.shares, next, run.threads); });
+  }
+  if (run.count && run.batch.count) {
+    run.pool.barrier();
+    choose(run);
   }
 }
 
-void Program::apply(const Kernels& k, const Op& op, const Batch& batch, int count, int id, int threads) {
-  const int first = int(int64_t(count) * id / threads), last = int(int64_t(count) * (id + 1) / threads);
+void Program::split(Shares& shares, const Op& op, int threads) const {
+  int total = 0, most = 1;
+  if (op.kind == OpKind::attend) {
+    total = int(blocks_.size()) * cache_.kv_heads * (by_page_ ? most_pages_ : 1);
+  } else if (op.kind == OpKind::linear && fused_[size_t(&op - ops_.data())]) {
+    total = (op.parts[0].w.panels() + kFusedPanels - 1) / kFusedPanels;
+  } else if (op.kind == OpKind::linear) {
+    for (const Part& part : op.parts) total += part.w.panels();
+    most = 16;
+  }
+  // pieces small enough that who is held up can be helped, even so that panels stay in pairs
+  const int piece = std::min(most, std::max(1, total / (threads * 8)));
+  shares.split(total, piece > 1 ? piece / 2 * 2 : 1);
+}
+
+void Program::quantize(const Kernels& k, const float* x, int block, int slot, int token) {
+  Storage& to = storage_[size_t(slot)];
+  const size_t stride = size_t(slots_[size_t(slot)].stride()), blocks = stride / kBlock, t = size_t(token);
+  const size_t planes = size_t(slots_[size_t(slot)].planes), b = size_t(block);
+  k.quantize(x, kBlock, int(planes), to.codes.as<int8_t>() + t * planes * stride + b * kBlock, stride,
+             to.scales.as<float>() + t * blocks + b, to.sums.as<int32_t>() + t * planes * blocks + b, blocks);
+}
+
+void Program::apply(const Op& op, const Run& run) {
+  const Kernels& k = run.k;
+  const int first = run.from(), last = run.to();
   switch (op.kind) {
     case OpKind::embed:
-      for (int t = first; t < last; t++) k.row(op.parts[0].w, batch.ids[t], numbers(op.out, t));
+      for (int t = first; t < last; t++) k.row(op.parts[0].w, run.batch.ids[t], numbers(op.out, t));
       break;
     case OpKind::norm:
       for (int t = first; t < last; t++)
         k.rms_norm(numbers(op.in, t), op.weight, slots_[size_t(op.in)].width, op.number, numbers(op.out, t));
       break;
-    case OpKind::quantize: {
-      const Slot& s = slots_[size_t(op.out)];
-      Storage& to = storage_[size_t(op.out)];
-      const size_t stride = size_t(s.stride()), blocks = stride / kBlock, planes = size_t(s.planes);
-      for (size_t t = size_t(first); t < size_t(last); t++)
-        k.quantize(numbers(op.in, int(t)), int(stride), s.planes, to.codes.as<int8_t>() + t * planes * stride,
-                   to.scales.as<float>() + t * blocks, to.sums.as<int32_t>() + t * planes * blocks);
+    case OpKind::quantize:
+      for (int t = first; t < last; t++)
+        for (int b = 0; b < slots_[size_t(op.out)].stride() / kBlock; b++)
+          quantize(k, numbers(op.in, t) + b * kBlock, b, op.out, t);
       break;
-    }
     case OpKind::restore: {
       const Slot& s = slots_[size_t(op.in)];
       const Storage& from = storage_[size_t(op.in)];
@@ -257,13 +318,13 @@ void Program::apply(const Kernels& k, const Op& op, const Batch& batch, int coun
       break;
     }
     case OpKind::linear:
-      linear(k, op, batch, count, id, threads);
+      linear(op, run);
       break;
     case OpKind::rope_store:
-      rope_store(k, op, batch, first, last);
+      rope_store(op, run);
       break;
     case OpKind::attend:
-      attend(k, op, batch, id, threads);
+      attend(op, run);
       break;
     case OpKind::gate: {
       const int width = slots_[size_t(op.out)].width;
@@ -277,70 +338,88 @@ void Program::apply(const Kernels& k, const Op& op, const Batch& batch, int coun
     }
     case OpKind::gather:
       for (int t = first; t < last; t++)
-        std::memcpy(numbers(op.out, t), numbers(op.in, batch.rows[t]), size_t(slots_[size_t(op.out)].stride()) * 4);
+        std::memcpy(numbers(op.out, t), numbers(op.in, run.batch.rows[t]), size_t(slots_[size_t(op.out)].stride()) * 4);
       break;
   }
 }
 
-void Program::linear(const Kernels& k, const Op& op, const Batch& batch, int count, int id, int threads) {
-  int64_t total = 0, begin = 0;
-  for (const Part& part : op.parts) total += part.w.panels();
-  const int64_t from = total * id / threads, to = total * (id + 1) / threads;
+void Program::linear(const Op& op, const Run& run) {
   const Slot& in = slots_[size_t(op.in)];
   const Storage& s = storage_[size_t(op.in)];
-  for (const Part& part : op.parts) {
-    const int panels = part.w.panels();
-    const int first = int(std::max<int64_t>(from - begin, 0)), last = int(std::min<int64_t>(to - begin, panels));
-    begin += panels;
-    if (first >= last) continue;
-    Output out{op.out < 0 ? batch.logits : numbers(op.out, 0) + part.column,
-               op.out < 0 ? size_t(part.w.rows) : size_t(slots_[size_t(op.out)].stride()), part.bias, op.add};
-    if (in.planes) {
-      Activations x{in.planes, in.stride(), s.codes.as<int8_t>(), s.scales.as<float>(), s.sums.as<int32_t>()};
-      k.product(part.w, x, count, first, last, out, scratch_[size_t(id)].as<void>());
-    } else {
-      k.dense(part.w, s.numbers.as<float>(), size_t(in.stride()), count, first, last, out);
+  float* logits = run.batch.logits ? run.batch.logits : logits_.as<float>();
+  for (int from, to; run.shares.take(run.id, from, to);) {
+    int begin = 0;
+    for (const Part& part : op.parts) {
+      const int first = std::max(from - begin, 0), last = std::min(to - begin, part.w.panels());
+      begin += part.w.panels();
+      if (first >= last) continue;
+      Output out{op.out < 0 ? logits : numbers(op.out, 0) + part.column,
+                 op.out < 0 ? size_t(part.w.rows) : size_t(slots_[size_t(op.out)].stride()), 0, part.bias, op.add};
+      if (in.planes) {
+        Activations x{in.planes, in.stride(), s.codes.as<int8_t>(), s.scales.as<float>(), s.sums.as<int32_t>()};
+        run.k.product(part.w, x, run.count, first, last, out, scratch_[size_t(run.id)].as<void>());
+      } else {
+        run.k.dense(part.w, s.numbers.as<float>(), size_t(in.stride()), run.count, first, last, out);
+      }
     }
   }
 }
 
-void Program::rope_store(const Kernels& k, const Op& op, const Batch& batch, int first, int last) {
-  const int dim = cache_.head_dim, half = dim / 2, stride = cache_.stride();
-  for (int t = first; t < last; t++) {
-    float* q = numbers(op.in, t);
-    const float *cosine = cosine_.as<float>() + size_t(t) * half, *sine = sine_.as<float>() + size_t(t) * half;
-    for (int h = 0; h < heads_ + cache_.kv_heads; h++) k.rotate(q + h * dim, cosine, sine, half);
-    const int page = batch.pages[size_t(batch.sequence[t]) * batch.pages_a_sequence + batch.positions[t] / kPage];
-    uint8_t* base = batch.arena + size_t(page) * cache_.page_bytes();
-    const size_t row = size_t(batch.positions[t] % kPage) * stride * (cache_.type == CacheType::f32 ? 4 : 2);
-    alignas(64) float padded[kMaxHead] = {};
-    for (int h = 0; h < 2 * cache_.kv_heads; h++) {
-      std::memcpy(padded, q + (heads_ + h) * dim, size_t(dim) * 4);
-      const bool values = h >= cache_.kv_heads;
-      k.store(cache_.type, padded, stride, base + cache_.offset(op.layer, h % cache_.kv_heads, values) + row);
+// Gate and up, what they make, and its codes: 128 columns at a time.
+void Program::gated(const Op& op, const Run& run) {
+  const Op &gate = (&op)[1], &coded = (&op)[2];
+  const Slot& in = slots_[size_t(op.in)];
+  const Storage& s = storage_[size_t(op.in)];
+  const Activations x{in.planes, in.stride(), s.codes.as<int8_t>(), s.scales.as<float>(), s.sums.as<int32_t>()};
+  uint8_t* scratch = scratch_[size_t(run.id)].as<uint8_t>();
+  float* both = reinterpret_cast<float*>(scratch + scratch_bytes_);
+  const int width = op.parts[0].w.rows;
+  for (int block, end; run.shares.take(run.id, block, end);) {
+    const int first = block * kFusedPanels, last = std::min(first + kFusedPanels, op.parts[0].w.panels());
+    if (width < (block + 1) * kBlock) std::memset(both, 0, size_t(run.count) * 2 * kBlock * 4);
+    for (int half = 0; half < 2; half++) {
+      const Part& part = op.parts[size_t(half)];
+      Output out{both + half * kBlock, 2 * kBlock, first * kPanel, part.bias, false};
+      run.k.product(part.w, x, run.count, first, last, out, scratch);
+    }
+    for (int t = 0; t < run.count; t++) {
+      float* g = both + size_t(t) * 2 * kBlock;
+      run.k.gate(gate.gate, g, g + kBlock, kBlock, g);
+      quantize(run.k, g, block, coded.out, t);
     }
   }
 }
 
-void Program::attend(const Kernels& k, const Op& op, const Batch& batch, int id, int threads) {
-  const int dim = cache_.head_dim, stride = cache_.stride(), share = heads_ / cache_.kv_heads;
-  alignas(64) float query[kMaxHead] = {}, gathered[kMaxHead];
-  for (int unit = id; unit < batch.tokens * heads_; unit += threads) {
-    const int t = unit / heads_, h = unit % heads_, kv = h / share;
-    const float* q = numbers(op.in, t) + h * dim;
-    for (int d = 0; d < dim; d++) query[d] = q[d] * op.number;
-    std::memset(gathered, 0, size_t(stride) * 4);
-    Gathered so_far{gathered, -INFINITY, 0};
-    const int32_t* pages = batch.pages + size_t(batch.sequence[t]) * batch.pages_a_sequence;
-    for (int p = 0; p <= batch.positions[t] / kPage; p++) {
-      const uint8_t* base = batch.arena + size_t(pages[p]) * cache_.page_bytes();
-      Page page{cache_.type, base + cache_.offset(op.layer, kv, false), base + cache_.offset(op.layer, kv, true),
-                stride};
-      int count = batch.positions[t] + 1 - p * kPage;
-      k.attend(page, query, count < kPage ? count : kPage, so_far);
+// Each thread looks through its part of the vocabulary.
+void Program::choose(const Run& run) {
+  const int64_t all = vocabulary_;
+  const int from = int(all * run.id / run.threads), to = int(all * (run.id + 1) / run.threads);
+  const float* logits = run.batch.logits ? run.batch.logits : logits_.as<float>();
+  for (int i = 0; i < run.count; i++) {
+    const size_t at = size_t(run.id) * size_t(run.count) + size_t(i);
+    held_[at] = run.k.top(logits + size_t(i) * size_t(all) + from, to - from, from, run.batch.count,
+                          best_.as<Candidate>() + at * size_t(run.batch.count), 0);
+  }
+}
+
+void Program::collect(const Batch& batch, int threads) {
+  for (int i = 0; i < batch.wanted && batch.count; i++) {
+    Candidate* best = batch.best + size_t(i) * size_t(batch.count);
+    int held = 0;
+    for (int id = 0; id < threads; id++) {
+      const size_t at = size_t(id) * size_t(batch.wanted) + size_t(i);
+      const Candidate* theirs = best_.as<Candidate>() + at * size_t(batch.count);
+      if (held_[at] < 0) {
+        best[0] = {0, -1};
+        break;
+      }
+      for (int c = 0; c < held_[at]; c++) {
+        if (held == batch.count && !(theirs[c].logit > best[held - 1].logit)) break;
+        int place = held < batch.count ? held++ : held - 1;
+        for (; place > 0 && best[place - 1].logit < theirs[c].logit; place--) best[place] = best[place - 1];
+        best[place] = theirs[c];
+      }
     }
-    float* out = numbers(op.out, t) + h * dim;
-    for (int d = 0; d < dim; d++) out[d] = gathered[d] / so_far.denominator;
   }
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "shares.h"
 #include "threads.h"
 
 namespace chalot {
@@ -27,6 +28,8 @@ struct Op {
   int layer = 0;
   bool add = false;
   Gate gate = Gate::silu;
+  int window = 0;  // attend: positions that a query sees, its own included; 0: all
+  float cap = 0;   // attend: scores become cap * tanh(score / cap); 0: they stay
 };
 
 struct Slot {
@@ -39,11 +42,19 @@ struct CacheShape {
   CacheType type;
   int layers, kv_heads, head_dim;
   int stride() const { return round_up(head_dim, 16); }
-  size_t head_bytes() const { return size_t(kPage) * stride() * (type == CacheType::f32 ? 4 : 2); }
-  // A page: for each layer the keys, then the values, of each key/value head.
+  size_t number_bytes() const { return type == CacheType::f32 ? 4 : type == CacheType::f16 ? 2 : 1; }
+  size_t scale_bytes() const { return type == CacheType::int8 ? kPage * 4 : 0; }
+  size_t head_bytes() const { return size_t(kPage) * stride() * number_bytes() + scale_bytes(); }
+  // A page: for each layer the keys, then the values, of each key/value head; scales behind the codes of each.
   size_t page_bytes() const { return size_t(layers) * 2 * kv_heads * head_bytes(); }
-  size_t offset(int layer, int head, bool values) const {
-    return ((size_t(layer) * 2 + values) * kv_heads + head) * head_bytes();
+  // The largest power of two that divides the head size: what keys and queries are rotated by, where they are coded.
+  int rotation() const { return type == CacheType::int8 ? head_dim & -head_dim : 1; }
+  Page page(uint8_t* arena, int page, int layer, int head) const {
+    uint8_t* keys = arena + size_t(page) * page_bytes() + (size_t(layer) * 2 * kv_heads + head) * head_bytes();
+    uint8_t* values = keys + size_t(kv_heads) * head_bytes();
+    const size_t codes = head_bytes() - scale_bytes();
+    return {type,   keys, values, reinterpret_cast<float*>(keys + codes), reinterpret_cast<float*>(values + codes),
+            stride()};
   }
 };
 
@@ -54,7 +65,9 @@ struct Batch {
   const int32_t* rows;                        // (wanted): tokens whose logits are wanted
   uint8_t* arena;                             // cache pages
   size_t arena_pages;
-  float* logits;  // (wanted, vocabulary)
+  float* logits;    // (wanted, vocabulary); null where only the best are wanted
+  int count;        // of the best
+  Candidate* best;  // (wanted, count); an id of -1: logits were not finite
 };
 
 class Buffer {  // 64-byte aligned, zeroed, grows only
@@ -76,9 +89,10 @@ class Buffer {  // 64-byte aligned, zeroed, grows only
 
 class Program {
  public:
-  // Throws std::invalid_argument where an operation does not fit its slots or matrices.
+  // With `fuse`, slots between fused operations are not written. Throws std::invalid_argument where an operation does
+  // not fit its slots or matrices.
   Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-          std::vector<float> inverse_frequency);
+          std::vector<float> inverse_frequency, bool fuse);
   // Throws std::out_of_range where the batch does not fit the program or the cache.
   void run(const Kernels& kernels, Pool& pool, const Batch& batch);
   // Copies (tokens, width) numbers that the last batch left in a slot.
@@ -91,26 +105,67 @@ class Program {
   struct Storage {
     Buffer numbers, codes, scales, sums;
   };
-  void check() const;
+  // Tokens of one sequence, one after another, that attend together.
+  struct Block {
+    int first, tokens;
+    const int32_t* pages;
+  };
+  // What one run hands to its operations.
+  struct Run {
+    const Kernels& k;
+    Pool& pool;
+    const Batch& batch;
+    Shares& shares;
+    int count;  // tokens, or wanted ones after gather
+    int id, threads;
+    int from() const { return int(int64_t(count) * id / threads); }
+    int to() const { return int(int64_t(count) * (id + 1) / threads); }
+  };
+  struct Visible {  // positions [from, to) of a page
+    int from, to;
+  };
+
+  void check();
   void check(const Batch& batch) const;
-  void reserve(int tokens, int threads);
-  void angles(const Batch& batch);
-  void execute(const Kernels& k, Pool& pool, const Batch& batch, int id);
-  void apply(const Kernels& k, const Op& op, const Batch& batch, int count, int id, int threads);
-  void linear(const Kernels& k, const Op& op, const Batch& batch, int count, int id, int threads);
-  void rope_store(const Kernels& k, const Op& op, const Batch& batch, int first, int last);
-  void attend(const Kernels& k, const Op& op, const Batch& batch, int id, int threads);
+  void find_fusions();
+  void reserve(const Batch& batch, int threads);
+  void cut_blocks(const Batch& batch, int threads);
+  void split(Shares& shares, const Op& op, int threads) const;
+  void execute(Run run);
+  void apply(const Op& op, const Run& run);
+  void angles(const Run& run);
+  void quantize(const Kernels& k, const float* x, int block, int slot, int token);
+  void linear(const Op& op, const Run& run);
+  void gated(const Op& op, const Run& run);
+  void rope_store(const Op& op, const Run& run);
+  void attend(const Op& op, const Run& run);
+  struct Rows;
+  Rows read_queries(const Op& op, const Run& run, const Block& block, int head, void* scratch) const;
+  bool look(const Op& op, const Run& run, const Block& block, int page, Rows& rows) const;
+  void put_rows(const Op& op, const Block& block, int head, int row, const float* gathered, float denominator) const;
+  size_t attention_scratch_bytes() const;
+  size_t partial_floats() const;
+  Gathered partial(int unit) const;
+  void merge_pages(const Op& op, const Run& run);
+  void choose(const Run& run);
+  void collect(const Batch& batch, int threads);
+  Visible visible(int position, int page, int window) const;
   float* numbers(int slot, int token) const {
     return storage_[size_t(slot)].numbers.as<float>() + size_t(token) * slots_[size_t(slot)].stride();
   }
 
   std::vector<Slot> slots_;
   std::vector<Op> ops_;
+  std::vector<bool> fused_;  // a linear operation that runs as one with the gate and the quantize behind it
   CacheShape cache_;
   int heads_, vocabulary_ = 0, input_vocabulary_ = 0;
   std::vector<float> inverse_frequency_;  // (head_dim / 2)
   std::vector<Storage> storage_;
-  Buffer cosine_, sine_;
+  Buffer cosine_, sine_, logits_, partial_, best_;
+  std::vector<Block> blocks_;
+  std::vector<int> held_;  // by thread and wanted row
+  int most_pages_ = 0;
+  bool by_page_ = false;  // attention's work is cut at pages, which are merged afterwards
   std::vector<Buffer> scratch_;
   size_t scratch_bytes_ = 0;
   int room_ = 0;

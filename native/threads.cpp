@@ -87,14 +87,7 @@ void Pool::work(int id) {
   }
 }
 
-void Pool::barrier() {
-  if (size_ == 1) return;
-  uint32_t now = passed_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    passed_.store(now + 1, std::memory_order_release);
-    return;
-  }
+void Pool::wait_past(uint32_t now) {
   spin_until([&] { return passed_.load(std::memory_order_acquire) != now; });
 }
 

@@ -54,10 +54,6 @@ inline void store_f16(uint16_t* p, F x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline void store_i32(int32_t* p, I x) {
-  _mm256_storeu_si256((__m256i*)p, x.a);
-  _mm256_storeu_si256((__m256i*)(p + 8), x.b);
-}
 inline float sum(F x) {
   __m256 e = _mm256_add_ps(x.a, x.b);
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
@@ -79,12 +75,41 @@ inline F nearest(F x, const float* value, const float* middle) {
   }
   return out;
 }
+inline I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline int32_t sum(I x) {
+  __m256i e = _mm256_add_epi32(x.a, x.b);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(e), _mm256_extracti128_si256(e, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline I clamp(I x) {
+  const __m256i low = _mm256_set1_epi32(-127), high = _mm256_set1_epi32(127);
+  return {_mm256_max_epi32(_mm256_min_epi32(x.a, high), low), _mm256_max_epi32(_mm256_min_epi32(x.b, high), low)};
+}
 inline I join(I first, I second) {
   return {_mm256_add_epi32(_mm256_slli_epi32(first.a, 7), second.a),
           _mm256_add_epi32(_mm256_slli_epi32(first.b, 7), second.b)};
 }
+inline void split(I whole, I& first, I& second) {
+  const __m256i half = _mm256_set1_epi32(64);
+  first = {_mm256_srai_epi32(_mm256_add_epi32(whole.a, half), 7),
+           _mm256_srai_epi32(_mm256_add_epi32(whole.b, half), 7)};
+  second = {_mm256_sub_epi32(whole.a, _mm256_slli_epi32(first.a, 7)),
+            _mm256_sub_epi32(whole.b, _mm256_slli_epi32(first.b, 7))};
+}
+inline void store_codes(int8_t* p, I x) {
+  __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+template <int Width>
+inline F flip(F x) {
+  if constexpr (Width == 8) return {x.b, x.a};
+  if constexpr (Width == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+  if constexpr (Width == 2) return {_mm256_permute_ps(x.a, 0x4e), _mm256_permute_ps(x.b, 0x4e)};
+  return {_mm256_permute_ps(x.a, 0xb1), _mm256_permute_ps(x.b, 0xb1)};
+}
 
-constexpr int kTokens = 2, kDenseRows = 2, kDenseTokens = 2;
+constexpr int kTokens = 2, kRows = 4, kPanels = 1, kDenseRows = 2, kDenseTokens = 2;
 
 // Lane l of register j = row 4l + j (of eight rows)  ->  dword n = row n, summed over the dwords of each lane.
 inline __m256i row_sums(const __m256i* z) {
@@ -116,15 +141,60 @@ inline Pair look_up(const uint8_t* codes, const uint8_t* level, const int8_t* ta
           _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low))};
 }
 
-inline void decode(const uint8_t* block, int groups, const int8_t* tables, uint8_t* out) {
+// 4 rows x 4 columns of every lane change places: lane l of register q then holds columns 4q..4q+3 of rows 4l..4l+3.
+inline void store_tiles(const __m256i* z, int8_t* out) {
+  __m256i a = _mm256_unpacklo_epi32(z[0], z[1]), b = _mm256_unpackhi_epi32(z[0], z[1]);
+  __m256i c = _mm256_unpacklo_epi32(z[2], z[3]), d = _mm256_unpackhi_epi32(z[2], z[3]);
+  _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi64(a, c));
+  _mm256_storeu_si256((__m256i*)(out + 64), _mm256_unpackhi_epi64(a, c));
+  _mm256_storeu_si256((__m256i*)(out + 128), _mm256_unpacklo_epi64(b, d));
+  _mm256_storeu_si256((__m256i*)(out + 192), _mm256_unpackhi_epi64(b, d));
+}
+
+template <class Coder>
+inline Pair decoded(const uint8_t* codes, const uint8_t* level, const int8_t* tables, int j, int h) {
+  if constexpr (Coder::group_bytes != 512) return look_up(codes, level, tables, j, h);
+  return {_mm256_loadu_si256((const __m256i*)(codes + j * 64 + h * 32)),
+          _mm256_loadu_si256((const __m256i*)(codes + 256 + j * 64 + h * 32))};
+}
+
+template <class Coder>
+inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
   const uint8_t* levels = block + groups * 256;
   for (int g = 0; g < groups; g++)
-    for (int j = 0; j < 4; j++)
-      for (int h = 0; h < 2; h++) {
-        Pair w = look_up(block + g * 256, levels + g * 16, tables, j, h);
-        _mm256_storeu_si256((__m256i*)(out + g * 512 + j * 64 + h * 32), w.w0);
-        _mm256_storeu_si256((__m256i*)(out + g * 512 + 256 + j * 64 + h * 32), w.w1);
+    for (int h = 0; h < 2; h++) {
+      __m256i first[4], second[4];
+      for (int j = 0; j < 4; j++) {
+        const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
+        Pair w = decoded<Coder>(codes, levels + g * 16, tables, j, h);
+        first[j] = w.w0, second[j] = w.w1;
       }
+      store_tiles(first, out + g * 512 + h * 32);
+      store_tiles(second, out + g * 512 + 256 + h * 32);
+    }
+}
+
+template <int Rows, int Panels>
+inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
+                         const int32_t*, size_t, I (*out)[Panels]) {
+  static_assert(Panels == 1);
+  (void)panel_bytes;
+  I acc[Rows];
+  for (I& a : acc) a = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (int q = 0; q < quads; q++) {
+    __m256i wa = _mm256_loadu_si256((const __m256i*)(tiles + size_t(q) * 64));
+    __m256i wb = _mm256_loadu_si256((const __m256i*)(tiles + size_t(q) * 64 + 32));
+    __m256i size_a = _mm256_abs_epi8(wa), size_b = _mm256_abs_epi8(wb);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; r++) {
+      int32_t four;
+      __builtin_memcpy(&four, x + r * stride + q * 4, 4);
+      __m256i a = _mm256_set1_epi32(four);
+      acc[r].a = add_product(acc[r].a, size_a, wa, a);
+      acc[r].b = add_product(acc[r].b, size_b, wb, a);
+    }
+  }
+  for (int r = 0; r < Rows; r++) out[r][0] = acc[r];
 }
 
 template <int N, class Coder>
@@ -138,13 +208,7 @@ inline void dot(const uint8_t* block, int groups, const int8_t* tables, const in
     for (int g = 0; g < groups; g++) {
       const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
       for (int j = 0; j < 4; j++) {
-        Pair w;
-        if constexpr (Coder::group_bytes == 512) {
-          w.w0 = _mm256_loadu_si256((const __m256i*)(codes + j * 64 + h * 32));
-          w.w1 = _mm256_loadu_si256((const __m256i*)(codes + 256 + j * 64 + h * 32));
-        } else {
-          w = look_up(codes, levels + g * 16, tables, j, h);
-        }
+        Pair w = decoded<Coder>(codes, levels + g * 16, tables, j, h);
         __m256i size0 = _mm256_abs_epi8(w.w0), size1 = _mm256_abs_epi8(w.w1);
         for (int s = 0; s < N; s++) {
           const int8_t* row = x + size_t(s) * stride + g * kGroup;
@@ -163,6 +227,5 @@ bool runs() { return has_avx2(); }
 #include "loops.h"
 
 namespace chalot {
-extern const Kernels avx2_kernels = {"avx2", runs,    exp_all, rms_norm,     rotate, gate,  quantize,
-                                     row,    product, dense,   store_cached, attend, encode};
+extern const Kernels avx2_kernels = table("avx2", runs);
 }

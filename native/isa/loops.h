@@ -1,8 +1,9 @@
 // The loop nests, written once over the sixteen-lane primitives that each instruction set defines before
-// including this file:
-//   F, I          sixteen float32 / int32        zero set load store add sub mul div fma max min round
-//   to_int to_float scale2 zero_below            load_f16 load_bf16 store_f16 store_i32 sum largest join nearest
-//   dot<N, Coder> decode                         see scalar.cpp for what each must return
+// including this file; scalar.cpp says what each must give:
+//   F, I            sixteen float32 / int32      zero set load store add sub mul div fma max min round flip
+//   of both         to_int to_float scale2 zero_below load_f16 load_bf16 store_f16 sum largest nearest
+//   of whole ones   clamp split join store_codes
+//   dot<N, Coder>   to_tiles<Coder>              tile_product<Rows, Panels>
 #pragma once
 #include "prelude.h"
 
@@ -71,181 +72,58 @@ void gate(Gate kind, const float* gate, const float* up, int n, float* y) {
   }
 }
 
-// Blocks whose largest number is below 2^-100 count as zero, so that no reciprocal overflows.
-void quantize(const float* x, int stride, int planes, int8_t* codes, float* scale, int32_t* sums) {
+// `n` numbers (a multiple of 16) under one scale, as one plane of codes or two. Where the largest is below 2^-100 all
+// count as zero, so that no reciprocal overflows; not a number becomes the least code.
+void quantize_run(const float* x, int n, int planes, int8_t* codes, size_t plane_stride, float* scale, int32_t* sums,
+                  size_t sums_stride) {
   const float top = planes == 1 ? 127.0f : 127.0f * kPlaneStep;
-  const int blocks = stride / kBlock;
-  for (int b = 0; b < blocks; b++) {
-    F size = zero();
-    for (int i = 0; i < kBlock; i += 16) {
-      F v = load(x + b * kBlock + i);
-      size = max(size, max(v, sub(zero(), v)));
-    }
-    float high = largest(size);
-    bool some = high > 0x1p-100f;
-    F inverse = set(some ? top / high : 0.0f);
-    scale[b] = some ? high / top : 0.0f;
-    int32_t sum[2] = {0, 0};
-    for (int i = 0; i < kBlock; i += 16) {
-      int32_t whole[16];
-      store_i32(whole, to_int(round(mul(load(x + b * kBlock + i), inverse))));
-      for (int k = 0; k < 16; k++) {
-        int32_t v = whole[k], low = 0;
-        if (planes == 2) {
-          int32_t first = (v + kPlaneStep / 2) >> 7;
-          low = v - first * kPlaneStep;
-          v = first;
-        }
-        v = v > 127 ? 127 : v < -127 ? -127 : v;  // not a number becomes the least integer
-        size_t at = size_t(b) * kBlock + i + k;
-        codes[at] = int8_t(v);
-        sum[0] += v;
-        if (planes == 2) codes[stride + at] = int8_t(low), sum[1] += low;
-      }
-    }
-    for (int p = 0; p < planes; p++) sums[p * blocks + b] = sum[p];
+  F size = zero();
+  for (int i = 0; i < n; i += 16) {
+    F v = load(x + i);
+    size = max(size, max(v, sub(zero(), v)));
   }
-}
-
-// ---- products of codes
-
-template <class Coder>
-const uint8_t* panel_of(const Matrix& w, int p) {
-  return w.data + size_t(p) * w.groups() * Coder::group_bytes;
-}
-
-// One panel times `Tokens` tokens of `Planes` planes.
-template <class Coder, int Tokens, int Planes>
-void panel_product(const Matrix& w, int p, const uint8_t* panel, const Activations& x, int t, Output out) {
-  const int blocks = w.blocks(), groups = w.groups(), all_blocks = x.stride / kBlock;
-  const uint16_t* segments = w.segments + size_t(p) * w.segment_count() * kPanel;
-  F total[Tokens];
-  for (F& f : total) f = zero();
-  const int8_t* codes = x.codes + size_t(t) * Planes * x.stride;
-  const int32_t* sums = x.sums + size_t(t) * Planes * all_blocks;
-  const float* scale = x.scale + size_t(t) * all_blocks;
-  for (int b = 0; b < blocks; b++) {
-    int n = groups - b * 4 < 4 ? groups - b * 4 : 4;
-    I part[Tokens * Planes];
-    dot<Tokens * Planes, Coder>(panel, n, w.tables, codes + b * kBlock, x.stride, sums + b, all_blocks, part);
-    panel += size_t(n) * Coder::group_bytes;
-    F segment = load_f16(segments + size_t(b / w.segment_blocks) * kPanel);
-    for (int k = 0; k < Tokens; k++) {
-      I whole = Planes == 1 ? part[k] : join(part[k * Planes], part[k * Planes + Planes - 1]);
-      total[k] = fma(to_float(whole), mul(segment, set(scale[size_t(k) * all_blocks + b])), total[k]);
+  const float high = largest(size);
+  const bool some = high > 0x1p-100f;
+  const F inverse = set(some ? top / high : 0.0f);
+  *scale = some ? high / top : 0.0f;
+  I first = to_int(zero()), second = first;
+  for (int i = 0; i < n; i += 16) {
+    I whole = to_int(round(mul(load(x + i), inverse))), low;
+    if (planes == 2) {
+      split(whole, whole, low);
+      store_codes(codes + plane_stride + i, low);
+      second = add(second, low);
     }
+    whole = clamp(whole);
+    store_codes(codes + i, whole);
+    first = add(first, whole);
   }
-  F row_scale = load(w.row_scale + p * kPanel);
-  for (int k = 0; k < Tokens; k++) {
-    float* y = out.y + (t + k) * out.stride + p * kPanel;
-    F v = mul(total[k], row_scale);
-    int rows = w.rows - p * kPanel;
-    if (rows >= kPanel) {
-      if (out.bias) v = add(v, load(out.bias + p * kPanel));
-      store(y, out.add ? add(load(y), v) : v);
-    } else {
-      float some[16];
-      store(some, v);
-      for (int r = 0; r < rows; r++) {
-        float one = out.bias ? some[r] + out.bias[p * kPanel + r] : some[r];
-        y[r] = out.add ? y[r] + one : one;
-      }
-    }
+  sums[0] = sum(first);
+  if (planes == 2) sums[sums_stride] = sum(second);
+}
+
+// The `count` best of a part of the vocabulary. Compared in sixty-fours, so that few are looked at one by one.
+int top(const float* logits, int n, int first, int count, Candidate* best, int held) {
+  F strange = zero();
+  auto offer = [&](int i) {
+    if (held == count && !(logits[i] > best[count - 1].logit)) return;
+    int at = held < count ? held++ : count - 1;
+    for (; at > 0 && best[at - 1].logit < logits[i]; at--) best[at] = best[at - 1];
+    best[at] = {logits[i], first + i};
+  };
+  int i = 0;
+  for (; i + 64 <= n; i += 64) {
+    F a = load(logits + i), b = load(logits + i + 16), c = load(logits + i + 32), d = load(logits + i + 48);
+    strange = fma(a, zero(), fma(b, zero(), fma(c, zero(), fma(d, zero(), strange))));
+    if (held == count && !(largest(max(max(a, b), max(c, d))) > best[count - 1].logit)) continue;
+    for (int k = 0; k < 64; k++) offer(i + k);
   }
+  float rest = 0;
+  for (; i < n; i++) rest += logits[i] * 0.0f, offer(i);
+  return sum(strange) == 0 && rest == 0 ? held : -1;
 }
 
-template <class Coder, int Planes>
-void panel_times_tokens(const Matrix& w, int p, const uint8_t* panel, const Activations& x, int tokens, Output out) {
-  int t = 0;
-  for (; t + kTokens / Planes <= tokens; t += kTokens / Planes)
-    panel_product<Coder, kTokens / Planes, Planes>(w, p, panel, x, t, out);
-  if (kTokens / Planes > 2 && t + 2 <= tokens) panel_product<Coder, 2, Planes>(w, p, panel, x, t, out), t += 2;
-  for (; t < tokens; t++) panel_product<Coder, 1, Planes>(w, p, panel, x, t, out);
-}
-
-template <int Planes>
-void product_of(const Matrix& w, const Activations& x, int tokens, int first, int last, Output out, void* scratch) {
-  for (int p = first; p < last; p++) {
-    if (w.scheme == Scheme::int8) {
-      panel_times_tokens<Int8, Planes>(w, p, panel_of<Int8>(w, p), x, tokens, out);
-    } else if (tokens * Planes <= kTokens) {
-      panel_times_tokens<Nl4, Planes>(w, p, panel_of<Nl4>(w, p), x, tokens, out);
-    } else {  // decode the panel once for all tokens; decoded codes lie as int8's do
-      uint8_t* plain = static_cast<uint8_t*>(scratch);
-      const uint8_t* panel = panel_of<Nl4>(w, p);
-      for (int g = 0; g < w.groups(); g += 4) {
-        int n = w.groups() - g < 4 ? w.groups() - g : 4;
-        decode(panel, n, w.tables, plain + size_t(g) * Int8::group_bytes);
-        panel += size_t(n) * Nl4::group_bytes;
-      }
-      panel_times_tokens<Int8, Planes>(w, p, plain, x, tokens, out);
-    }
-  }
-}
-
-void product(const Matrix& w, const Activations& x, int tokens, int first, int last, Output out, void* scratch) {
-  if (x.planes == 1)
-    product_of<1>(w, x, tokens, first, last, out, scratch);
-  else
-    product_of<2>(w, x, tokens, first, last, out, scratch);
-}
-
-// ---- products of numbers: sixteen lanes of fma chains over the columns, then their tree
-
-template <Scheme S>
-F load_numbers(const uint8_t* row, int at) {
-  if constexpr (S == Scheme::f32) return load(reinterpret_cast<const float*>(row) + at);
-  if constexpr (S == Scheme::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(row) + at);
-  if constexpr (S == Scheme::f16) return load_f16(reinterpret_cast<const uint16_t*>(row) + at);
-}
-
-template <Scheme S, int Rows, int Tokens>
-void dense_tile(const Matrix& w, const float* x, size_t stride, int r, int t, Output out) {
-  const int width = round_up(w.columns, 16);
-  const size_t row_bytes = size_t(width) * (S == Scheme::f32 ? 4 : 2);
-  const uint8_t* row = w.data + r * row_bytes;
-  F lanes[Rows][Tokens];
-  for (auto& of_row : lanes)
-    for (F& f : of_row) f = zero();
-  for (int k = 0; k < width; k += 16) {
-    F v[Rows];
-    for (int i = 0; i < Rows; i++) v[i] = load_numbers<S>(row + i * row_bytes, k);
-    for (int j = 0; j < Tokens; j++) {
-      F a = load(x + (t + j) * stride + k);
-      for (int i = 0; i < Rows; i++) lanes[i][j] = fma(v[i], a, lanes[i][j]);
-    }
-  }
-  for (int j = 0; j < Tokens; j++)
-    for (int i = 0; i < Rows; i++) {
-      float v = sum(lanes[i][j]);
-      if (out.bias) v += out.bias[r + i];
-      float& y = out.y[(t + j) * out.stride + r + i];
-      y = out.add ? y + v : v;
-    }
-}
-
-template <Scheme S>
-void dense_of(const Matrix& w, const float* x, size_t stride, int tokens, int first, int last, Output out) {
-  for (int r = first; r < last;) {
-    int rows = last - r >= kDenseRows ? kDenseRows : 1;
-    int t = 0;
-    if (rows == kDenseRows) {
-      for (; t + kDenseTokens <= tokens; t += kDenseTokens)
-        dense_tile<S, kDenseRows, kDenseTokens>(w, x, stride, r, t, out);
-      for (; t < tokens; t++) dense_tile<S, kDenseRows, 1>(w, x, stride, r, t, out);
-    } else {
-      for (; t < tokens; t++) dense_tile<S, 1, 1>(w, x, stride, r, t, out);
-    }
-    r += rows;
-  }
-}
-
-void dense(const Matrix& w, const float* x, size_t stride, int tokens, int first, int last, Output out) {
-  int from = first * kPanel, to = last * kPanel < w.rows ? last * kPanel : w.rows;
-  if (w.scheme == Scheme::f32) dense_of<Scheme::f32>(w, x, stride, tokens, from, to, out);
-  if (w.scheme == Scheme::bf16) dense_of<Scheme::bf16>(w, x, stride, tokens, from, to, out);
-  if (w.scheme == Scheme::f16) dense_of<Scheme::f16>(w, x, stride, tokens, from, to, out);
-}
+#include "product.h"
 
 // ---- one row as numbers: row_scale * segment * value, each product rounded once
 
@@ -289,66 +167,12 @@ void row(const Matrix& w, int row, float* out) {
   }
 }
 
-// ---- attention over one page
-
-template <CacheType C>
-F load_cached(const void* p, size_t at) {
-  if constexpr (C == CacheType::f32) return load(static_cast<const float*>(p) + at);
-  return load_f16(static_cast<const uint16_t*>(p) + at);
-}
-
-void store_cached(CacheType type, const float* x, int n, void* out) {
-  for (int i = 0; i < n; i += 16) {
-    // float16 ends at 65,504; a larger key or value saturates
-    F v = load(x + i);
-    if (type == CacheType::f32)
-      store(static_cast<float*>(out) + i, v);
-    else
-      store_f16(static_cast<uint16_t*>(out) + i, max(min(v, set(65504.0f)), set(-65504.0f)));
-  }
-}
-
-// The page's own (largest, denominator, output) from empty, then merged with what came before.
-template <CacheType C>
-void attend_to(const Page& page, const float* query, int count, Gathered& g) {
-  alignas(64) float p[kPage];
-  for (int j = 0; j < count; j++) {
-    F lanes = zero();
-    for (int d = 0; d < page.stride; d += 16)
-      lanes = fma(load(query + d), load_cached<C>(page.keys, size_t(j) * page.stride + d), lanes);
-    p[j] = sum(lanes);
-  }
-  int width = round_up(count, 16);
-  for (int j = count; j < width; j++) p[j] = -__builtin_inff();
-  F top = load(p);
-  for (int j = 16; j < width; j += 16) top = max(top, load(p + j));
-  float high = largest(top);
-  F denominators = zero();
-  for (int j = 0; j < width; j += 16) {
-    F e = exponential(sub(load(p + j), set(high)));
-    store(p + j, e);
-    denominators = add(denominators, e);
-  }
-  float largest_of_both = g.largest > high ? g.largest : high;
-  float change[16] = {g.largest - largest_of_both, high - largest_of_both};
-  store(change, exponential(load(change)));
-  F before = set(change[0]), here = set(change[1]);
-  g.denominator = __builtin_fmaf(g.denominator, change[0], sum(denominators) * change[1]);
-  g.largest = largest_of_both;
-  for (int d = 0; d < page.stride; d += 16) {
-    F o = zero();
-    for (int j = 0; j < count; j++) o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
-    store(g.out + d, fma(load(g.out + d), before, mul(o, here)));
-  }
-}
-
-void attend(const Page& page, const float* query, int count, Gathered& g) {
-  if (page.type == CacheType::f32)
-    attend_to<CacheType::f32>(page, query, count, g);
-  else
-    attend_to<CacheType::f16>(page, query, count, g);
-}
-
+#include "attend.h"
 #include "encode.h"
+
+constexpr Kernels table(const char* name, bool (*runs_here)()) {
+  return {name, runs_here, exp_all, rms_norm, rotate, spread, gate, quantize_run, row,
+          product, dense, top, store_cached, attend, merge, encode};
+}
 
 }  // namespace

@@ -17,6 +17,13 @@ struct Nl4 {
   static constexpr int group_bytes = 272;
 };
 
+// Calls step<N>(at) over 0..count-1 in turns of Most, then of fewer.
+template <int N, class Step>
+inline void in_turns(int count, Step step, int at = 0) {
+  for (; at + N <= count; at += N) step.template operator()<N>(at);
+  if constexpr (N > 1) in_turns<(N > 8 ? 8 : N > 4 ? 4 : N / 2)>(count, step, at);
+}
+
 // float16 <-> float32, round to nearest even.
 
 inline float half_to_float(uint16_t h) {

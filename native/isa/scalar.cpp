@@ -85,9 +85,6 @@ inline F load_bf16(const uint16_t* p) {
 inline void store_f16(uint16_t* p, F a) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(a.v[i]);
 }
-inline void store_i32(int32_t* p, I a) {
-  for (int i = 0; i < 16; i++) p[i] = a.v[i];
-}
 inline float sum(F a) {  // the one tree: lanes 8 apart, then 4, 2, 1
   for (int width = 8; width; width /= 2)
     for (int i = 0; i < width; i++) a.v[i] = a.v[i] + a.v[i + width];
@@ -105,24 +102,84 @@ inline F nearest(F x, const float* value, const float* middle) {
     for (int l = 0; l < 16; l++) out.v[l] = x.v[l] > middle[i] ? value[i + 1] : out.v[l];
   return out;
 }
-inline I join(I first, I second) {
+template <class Operation>
+inline I each_whole(Operation f) {
   I out;
-  for (int i = 0; i < 16; i++) out.v[i] = first.v[i] * 128 + second.v[i];
+  for (int i = 0; i < 16; i++) out.v[i] = f(i);
   return out;
 }
+inline I add(I a, I b) {
+  return each_whole([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline int32_t sum(I a) {
+  int32_t total = 0;
+  for (int32_t v : a.v) total += v;
+  return total;
+}
+inline I clamp(I a) {
+  return each_whole([&](int i) { return a.v[i] > 127 ? 127 : a.v[i] < -127 ? -127 : a.v[i]; });
+}
+// A whole number as 128 * first + second, second within -64..63, and back.
+inline void split(I whole, I& first, I& second) {
+  first = each_whole([&](int i) { return int32_t((int64_t(whole.v[i]) + 64) >> 7); });
+  second = each_whole([&](int i) { return int32_t(whole.v[i] - int64_t(first.v[i]) * 128); });
+}
+inline I join(I first, I second) {
+  return each_whole([&](int i) { return first.v[i] * 128 + second.v[i]; });
+}
+inline void store_codes(int8_t* p, I a) {
+  for (int i = 0; i < 16; i++) p[i] = int8_t(a.v[i]);
+}
+template <int Width>
+inline F flip(F a) {  // lanes i and i ^ Width change places
+  return each([&](int i) { return a.v[i ^ Width]; });
+}
 
-constexpr int kTokens = 4, kDenseRows = 2, kDenseTokens = 2;
+// Code rows that a product takes at once: as they are packed, and as tiles; panels at once as tiles.
+constexpr int kTokens = 4, kRows = 4, kPanels = 1, kDenseRows = 2, kDenseTokens = 2;
 
-// `groups` groups of nl4 as the bytes that int8 would have.
-inline void decode(const uint8_t* block, int groups, const int8_t* tables, uint8_t* out) {
+// Two halves of 16 columns of each group, as int8 lies in a file.
+template <class Coder>
+inline void decode(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
   const uint8_t* levels = block + groups * 256;
   for (int g = 0; g < groups; g++)
     for (int i = 0; i < 256; i++) {
-      int r = i % 64 / 16 * 4 + i / 64;
-      const int8_t* table = tables + levels[g * 16 + r] * 16;
-      uint8_t byte = block[g * 256 + i];
-      out[g * 512 + i] = uint8_t(table[byte & 15]);
-      out[g * 512 + 256 + i] = uint8_t(table[byte >> 4]);
+      if constexpr (Coder::group_bytes == 512) {
+        out[g * 512 + i] = int8_t(block[g * 512 + i]);
+        out[g * 512 + 256 + i] = int8_t(block[g * 512 + 256 + i]);
+      } else {
+        int r = i % 64 / 16 * 4 + i / 64;
+        const int8_t* table = tables + levels[g * 16 + r] * 16;
+        uint8_t byte = block[g * 256 + i];
+        out[g * 512 + i] = table[byte & 15];
+        out[g * 512 + 256 + i] = table[byte >> 4];
+      }
+    }
+}
+
+// Packed groups as tiles: for each 4 columns, 16 rows of 4 bytes.
+template <class Coder>
+inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
+  alignas(64) int8_t plain[4 * Int8::group_bytes];
+  decode<Coder>(block, groups, tables, plain);
+  for (int half = 0; half < groups * 2; half++)
+    for (int i = 0; i < 256; i++) {
+      int row = i / 16 % 4 * 4 + i / 64, column = i % 16;
+      out[half * 256 + column / 4 * 64 + row * 4 + column % 4] = plain[half * 256 + i];
+    }
+}
+
+// out[r][p] = sixteen sums over 4 * quads columns: the tiles of panel p, `panel_bytes` apart, times code row r. The
+// sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights.
+template <int Rows, int Panels>
+inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
+                         const int32_t*, size_t, I (*out)[Panels]) {
+  for (int r = 0; r < Rows; r++)
+    for (int p = 0; p < Panels; p++) {
+      out[r][p] = {};
+      for (int k = 0; k < quads * 4; k++)
+        for (int i = 0; i < 16; i++)
+          out[r][p].v[i] += tiles[p * panel_bytes + size_t(k / 4) * 64 + i * 4 + k % 4] * x[r * stride + k];
     }
 }
 
@@ -131,19 +188,16 @@ inline void decode(const uint8_t* block, int groups, const int8_t* tables, uint8
 template <int N, class Coder>
 inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride, const int32_t*,
                 int, I* out) {
-  alignas(64) uint8_t plain[4 * Int8::group_bytes];
-  if constexpr (Coder::group_bytes == Nl4::group_bytes) {
-    decode(block, groups, tables, plain);
-    block = plain;
-  }
+  alignas(64) int8_t plain[4 * Int8::group_bytes];
+  decode<Coder>(block, groups, tables, plain);
   for (int s = 0; s < N; s++) {
     int32_t total[16] = {};
     for (int half = 0; half < groups * 2; half++)
       for (int i = 0; i < 16; i++) {
-        const uint8_t* w = block + half * 256 + i * 16;  // i = 4 * load + lane, row = 4 * lane + load
+        const int8_t* w = plain + half * 256 + i * 16;  // i = 4 * load + lane, row = 4 * lane + load
         const int8_t* a = x + s * stride + half * 16;
         int32_t dot = 0;
-        for (int k = 0; k < 16; k++) dot += int8_t(w[k]) * a[k];
+        for (int k = 0; k < 16; k++) dot += w[k] * a[k];
         total[i % 4 * 4 + i / 4] += dot;
       }
     for (int r = 0; r < 16; r++) out[s].v[r] = total[r];
@@ -156,6 +210,5 @@ bool runs() { return true; }
 #include "loops.h"
 
 namespace chalot {
-extern const Kernels scalar_kernels = {"scalar", runs,    exp_all, rms_norm,     rotate, gate,  quantize,
-                                       row,      product, dense,   store_cached, attend, encode};
+extern const Kernels scalar_kernels = table("scalar", runs);
 }

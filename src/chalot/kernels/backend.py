@@ -35,6 +35,14 @@ class Runnable(Protocol):
     def run(self, batch: Batch, arena: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits (wanted, vocabulary). The arena's pages receive the batch's keys and values."""
 
+    def best(
+        self, batch: Batch, arena: NDArray[np.uint8], count: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and logits (wanted, count) of the best, by descending logit, then ascending id.
+
+        An id of -1 comes first where logits were infinite or not a number.
+        """
+
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
         """(tokens, width): what the last batch left in a float slot."""
 
@@ -50,8 +58,11 @@ class Backend(Protocol):
     def threads(self) -> int:
         """Threads that compute."""
 
-    def compile(self, program: Program) -> Runnable:
-        """Check a program and make it ready. Raises KernelError where it does not fit together."""
+    def compile(self, program: Program, fuse: bool = True) -> Runnable:
+        """Check a program and make it ready. Raises KernelError where it does not fit together.
+
+        Without `fuse` every slot holds what its operation gave; else some between fused ones do not.
+        """
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """The packed extent of a float32 matrix (rows, columns), as `packing.pack` gives it."""
@@ -69,7 +80,7 @@ class ReferenceBackend:
     name = "reference"
     threads = 1
 
-    def compile(self, program: Program) -> Runnable:
+    def compile(self, program: Program, fuse: bool = True) -> Runnable:
         """See Backend."""
         return reference.ReferenceProgram(program)
 

@@ -4,6 +4,8 @@ A backend's threads start at first use and sleep when idle. Calls from several P
 served one after another; a forked child starts threads of its own.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +27,7 @@ def matrix_fields(m: Matrix) -> tuple[object, ...]:
 
 
 def op_fields(op: Op) -> tuple[object, ...]:
-    """The nine fields of an operation."""
+    """The eleven fields of an operation."""
     parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
     return (
         KINDS.index(op.kind),
@@ -37,13 +39,15 @@ def op_fields(op: Op) -> tuple[object, ...]:
         op.layer,
         op.add,
         GATES.index(op.gate),
+        op.window,
+        op.cap,
     )
 
 
 class NativeProgram:
     """A program whose memory the extension has checked; keeps the arrays it reads alive."""
 
-    def __init__(self, program: Program, machine: object) -> None:
+    def __init__(self, program: Program, machine: object, fuse: bool) -> None:
         self.machine = machine
         self.vocabulary = program.vocabulary
         self.slots = program.slots
@@ -56,6 +60,7 @@ class NativeProgram:
                 shape,
                 program.heads,
                 [float(f) for f in program.inverse_frequency],
+                fuse,
             )
         except ValueError as error:
             raise KernelError(f"program does not fit together: {error}") from None
@@ -63,8 +68,27 @@ class NativeProgram:
     def run(self, batch: Batch, arena: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See Runnable."""
         logits = np.empty((len(batch.wanted), self.vocabulary), np.float32)
+        self._call(self.native.run, batch, arena, logits)
+        return logits
+
+    def best(
+        self, batch: Batch, arena: NDArray[np.uint8], count: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """See Runnable."""
+        ids = np.empty((len(batch.wanted), count), np.int32)
+        logits = np.empty((len(batch.wanted), count), np.float32)
+        self._call(self.native.best, batch, arena, ids, logits)
+        return ids, logits
+
+    def _call(
+        self,
+        entry: Callable[..., None],
+        batch: Batch,
+        arena: NDArray[np.uint8],
+        *out: NDArray[np.generic],
+    ) -> None:
         try:
-            self.native.run(
+            entry(
                 self.machine,
                 batch.tokens,
                 batch.positions,
@@ -72,11 +96,10 @@ class NativeProgram:
                 batch.pages,
                 batch.wanted,
                 arena,
-                logits,
+                *out,
             )
         except (IndexError, ValueError) as error:
             raise KernelError(f"batch: {error}") from None
-        return logits
 
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
         """See Runnable."""
@@ -93,9 +116,9 @@ class NativeBackend:
         self.name: str = self.machine.isa
         self.threads: int = threads
 
-    def compile(self, program: Program) -> NativeProgram:
+    def compile(self, program: Program, fuse: bool = True) -> NativeProgram:
         """See Backend."""
-        return NativeProgram(program, self.machine)
+        return NativeProgram(program, self.machine, fuse)
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """See Backend."""

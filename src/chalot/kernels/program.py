@@ -26,7 +26,7 @@ PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
 KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore")
 GATES = ("silu", "gelu_tanh")
-CACHE_TYPES = ("f32", "f16")
+CACHE_TYPES = ("f32", "f16", "int8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,18 @@ class Op:
     layer: int = 0
     add: bool = False
     gate: str = "silu"
+    window: int = 0  # attend: positions that a query sees, its own included; 0: all
+    cap: float = 0.0  # attend: scores become cap * tanh(score / cap); 0: they stay
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a page of 256 positions holds: a layer's keys, then its values, of each head."""
+    """What a page of 256 positions holds: a layer's keys, then its values, of each head.
+
+    Numbers lie in rows of `stride`. Codes (int8) lie as tiles: keys (16, stride / 4, 16, 4) with
+    sixteen positions side by side, values (stride / 16, 64, 16, 4) with sixteen channels; behind
+    them the float32 scales of the 256 positions.
+    """
 
     kind: str  # of CACHE_TYPES
     layers: int
@@ -77,9 +84,14 @@ class CacheShape:
 
     @property
     def position_bytes(self) -> int:
-        """Cache bytes of one token."""
-        size = 4 if self.kind == "f32" else 2
-        return self.layers * 2 * self.kv_heads * self.stride * size
+        """Cache bytes of one token; codes have a float32 scale a head."""
+        head = {"f32": 4 * self.stride, "f16": 2 * self.stride, "int8": self.stride + 4}[self.kind]
+        return self.layers * 2 * self.kv_heads * head
+
+    @property
+    def rotation(self) -> int:
+        """Block of the Hadamard rotation of keys and queries: what divides the head; 1: none."""
+        return self.head_dim & -self.head_dim if self.kind == "int8" else 1
 
     @property
     def page_bytes(self) -> int:

@@ -1,0 +1,213 @@
+// The key/value cache and attention over one of its pages. Included by loops.h inside its anonymous namespace.
+
+// Rotates blocks of `size` numbers (a power of two) by a Hadamard matrix without its factor 1 / sqrt(size), which
+// spreads a channel's outliers over the block. `n` is a multiple of 16.
+template <int Width>
+inline F butterfly(F a) {
+  alignas(64) float sign[16];
+  for (int i = 0; i < 16; i++) sign[i] = i & Width ? -1.0f : 1.0f;
+  return add(flip<Width>(a), mul(a, load(sign)));
+}
+
+void spread(float* x, int n, int size) {
+  for (int i = 0; i < n; i += 16) {
+    F a = load(x + i);
+    if (size > 1) a = butterfly<1>(a);
+    if (size > 2) a = butterfly<2>(a);
+    if (size > 4) a = butterfly<4>(a);
+    if (size > 8) a = butterfly<8>(a);
+    store(x + i, a);
+  }
+  for (int width = 16; width < size; width *= 2)
+    for (int i = 0; i < n; i += 16)
+      if (!(i & width)) {
+        F a = load(x + i), b = load(x + i + width);
+        store(x + i, add(a, b));
+        store(x + i + width, sub(a, b));
+      }
+}
+
+// Byte `column` of line `row` of tiles whose contraction is over columns.
+inline size_t tile_at(int row, int column) { return size_t(column / 4) * 64 + size_t(row * 4 + column % 4); }
+
+void store_codes_of(const Page& page, int at, const float* key, const float* value) {
+  alignas(64) int8_t codes[kMaxHead];
+  int32_t sums;
+  auto* keys = static_cast<int8_t*>(page.keys) + size_t(at / kPanel) * kPanel * page.stride;
+  quantize_run(key, page.stride, 1, codes, 0, page.key_scale + at, &sums, 0);
+  for (int d = 0; d < page.stride; d += 4) __builtin_memcpy(keys + tile_at(at % kPanel, d), codes + d, 4);
+  auto* values = static_cast<int8_t*>(page.values);
+  quantize_run(value, page.stride, 1, codes, 0, page.value_scale + at, &sums, 0);
+  for (int d = 0; d < page.stride; d++) values[size_t(d / 16) * 16 * kPage + tile_at(d % 16, at)] = codes[d];
+}
+
+void store_numbers(CacheType type, const float* x, int n, void* out, size_t at) {
+  for (int i = 0; i < n; i += 16) {
+    F v = load(x + i);
+    if (type == CacheType::f32)
+      store(static_cast<float*>(out) + at + i, v);
+    else  // float16 ends at 65,504; a larger key or value saturates
+      store_f16(static_cast<uint16_t*>(out) + at + i, max(min(v, set(65504.0f)), set(-65504.0f)));
+  }
+}
+
+void store_cached(const Page& page, int at, const float* key, const float* value) {
+  if (page.type == CacheType::int8) return store_codes_of(page, at, key, value);
+  store_numbers(page.type, key, page.stride, page.keys, size_t(at) * page.stride);
+  store_numbers(page.type, value, page.stride, page.values, size_t(at) * page.stride);
+}
+
+// cap * tanh(score / cap), tanh(u) = 1 - 2 / (e^2u + 1)
+inline F soft_cap(F score, float cap) {
+  F e = exponential(mul(score, set(2.0f / cap)));
+  return mul(set(cap), sub(set(1.0f), div(set(2.0f), add(e, set(1.0f)))));
+}
+
+// Scores of one row, read and written at [from, to), become weights; their largest and their sum. What lies around them
+// in their sixteens becomes 0.
+inline void softmax(float* scores, int from, int to, float cap, float& high, float& total) {
+  const int first = from / 16 * 16, last = round_up(to, 16);
+  if (cap != 0)
+    for (int j = first; j < last; j += 16) store(scores + j, soft_cap(load(scores + j), cap));
+  for (int j = first; j < from; j++) scores[j] = -__builtin_inff();
+  for (int j = to; j < last; j++) scores[j] = -__builtin_inff();
+  F top = load(scores + first);
+  for (int j = first + 16; j < last; j += 16) top = max(top, load(scores + j));
+  high = largest(top);
+  F sums = zero();
+  for (int j = first; j < last; j += 16) {
+    F e = exponential(sub(load(scores + j), set(high)));
+    store(scores + j, e);
+    sums = add(sums, e);
+  }
+  total = sum(sums);
+}
+
+template <CacheType C>
+F load_cached(const void* p, size_t at) {
+  if constexpr (C == CacheType::f32) return load(static_cast<const float*>(p) + at);
+  return load_f16(static_cast<const uint16_t*>(p) + at);
+}
+
+template <CacheType C>
+void attend_numbers(const Page& page, const Queries& q, Gathered g) {
+  alignas(64) float p[kPage];
+  for (int r = 0; r < q.rows; r++) {
+    const int from = q.from[r], to = q.to[r];
+    if (from >= to) continue;
+    const float* query = q.numbers + size_t(r) * page.stride;
+    for (int j = from; j < to; j++) {
+      F lanes = zero();
+      for (int d = 0; d < page.stride; d += 16)
+        lanes = fma(load(query + d), load_cached<C>(page.keys, size_t(j) * page.stride + d), lanes);
+      p[j] = sum(lanes);
+    }
+    softmax(p, from, to, q.cap, g.largest[r], g.denominator[r]);
+    for (int d = 0; d < page.stride; d += 16) {
+      F o = zero();
+      for (int j = from; j < to; j++)
+        o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
+      store(g.out + size_t(r) * page.stride + d, o);
+    }
+  }
+}
+
+// Both products are of codes: queries and weights in two planes each, keys and values as tiles.
+template <int Panels>
+void score_panels(const Page& page, const Queries& q, int panel, float* scores) {
+  const int8_t* keys = static_cast<const int8_t*>(page.keys) + size_t(panel) * kPanel * page.stride;
+  in_turns<kRows / 2>(q.rows, [&]<int N>(int r) {
+    I part[2 * N][Panels];
+    tile_product<2 * N, Panels>(keys, size_t(kPanel) * page.stride, page.stride / 4,
+                                q.codes + size_t(r) * 2 * page.stride, size_t(page.stride), q.sums + r * 2, 1, part);
+    for (int k = 0; k < N; k++)
+      for (int i = 0; i < Panels; i++) {
+        const int at = (panel + i) * kPanel;
+        F factor = mul(load(page.key_scale + at), set(q.scale[r + k]));
+        store(scores + size_t(r + k) * kPage + at, mul(to_float(join(part[2 * k][i], part[2 * k + 1][i])), factor));
+      }
+  });
+}
+
+struct Weights {  // of one page, for each row: in two planes, with their scale
+  int8_t* codes;  // (rows, 2, kPage)
+  int32_t* sums;
+  float* scale;
+};
+
+template <int Panels>
+void gather_panels(const Page& page, int rows, int first, int last, const Weights& w, int panel, float* out) {
+  const int8_t* values = static_cast<const int8_t*>(page.values) + size_t(panel) * kPanel * kPage;
+  in_turns<kRows / 2>(rows, [&]<int N>(int r) {
+    I part[2 * N][Panels];
+    tile_product<2 * N, Panels>(values + size_t(first) * kPanel, size_t(kPanel) * kPage, (last - first) / 4,
+                                w.codes + size_t(r) * 2 * kPage + first, kPage, w.sums + r * 2, 1, part);
+    for (int k = 0; k < N; k++)
+      for (int i = 0; i < Panels; i++)
+        store(out + size_t(r + k) * page.stride + (panel + i) * kPanel,
+              mul(to_float(join(part[2 * k][i], part[2 * k + 1][i])), set(w.scale[r + k])));
+  });
+}
+
+template <class One, class Several>
+inline void by_panels(int first, int last, One one, Several several) {
+  for (; first + kPanels <= last; first += kPanels) several(first);
+  for (; first < last; first++) one(first);
+}
+
+void attend_codes(const Page& page, const Queries& q, Gathered g, void* scratch) {
+  float* scores = static_cast<float*>(scratch);
+  Weights w{reinterpret_cast<int8_t*>(scores + size_t(q.rows) * kPage), nullptr, nullptr};
+  w.sums = reinterpret_cast<int32_t*>(w.codes + size_t(q.rows) * 2 * kPage);
+  w.scale = reinterpret_cast<float*>(w.sums + q.rows * 2);
+  int first = kPage, last = 0;
+  for (int r = 0; r < q.rows; r++)
+    if (q.from[r] < q.to[r]) {
+      first = q.from[r] < first ? q.from[r] : first;
+      last = q.to[r] > last ? q.to[r] : last;
+    }
+  if (first >= last) return;
+  first = first / 16 * 16, last = round_up(last, 16);
+  by_panels(
+      first / 16, last / 16, [&](int p) { score_panels<1>(page, q, p, scores); },
+      [&](int p) { score_panels<kPanels>(page, q, p, scores); });
+  for (int r = 0; r < q.rows; r++) {
+    int8_t* codes = w.codes + size_t(r) * 2 * kPage;
+    float* row = scores + size_t(r) * kPage;
+    const bool some = q.from[r] < q.to[r];
+    const int begin = some ? q.from[r] / 16 * 16 : last, end = some ? round_up(q.to[r], 16) : last;
+    __builtin_memset(codes + first, 0, size_t(begin - first));
+    __builtin_memset(codes + kPage + first, 0, size_t(begin - first));
+    __builtin_memset(codes + end, 0, size_t(last - end));
+    __builtin_memset(codes + kPage + end, 0, size_t(last - end));
+    if (!some) {
+      w.sums[2 * r] = w.sums[2 * r + 1] = 0, w.scale[r] = 0;
+      continue;
+    }
+    softmax(row, q.from[r], q.to[r], q.cap, g.largest[r], g.denominator[r]);
+    for (int j = begin; j < end; j += 16) store(row + j, mul(load(row + j), load(page.value_scale + j)));
+    quantize_run(row + begin, end - begin, 2, codes + begin, kPage, w.scale + r, w.sums + 2 * r, 1);
+  }
+  by_panels(
+      0, page.stride / 16, [&](int p) { gather_panels<1>(page, q.rows, first, last, w, p, g.out); },
+      [&](int p) { gather_panels<kPanels>(page, q.rows, first, last, w, p, g.out); });
+}
+
+// The page's own (output, largest score, denominator) of each row that sees some of it.
+void attend(const Page& page, const Queries& q, Gathered g, void* scratch) {
+  if (page.type == CacheType::f32) attend_numbers<CacheType::f32>(page, q, g);
+  if (page.type == CacheType::f16) attend_numbers<CacheType::f16>(page, q, g);
+  if (page.type == CacheType::int8) attend_codes(page, q, g, scratch);
+}
+
+// One row: what a page gave goes into what the pages before it gave.
+void merge(float* out, float& top, float& denominator, const float* page_out, float page_top, float page_denominator,
+           int n) {
+  const float high = top > page_top ? top : page_top;
+  float change[16] = {top - high, page_top - high};
+  store(change, exponential(load(change)));
+  F before = set(change[0]), here = set(change[1]);
+  denominator = __builtin_fmaf(denominator, change[0], page_denominator * change[1]);
+  top = high;
+  for (int d = 0; d < n; d += 16) store(out + d, fma(load(out + d), before, mul(load(page_out + d), here)));
+}

@@ -1,0 +1,193 @@
+// The sixteen-lane primitives in AVX-512 with VNNI, and the products that are built on them. Products want unsigned
+// weights, so weights count as w + 128 and 128 * (sum of codes) is taken away once a block.
+#pragma once
+#include <immintrin.h>
+
+#include "cpu.h"
+#include "prelude.h"
+
+namespace {
+using F = __m512;
+using I = __m512i;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set(float x) { return _mm512_set1_ps(x); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline I to_int(F a) { return _mm512_cvttps_epi32(a); }
+inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+inline F scale2(F a, F n) {
+  I power = _mm512_slli_epi32(_mm512_add_epi32(to_int(n), _mm512_set1_epi32(127)), 23);
+  return mul(a, _mm512_castsi512_ps(power));
+}
+inline F zero_below(F a, F x, F bound) {
+  return _mm512_maskz_mov_ps(_knot_mask16(_mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ)), a);
+}
+inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline F load_bf16(const uint16_t* p) {
+  I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store_f16(uint16_t* p, F a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline float sum(F a) {
+  __m256 e = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float largest(F a) { return _mm512_reduce_max_ps(a); }
+inline F nearest(F x, const float* value, const float* middle) {  // binary search by permutes
+  const F middles = load(middle);
+  I at = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int step = 8; step; step /= 2) {
+    F bound = _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(step - 1)), middles);
+    at = _mm512_mask_add_epi32(at, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), at, _mm512_set1_epi32(step));
+  }
+  return _mm512_permutexvar_ps(at, load(value));
+}
+inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
+inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }
+inline I clamp(I a) { return _mm512_max_epi32(_mm512_min_epi32(a, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127)); }
+inline I join(I first, I second) { return _mm512_add_epi32(_mm512_slli_epi32(first, 7), second); }
+inline void split(I whole, I& first, I& second) {
+  first = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
+  second = _mm512_sub_epi32(whole, _mm512_slli_epi32(first, 7));
+}
+inline void store_codes(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+template <int Width>
+inline F flip(F a) {
+  const I lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(Width)), a);
+}
+
+constexpr int kTokens = 4, kRows = 12, kPanels = 2, kDenseRows = 4, kDenseTokens = 4;
+constexpr int kAhead = 2048;  // bytes to prefetch ahead of the panel's stream; 8 KB measured worse
+
+// Lane l of register j = row 4l + j  ->  dword n = row n, summed over the four dwords of each lane.
+inline I row_sums(const I* z) {
+  I a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
+  I c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+  I even = _mm512_add_epi32(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
+  I odd = _mm512_add_epi32(_mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d));
+  return _mm512_add_epi32(even, odd);
+}
+// The tables of rows {load, 4 + load, 8 + load, 12 + load}, one to a lane.
+inline I row_tables(const int8_t* tables, const uint8_t* level, int load) {
+  auto one = [&](int lane) { return _mm_loadu_si128((const __m128i*)(tables + level[4 * lane + load] * 16)); };
+  I t = _mm512_castsi128_si512(one(0));
+  t = _mm512_mask_broadcast_i64x2(t, 0x0c, one(1));
+  t = _mm512_mask_broadcast_i64x2(t, 0x30, one(2));
+  return _mm512_mask_broadcast_i64x2(t, 0xc0, one(3));
+}
+inline I broadcast(const int8_t* x) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x)); }
+
+// 4 rows x 4 columns of every lane change places: register q then holds columns 4q..4q+3 of row n in dword n.
+inline void store_tiles(const I* z, int8_t* out) {
+  I a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpackhi_epi32(z[0], z[1]);
+  I c = _mm512_unpacklo_epi32(z[2], z[3]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, c));
+  _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi64(a, c));
+  _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi64(b, d));
+  _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi64(b, d));
+}
+
+template <class Coder>
+inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
+  const I low = _mm512_set1_epi8(15);
+  const uint8_t* levels = block + groups * 256;
+  for (int g = 0; g < groups; g++) {
+    I first[4], second[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      if constexpr (Coder::group_bytes == 512) {
+        first[j] = _mm512_loadu_si512(block + g * 512 + j * 64);
+        second[j] = _mm512_loadu_si512(block + g * 512 + 256 + j * 64);
+      } else {
+        I bytes = _mm512_loadu_si512(block + g * 256 + j * 64), table = row_tables(tables, levels + g * 16, j);
+        first[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low));
+        second[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+      }
+    }
+    store_tiles(first, out + g * 512);
+    store_tiles(second, out + g * 512 + 256);
+  }
+}
+
+template <int Rows, int Panels>
+inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
+                         const int32_t* sums, size_t sums_stride, I (*out)[Panels]) {
+  const I bias = _mm512_set1_epi8(char(128));
+  I acc[Rows][Panels];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; p++) acc[r][p] = _mm512_setzero_si512();
+  for (int q = 0; q < quads; q++) {
+    I w[Panels];
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; p++)
+      w[p] = _mm512_xor_si512(_mm512_loadu_si512(tiles + p * panel_bytes + size_t(q) * 64), bias);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++) {
+      int32_t four;
+      __builtin_memcpy(&four, x + r * stride + q * 4, 4);
+      I a = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
+      for (int p = 0; p < Panels; p++) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], w[p], a);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++) {
+    I extra = _mm512_slli_epi32(_mm512_set1_epi32(sums[r * sums_stride]), 7);
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; p++) out[r][p] = _mm512_sub_epi32(acc[r][p], extra);
+  }
+}
+
+template <int N, class Coder>
+inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride,
+                const int32_t* sums, int sums_stride, I* out) {
+  const I low = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(char(128));
+  I acc[N][4];
+  for (auto& of_row : acc)
+    for (I& a : of_row) a = _mm512_setzero_si512();
+  const uint8_t* levels = block + groups * 256;
+  for (int g = 0; g < groups; g++) {
+    const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
+    for (int line = 0; line < Coder::group_bytes; line += 64)
+      _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_T0);
+    I x0[N], x1[N];
+    for (int s = 0; s < N; s++) {
+      x0[s] = broadcast(x + size_t(s) * stride + g * kGroup);
+      x1[s] = broadcast(x + size_t(s) * stride + g * kGroup + 16);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      I w0, w1;
+      I bytes = _mm512_loadu_si512(codes + j * 64);
+      if constexpr (Coder::group_bytes == 512) {
+        w0 = _mm512_xor_si512(bytes, bias);
+        w1 = _mm512_xor_si512(_mm512_loadu_si512(codes + 256 + j * 64), bias);
+      } else {
+        I table = _mm512_xor_si512(row_tables(tables, levels + g * 16, j), bias);
+        w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low));
+        w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+      }
+      for (int s = 0; s < N; s++) acc[s][j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[s][j], w0, x0[s]), w1, x1[s]);
+    }
+  }
+  for (int s = 0; s < N; s++)
+    out[s] = _mm512_sub_epi32(row_sums(acc[s]), _mm512_set1_epi32(128 * sums[size_t(s) * sums_stride]));
+}
+}  // namespace

@@ -113,7 +113,7 @@ def test_batches(expected: dict[str, np.ndarray], isa: str, count: int) -> None:
         assert digest(got[2]) == digest(alone)
 
 
-@pytest.mark.parametrize("cache", ["f16", "f32"])
+@pytest.mark.parametrize("cache", ["f16", "f32", "int8"])
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("scheme", ["nl4", "int8", "f32", "f16", "bf16", "mixed"])
 def test_oracle_agrees(scheme: str, planes: int, cache: str) -> None:

@@ -87,16 +87,21 @@ def gate(kind: str, g: Floats, up: Floats) -> Floats:
     return (g / (F32(1) + exp(minus))) * up
 
 
-def quantize(x: Floats, planes: int) -> tuple[NDArray[np.int8], Floats]:
-    """Codes (tokens, planes, columns padded to 128) and scales (tokens, blocks)."""
+def quantize_runs(x: Floats, planes: int) -> tuple[NDArray[np.int32], Floats]:
+    """Whole numbers and one scale for each run along the last axis."""
     top = F32(127 if planes == 1 else 127 * 128)
-    blocks = pad(x, BLOCK).reshape(len(x), -1, BLOCK)
-    high = np.abs(blocks).max(axis=2)
+    high = np.abs(x).max(axis=-1)
     some = high > F32(2.0**-100)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(some, top / high, F32(0))
     scale = np.where(some, high / top, F32(0))
-    whole = np.rint(blocks * inverse[..., None]).astype(np.int32).reshape(len(x), 1, -1)
+    return np.rint(x * inverse[..., None]).astype(np.int32), scale
+
+
+def quantize(x: Floats, planes: int) -> tuple[NDArray[np.int8], Floats]:
+    """Codes (tokens, planes, columns padded to 128) and scales (tokens, blocks)."""
+    whole, scale = quantize_runs(pad(x, BLOCK).reshape(len(x), -1, BLOCK), planes)
+    whole = whole.reshape(len(x), 1, -1)
     if planes == 2:
         first = (whole + 64) >> 7
         whole = np.concatenate([np.clip(first, -127, 127), whole - first * 128], axis=1)
@@ -179,27 +184,81 @@ def rotate(x: Floats, sine: Floats, cosine: Floats) -> Floats:
     return np.concatenate([fma(-b, sine, a * cosine), fma(a, sine, b * cosine)], axis=-1)
 
 
-def attend_page(
-    query: Floats, keys: Floats, held: Floats, so_far: tuple[Floats, np.float32, np.float32]
-) -> tuple[Floats, np.float32, np.float32]:
-    """Merge one page (positions, stride) into (output, largest score, denominator) of one query."""
-    out, largest, denominator = so_far
-    lanes = np.zeros((len(keys), PANEL), F32)
-    for d in range(0, keys.shape[1], PANEL):
-        lanes = fma(query[None, d : d + PANEL], keys[:, d : d + PANEL], lanes)
-    scores = tree(lanes)
+def spread(x: Floats, size: int) -> Floats:
+    """Blocks of `size` numbers of the last axis times a Hadamard matrix, without 1 / sqrt(size)."""
+    width = 1
+    while width < size:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, width)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack([a + b, a - b], axis=-2).reshape(x.shape)
+        width *= 2
+    return x
+
+
+def soft_cap(scores: Floats, cap: float) -> Floats:
+    """cap * tanh(scores / cap), unless cap is 0."""
+    if cap == 0:
+        return scores
+    e = exp(scores * (F32(2) / F32(cap)))
+    return F32(cap) * (F32(1) - F32(2) / (e + F32(1)))
+
+
+def softmax(scores: Floats, start: int) -> tuple[Floats, np.float32, np.float32]:
+    """e^(score - largest), the largest, and the sum in sixteen lanes; the first is at `start`."""
     high = scores.max()
     p = exp(scores - high)
     total = np.zeros(PANEL, F32)
-    for chunk in pad(p, PANEL).reshape(-1, PANEL):
+    for chunk in pad(np.concatenate([np.zeros(start % PANEL, F32), p]), PANEL).reshape(-1, PANEL):
         total = total + chunk
-    top = np.maximum(largest, high)
-    before, here = exp(np.array([largest - top, high - top], F32))
+    return p, high, tree(total)
+
+
+Gathered = tuple[Floats, np.float32, np.float32]  # output, largest score, denominator
+
+
+def attend_numbers(query: Floats, keys: Floats, held: Floats, start: int, cap: float) -> Gathered:
+    """What a scaled query gathers from positions `start`... of a page, keys (positions, stride)."""
+    lanes = np.zeros((len(keys), PANEL), F32)
+    for d in range(0, keys.shape[1], PANEL):
+        lanes = fma(query[None, d : d + PANEL], keys[:, d : d + PANEL], lanes)
+    p, high, total = softmax(soft_cap(tree(lanes), cap), start)
     gathered = np.zeros(keys.shape[1], F32)
     for j in range(len(p)):
         gathered = fma(p[j : j + 1], held[j], gathered)
-    denominator = fma(np.array([denominator]), before, tree(total) * here)[0]
+    return gathered, high, total
+
+
+def attend_codes(
+    query: tuple[NDArray[np.int32], np.float32],
+    keys: tuple[NDArray[np.int8], Floats],
+    held: tuple[NDArray[np.int8], Floats],
+    start: int,
+    cap: float,
+) -> Gathered:
+    """The same of codes (positions, stride) with a scale a position; the query is whole numbers."""
+    whole, query_scale = query
+    sums = keys[0].astype(np.int32) @ np.clip(whole, -127 * 128, 127 * 128)
+    scores = sums.astype(F32) * (keys[1] * query_scale)
+    p, high, total = softmax(soft_cap(scores, cap), start)
+    weights, scale = quantize_runs(p * held[1], 2)
+    return (weights @ held[0].astype(np.int32)).astype(F32) * scale, high, total
+
+
+def merge(so_far: Gathered, page: Gathered) -> Gathered:
+    """What a page gave, after what the pages before it gave."""
+    out, largest, denominator = so_far
+    gathered, high, total = page
+    top = np.maximum(largest, high)
+    before, here = exp(np.array([largest - top, high - top], F32))
+    denominator = fma(np.array([denominator]), before, total * here)[0]
     return fma(out, before, gathered * here), top, denominator
+
+
+def best_of(logits: Floats, count: int) -> tuple[NDArray[np.int32], Floats]:
+    """Ids and logits (rows, count) by descending logit, then ascending id; -1 if not finite."""
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :count].astype(np.int32)
+    ids[~np.isfinite(logits).all(axis=1), 0] = -1
+    return ids, np.take_along_axis(logits, np.maximum(ids, 0), 1)
 
 
 class ReferenceProgram:
@@ -208,6 +267,12 @@ class ReferenceProgram:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.slots: dict[int, Floats] = {}
+
+    def best(
+        self, batch: Batch, arena: NDArray[np.uint8], count: int
+    ) -> tuple[NDArray[np.int32], Floats]:
+        """See Runnable."""
+        return best_of(self.run(batch, arena), count)
 
     def slot(self, index: int, tokens: int) -> Floats:
         """See Runnable."""
@@ -283,13 +348,23 @@ class ReferenceProgram:
 
     def head_rows(
         self, arena: NDArray[np.uint8], page: int, layer: int, head: int, held: bool
-    ) -> NDArray[np.floating]:
-        """(256, stride) keys, or values when `held`, of one head as a view of the arena."""
+    ) -> tuple[NDArray[np.generic], Floats]:
+        """Keys, or values when `held`, of one head as views of the arena.
+
+        (256, stride) numbers, or codes as (panels, 256 / 4 or stride / 4, 16, 4) tiles; and
+        (256,) scales of codes.
+        """
         shape = self.program.cache
-        dtype = np.dtype("<f4" if shape.kind == "f32" else "<f2")
-        size = PAGE * shape.stride * dtype.itemsize
+        size = shape.page_bytes // (shape.layers * 2 * shape.kv_heads)
         at = page * shape.page_bytes + ((layer * 2 + held) * shape.kv_heads + head) * size
-        return arena[at : at + size].view(dtype).reshape(PAGE, shape.stride)
+        part = arena[at : at + size]
+        if shape.kind != "int8":
+            return part.view("<f4" if shape.kind == "f32" else "<f2").reshape(PAGE, -1), pad(
+                np.zeros(0, F32), 1
+            )
+        codes, scales = part[: PAGE * shape.stride].view(np.int8), part[PAGE * shape.stride :]
+        quads = (PAGE if held else shape.stride) // 4
+        return codes.reshape(-1, quads, PANEL, 4), scales.view("<f4")
 
     def rope_store(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
         """[q | k | v] with q and k rotated; keys and values stored."""
@@ -299,32 +374,71 @@ class ReferenceProgram:
         sine, cosine = sine_cosine(angle)
         turned = heads + shape.kv_heads
         parts[:, :turned] = rotate(parts[:, :turned], sine[:, None], cosine[:, None])
-        stored = pad(parts[:, heads:], PANEL)
+        stored = parts[:, heads:].copy()
+        if shape.kind == "int8":
+            parts[:, :heads] = spread(parts[:, :heads], shape.rotation)
+            stored[:, : shape.kv_heads] = spread(stored[:, : shape.kv_heads], shape.rotation)
+        stored = pad(stored, PANEL)
         if shape.kind == "f16":
             stored = np.clip(stored, F32(-65504), F32(65504))
         for t, position in enumerate(batch.positions):
             page = int(batch.pages[batch.sequences[t], position // PAGE])
             for h in range(2 * shape.kv_heads):
-                rows = self.head_rows(
-                    arena, page, op.layer, h % shape.kv_heads, h >= shape.kv_heads
-                )
-                rows[position % PAGE] = stored[t, h]
+                held = h >= shape.kv_heads
+                rows, scales = self.head_rows(arena, page, op.layer, h % shape.kv_heads, held)
+                at = position % PAGE
+                if shape.kind != "int8":
+                    rows[at] = stored[t, h]
+                    continue
+                whole, scale = quantize_runs(stored[t, h], 1)
+                codes = np.clip(whole, -127, 127)
+                scales[at] = scale
+                if held:
+                    rows[:, at // 4, :, at % 4] = codes.reshape(-1, PANEL)
+                else:
+                    rows[at // PANEL, :, at % PANEL] = codes.reshape(-1, 4)
         return parts.reshape(len(x), -1)
 
     def attend(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
-        """(tokens, heads * head_dim): every query over its and earlier positions, page by page."""
+        """(tokens, heads * head_dim): every query over what it sees of each page, then merged."""
         shape, heads = self.program.cache, self.program.heads
         share = heads // shape.kv_heads
-        queries = pad(x.reshape(len(x), -1, shape.head_dim)[:, :heads] * F32(op.number), PANEL)
+        queries = pad(x.reshape(len(x), -1, shape.head_dim)[:, :heads], PANEL)
         out = np.zeros((len(x), heads, shape.head_dim), F32)
         for t, position in enumerate(batch.positions):
             for h in range(heads):
-                so_far = (np.zeros(shape.stride, F32), F32(-np.inf), F32(0))
+                so_far: Gathered = (np.zeros(shape.stride, F32), F32(-np.inf), F32(0))
                 for p in range(position // PAGE + 1):
+                    behind = int(position) + 1 - p * PAGE
+                    start, end = max(0, behind - op.window) if op.window else 0, min(behind, PAGE)
+                    if start >= end:
+                        continue
                     page = int(batch.pages[batch.sequences[t], p])
-                    count = min(int(position) + 1 - p * PAGE, PAGE)
-                    keys = self.head_rows(arena, page, op.layer, h // share, False)[:count]
-                    held = self.head_rows(arena, page, op.layer, h // share, True)[:count]
-                    so_far = attend_page(queries[t, h], keys.astype(F32), held.astype(F32), so_far)
+                    seen = slice(start, end)
+                    so_far = merge(
+                        so_far, self.attend_page(op, queries[t, h], arena, page, h // share, seen)
+                    )
                 out[t, h] = so_far[0][: shape.head_dim] / so_far[2]
         return out.reshape(len(x), -1)
+
+    def attend_page(
+        self, op: Op, query: Floats, arena: NDArray[np.uint8], page: int, head: int, seen: slice
+    ) -> Gathered:
+        """One query over the seen positions of one page."""
+        shape = self.program.cache
+        keys, key_scale = self.head_rows(arena, page, op.layer, head, False)
+        held, held_scale = self.head_rows(arena, page, op.layer, head, True)
+        factor = F32(op.number) * (F32(1) / F32(shape.rotation))
+        if shape.kind != "int8":
+            numbers = keys[seen].astype(F32), held[seen].astype(F32)
+            return attend_numbers(query * factor, *numbers, seen.start, op.cap)
+        key_codes = keys.transpose(0, 2, 1, 3).reshape(PAGE, shape.stride).view(np.int8)
+        held_codes = held.transpose(1, 3, 0, 2).reshape(PAGE, shape.stride).view(np.int8)
+        whole, scale = quantize_runs(query, 2)
+        return attend_codes(
+            (whole, scale * factor),
+            (key_codes[seen], key_scale[seen]),
+            (held_codes[seen], held_scale[seen]),
+            seen.start,
+            op.cap,
+        )

@@ -114,8 +114,8 @@ class Machine {
 // A program and the Python objects whose memory it reads.
 struct Model {
   Model(const std::vector<std::pair<int, int>>& slots, nb::list ops, std::tuple<int, int, int, int> cache, int heads,
-        const std::vector<float>& inverse_frequency, bool fuse)
-      : program(slots_of(slots), ops_of(ops, slots), cache_of(cache), heads, inverse_frequency, fuse) {}
+        const std::vector<float>& inverse_frequency)
+      : program(slots_of(slots), ops_of(ops, slots), cache_of(cache), heads, inverse_frequency) {}
 
   static std::vector<Slot> slots_of(const std::vector<std::pair<int, int>>& slots) {
     std::vector<Slot> out;
@@ -127,12 +127,12 @@ struct Model {
     expect(type >= 0 && type <= int(CacheType::int8), "cache: unknown type");
     return {CacheType(type), layers, kv_heads, head_dim};
   }
-  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap); a part: (matrix, bias, column).
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused); a part: (matrix, bias, column).
   std::vector<Op> ops_of(nb::list ops, const std::vector<std::pair<int, int>>& slots) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
-      expect(t.size() == 11, "operation: expected eleven fields");
+      expect(t.size() == 12, "operation: expected twelve fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
       expect(kind >= 0 && kind <= int(OpKind::restore) && (gate == 0 || gate == 1), "operation: unknown kind");
@@ -153,6 +153,7 @@ struct Model {
       op.gate = Gate(gate);
       op.window = nb::cast<int>(t[9]);
       op.cap = nb::cast<float>(t[10]);
+      op.fused = nb::cast<bool>(t[11]);
       out.push_back(op);
     }
     return out;
@@ -312,7 +313,7 @@ NB_MODULE(_native, m) {
       .def("exp", &exp_all);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
-                    const std::vector<float>&, bool>())
+                    const std::vector<float>&>())
       .def("run", nb::overload_cast<Machine&, In<int32_t>, In<int32_t>, In<int32_t>, In<int32_t>, In<int32_t>,
                                     Out<uint8_t>, Out<float>>(&Model::run))
       .def("best", &Model::best)

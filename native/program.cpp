@@ -67,7 +67,7 @@ void Buffer::reserve(size_t bytes) {
 }
 
 Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-                 std::vector<float> inverse_frequency, bool fuse)
+                 std::vector<float> inverse_frequency)
     : slots_(std::move(slots)),
       ops_(std::move(ops)),
       cache_(cache),
@@ -78,26 +78,30 @@ Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache,
   for (const Op& op : ops_)
     for (const Part& part : op.parts) scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(part.w));
   scratch_bytes_ = to_lines(std::max(scratch_bytes_, attention_scratch_bytes()));
-  fused_.assign(ops_.size(), false);
-  if (fuse) find_fusions();
+  written_.assign(slots_.size(), false);
+  for (size_t i = 0; i < ops_.size(); i++) {
+    const Op& op = ops_[i];
+    auto write = [&](int slot) {
+      if (slot >= 0) written_[size_t(slot)] = true;
+    };
+    write(op.kind == OpKind::rope_store ? op.in : op.fused ? ops_[i + 2].out : op.out);
+    if (op.fused) i += 2;
+  }
 }
 
-// Where gate and up are one operation, and what they make is wanted as codes only, a thread takes both as far as the
-// codes before either leaves its cache.
-void Program::find_fusions() {
-  for (size_t i = 0; i + 2 < ops_.size(); i++) {
-    const Op &linear = ops_[i], &gate = ops_[i + 1], &quantize = ops_[i + 2];
-    const bool in_a_row = linear.kind == OpKind::linear && gate.kind == OpKind::gate &&
-                          quantize.kind == OpKind::quantize && linear.out == gate.in && gate.out == quantize.in;
-    if (!in_a_row || linear.parts.size() != 2 || !slots_[size_t(linear.in)].planes) continue;
-    const int width = slots_[size_t(gate.out)].width;
-    const Part &first = linear.parts[0], &second = linear.parts[1];
-    const bool halves = first.column == 0 && second.column == width && first.w.rows == width && second.w.rows == width;
-    bool alone = true;
-    for (size_t j = 0; j < ops_.size(); j++)
-      alone &= (ops_[j].in != gate.in || ops_[j].kind == OpKind::gate) &&
-               (ops_[j].in != gate.out || (j && ops_[j].kind == OpKind::quantize && ops_[j - 1].kind == OpKind::gate));
-    fused_[i] = halves && alone;
+// Gate and up, what they make, and its codes, one after another; a thread then takes 128 columns of both as far as the
+// codes before they leave its cache.
+void Program::check_fused(size_t i) const {
+  if (i + 2 >= ops_.size()) invalid(i, "a fused product needs gate and quantize behind it");
+  const Op &linear = ops_[i], &gate = ops_[i + 1], &quantize = ops_[i + 2];
+  if (linear.kind != OpKind::linear || gate.kind != OpKind::gate || quantize.kind != OpKind::quantize ||
+      linear.out != gate.in || gate.out != quantize.in || linear.parts.size() != 2 || linear.add)
+    invalid(i, "a fused product needs gate and quantize behind it");
+  const int width = slots_[size_t(gate.out)].width;
+  for (int half = 0; half < 2; half++) {
+    const Part& part = linear.parts[size_t(half)];
+    if (part.column != half * width || part.w.rows != width || !is_coded(part.w.scheme))
+      invalid(i, "a fused product takes two coded matrices of one height");
   }
 }
 
@@ -171,6 +175,8 @@ void Program::check() {
         break;
     }
   }
+  for (size_t i = 0; i < ops_.size(); i++)
+    if (ops_[i].fused) check_fused(i);
   if (!input_vocabulary_) throw std::invalid_argument("program: needs embed");
 }
 
@@ -191,8 +197,8 @@ void Program::check(const Batch& b) const {
 void Program::reserve(const Batch& batch, int threads) {
   const int tokens = std::max(batch.tokens, batch.wanted);
   size_t each = scratch_bytes_;
-  if (fused_.end() != std::find(fused_.begin(), fused_.end(), true))
-    each += size_t(batch.tokens) * 2 * kBlock * 4;  // behind what `product` needs
+  for (const Op& op : ops_)
+    if (op.fused) each = scratch_bytes_ + size_t(batch.tokens) * 2 * kBlock * 4;  // behind what `product` needs
   while (int(scratch_.size()) < threads) scratch_.emplace_back();
   for (Buffer& b : scratch_) b.reserve(each);
   if (!batch.logits) logits_.reserve(size_t(batch.wanted) * size_t(vocabulary_) * 4);
@@ -202,6 +208,7 @@ void Program::reserve(const Batch& batch, int threads) {
   for (size_t i = 0; i < slots_.size(); i++) {
     const size_t stride = size_t(slots_[i].stride()), n = size_t(tokens), planes = size_t(slots_[i].planes);
     Storage& s = storage_[i];
+    if (!written_[i]) continue;
     if (!planes) {
       s.numbers.reserve(n * stride * 4);
     } else {
@@ -236,7 +243,8 @@ void Program::run(const Kernels& kernels, Pool& pool, const Batch& batch) {
 }
 
 void Program::copy_slot(int slot, int tokens, float* out) const {
-  if (slot < 0 || size_t(slot) >= slots_.size() || slots_[size_t(slot)].planes || tokens > room_)
+  if (slot < 0 || size_t(slot) >= slots_.size() || slots_[size_t(slot)].planes || !written_[size_t(slot)] ||
+      tokens > room_)
     throw std::out_of_range("slot holds no such numbers");
   const size_t width = size_t(slots_[size_t(slot)].width);
   for (int t = 0; t < tokens; t++) std::memcpy(out + t * width, numbers(slot, t), width * 4);
@@ -250,7 +258,7 @@ void Program::execute(Run run) {
       run.count = run.batch.wanted;
       if (!run.count) break;
     }
-    if (fused_[i])
+    if (op.fused)
       gated(op, run), i += 2;
     else
       apply(op, run);
@@ -269,7 +277,7 @@ void Program::split(Shares& shares, const Op& op, int threads) const {
   int total = 0, most = 1;
   if (op.kind == OpKind::attend) {
     total = int(blocks_.size()) * cache_.kv_heads * (by_page_ ? most_pages_ : 1);
-  } else if (op.kind == OpKind::linear && fused_[size_t(&op - ops_.data())]) {
+  } else if (op.kind == OpKind::linear && op.fused) {
     total = (op.parts[0].w.panels() + kFusedPanels - 1) / kFusedPanels;
   } else if (op.kind == OpKind::linear) {
     for (const Part& part : op.parts) total += part.w.panels();

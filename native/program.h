@@ -30,6 +30,8 @@ struct Op {
   Gate gate = Gate::silu;
   int window = 0;  // attend: positions that a query sees, its own included; 0: all
   float cap = 0;   // attend: scores become cap * tanh(score / cap); 0: they stay
+  // linear: gate and up, which run as one with the gate and the quantize behind them; slots between are not written
+  bool fused = false;
 };
 
 struct Slot {
@@ -89,10 +91,9 @@ class Buffer {  // 64-byte aligned, zeroed, grows only
 
 class Program {
  public:
-  // With `fuse`, slots between fused operations are not written. Throws std::invalid_argument where an operation does
-  // not fit its slots or matrices.
+  // Throws std::invalid_argument where an operation does not fit its slots or matrices.
   Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-          std::vector<float> inverse_frequency, bool fuse);
+          std::vector<float> inverse_frequency);
   // Throws std::out_of_range where the batch does not fit the program or the cache.
   void run(const Kernels& kernels, Pool& pool, const Batch& batch);
   // Copies (tokens, width) numbers that the last batch left in a slot.
@@ -127,7 +128,7 @@ class Program {
 
   void check();
   void check(const Batch& batch) const;
-  void find_fusions();
+  void check_fused(size_t op) const;
   void reserve(const Batch& batch, int threads);
   void cut_blocks(const Batch& batch, int threads);
   void split(Shares& shares, const Op& op, int threads) const;
@@ -156,7 +157,7 @@ class Program {
 
   std::vector<Slot> slots_;
   std::vector<Op> ops_;
-  std::vector<bool> fused_;  // a linear operation that runs as one with the gate and the quantize behind it
+  std::vector<bool> written_;  // slots; those between fused operations only are not
   CacheShape cache_;
   int heads_, vocabulary_ = 0, input_vocabulary_ = 0;
   std::vector<float> inverse_frequency_;  // (head_dim / 2)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from chalot.kernels.backend import Backend, instruction_sets, open_backend
 from chalot.kernels.program import PAGE, Batch, Program
+from chalot.kernels.reference import best_of
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import inverse_frequencies as inverse
 from chalot.model.transformer import build
@@ -149,6 +150,77 @@ def test_gelu_agrees() -> None:
     oracle = digest(feed(open_backend("reference"), program, [ids(5, 9)], 9)[0])
     for isa in NATIVE:
         assert digest(feed(open_backend(isa, 2), program, [ids(5, 9)], 9)[0]) == oracle, isa
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [0, 5, 256, 300])
+@pytest.mark.parametrize("cache", ["f16", "int8"])
+def test_windows_and_caps_agree(cache: str, window: int, cap: float) -> None:
+    """A query that sees the last positions only, scores held by tanh; over a page's end."""
+    c = tiny.config(layers=1, feed_forward=32, vocabulary=33, head_dim=20, heads=4)
+    plain = tiny.program(c, "nl4", cache=cache)
+    ops = tuple(
+        replace(op, window=window, cap=cap) if op.kind == "attend" else op for op in plain.ops
+    )
+    text = [ids(5, PAGE + 9) % 33]
+    oracle = feed(open_backend("reference"), replace(plain, ops=ops), text, PAGE + 9)[0]
+    for isa in NATIVE:
+        for threads, chunk in ((1, PAGE + 9), (3, 50)):
+            got = feed(open_backend(isa, threads), replace(plain, ops=ops), text, chunk)[0]
+            assert digest(got) == digest(oracle), (isa, threads)
+    whole = feed(open_backend(NATIVE[0], 1), plain, text, PAGE + 9)[0]
+    assert (digest(whole) == digest(oracle)) == (cap == 0 and window in (0, 300))
+
+
+@pytest.mark.parametrize("cache", ["f16", "int8"])
+def test_pages_split_over_threads(cache: str) -> None:
+    """One token's pages are dealt out, a prompt's are walked in a row: the bits are the same."""
+    program = tiny.program(tiny.config(), "nl4", cache=cache)
+    text = [np.resize(ids(7), 4 * PAGE + 5)]
+    whole = digest(feed(open_backend(NATIVE[0], 1), program, text, len(text[0]))[0][-9:])
+    for isa in NATIVE:
+        if isa == "scalar":
+            continue
+        for threads in (1, 2, 5):
+            tail = feed(open_backend(isa, threads), program, text, steps(4 * PAGE - 4, 1))[0]
+            assert digest(tail[-9:]) == whole, (isa, threads)
+
+
+def steps(first: int, rest: int) -> Iterator[int]:
+    """A long chunk, then short ones."""
+    yield first
+    while True:
+        yield rest
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+def test_fused_operations_change_nothing(expected: dict[str, np.ndarray], isa: str) -> None:
+    for scheme in ("nl4", "int8", "mixed"):
+        program = tiny.program(tiny.config(), scheme)
+        assert any(op.fused for op in program.ops)
+        apart = replace(program, ops=tuple(replace(op, fused=False) for op in program.ops))
+        got = feed(open_backend(isa, 2), apart, [ids(0)], 64)[0]
+        assert digest(got) == digest(expected[scheme]), scheme
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+def test_the_best_are_those_of_all_logits(isa: str) -> None:
+    """Chosen by threads in parts of the vocabulary, ties and all."""
+    program = tiny.program(tiny.config(), "int8")
+    text, wanted = ids(3, 20), np.array([0, 7, 19], np.int32)
+    for threads in (1, 3):
+        runnable = open_backend(isa, threads).compile(program)
+        cache = PageCache(program.cache, PAGE)
+        sequence = Sequence(cache)
+        sequence.reserve(len(text))
+        line = np.arange(len(text), dtype=np.int32)
+        zeros = np.zeros(len(text), np.int32)
+        batch = Batch(text, line, zeros, cache.tables([sequence]), wanted)
+        logits = runnable.run(batch, cache.arena)
+        for count in (1, 2, 40, 301):
+            found = runnable.best(batch, cache.arena, count)
+            for a, b in zip(found, best_of(logits, count), strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_another_order_of_sums_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

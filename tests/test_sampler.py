@@ -6,17 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chalot.engine.randomness import uniform
-from chalot.engine.sampler import Sampling, SamplingError, candidates, sample
+from chalot.engine.sampler import Sampling, SamplingError, choose, wanted
 from chalot.errors import ChalotError, KernelError
-from chalot.kernels.reference import exp
+from chalot.kernels.reference import best_of, exp
 
 KNOWN_UNIFORM = [0.13870941014555427, 0.6935121390102292, 0.38630104042438296]
 logit_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
 
 
 def draw(logits: list[float], before: tuple[int, ...] = (), position: int = 0, **options) -> int:
-    array = np.array(logits, np.float32)
-    return sample(array, before, Sampling(**options), position, exp)
+    sampling = Sampling(**options)
+    count = wanted(before, sampling, len(logits))
+    ids, best = best_of(np.array([logits], np.float32), count)
+    return choose(ids[0], best[0], before, sampling, position, exp)
 
 
 @given(logit_lists)
@@ -32,11 +34,33 @@ def test_one_candidate_is_greedy(logits: list[float], seed: int, position: int) 
         assert draw(logits, position=position, seed=seed, **options) == expected
 
 
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(0, 31))
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(1, 31))
 def test_candidates_fall_by_logit_then_rise_by_id(logits: list[int], top_k: int) -> None:
-    ids = candidates(np.array(logits, np.float32), top_k)
+    top_k = min(top_k, len(logits))
+    ids, best = best_of(np.array([logits], np.float32), top_k)
     expected = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    assert list(ids) == (expected[:top_k] if top_k else expected)
+    assert list(ids[0]) == expected[:top_k]
+    assert list(best[0]) == [logits[i] for i in expected[:top_k]]
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=30),
+    st.lists(st.integers(0, 29), max_size=6),
+    st.sampled_from([0.5, 1.0, 1.5]),
+    st.integers(0, 31),
+)
+def test_few_candidates_are_enough(
+    logits: list[int], before: list[int], penalty: float, top_k: int
+) -> None:
+    """The candidates that `wanted` asks for choose as all of them would."""
+    for temperature in (0, 1):
+        sampling = Sampling(temperature, top_k, repetition_penalty=penalty)
+        count = wanted(before, sampling, len(logits))
+        chosen = set()
+        for kept in (count, len(logits)):
+            ids, best = best_of(np.array([logits], np.float32), kept)
+            chosen.add(choose(ids[0], best[0], before, sampling, 3, exp))
+        assert len(chosen) == 1
 
 
 def test_frequencies_follow_probabilities() -> None:

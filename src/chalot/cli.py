@@ -57,7 +57,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     for flag, settings in option_table().items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--context", type=int, help="most tokens of prompt and answer")
-    parser.add_argument("--kv", choices=("f16", "f32"), default="f16", help="type of the cache")
+    kinds = ("int8", "f16", "f32")
+    parser.add_argument("--kv", choices=kinds, default="int8", help="type of the cache")
+    parser.add_argument("--kv-budget", metavar="SIZE", help="most bytes of the cache, as 512MB")
 
 
 def build_parser() -> Parser:

@@ -24,6 +24,7 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import instruction_sets, open_backend
+from chalot.kernels.program import CACHE
 from chalot.load import read_model_config
 from chalot.memory import Memory, Stored
 from chalot.model.config import ModelConfig, from_hugging_face
@@ -107,7 +108,7 @@ class Description:
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
 
-    def memory(self, context: int, kv: str = "f16") -> Memory:
+    def memory(self, context: int, kv: str = CACHE) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
 
         `kv` is the type of cached keys and values. Raises ContextError beyond the model's context.

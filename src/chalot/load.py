@@ -22,7 +22,7 @@ from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
-from chalot.kernels.program import CACHE_TYPES
+from chalot.kernels.program import CACHE, CACHE_TYPES
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
@@ -84,7 +84,7 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         isa: str | None = None,
-        kv: str = "f16",
+        kv: str = CACHE,
         activations: int | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.

@@ -25,7 +25,7 @@ import numpy as np
 from chalot.engine.generate import CHUNK
 from chalot.errors import ContextError
 from chalot.kernels.backend import thread_count
-from chalot.kernels.program import PAGE, Slot
+from chalot.kernels.program import CACHE, PAGE, Slot
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape
@@ -71,7 +71,7 @@ def estimate(
     weights: int,
     embedding: int,
     context: int,
-    kv: str = "f16",
+    kv: str = CACHE,
     text: bool = True,
 ) -> Memory:
     """What a process takes that has loaded the model and filled `context` positions.
@@ -126,11 +126,11 @@ def buffer_bytes(config: ModelConfig, stored: Mapping[str, Stored], tokens: int)
             matrices[spec.name] = Matrix(stored[spec.name].scheme, shape, empty)
     planes = {name: s.planes for name, s in stored.items() if s.scheme.is_coded}
     frequencies = np.zeros(config.head_dim // 2, np.float32)
-    program = build(config, Weights(matrices, vectors, planes), frequencies, "f16")
+    program = build(config, Weights(matrices, vectors, planes), frequencies, CACHE)
     widest = max(m.shape[1] for m in matrices.values())
     scratch = round_up(widest, BLOCK) * 2 * PANEL + 4096
     return (
-        tokens * (sum(map(slot_bytes, program.slots)) + config.head_dim * 4)
+        tokens * (sum(map(slot_bytes, program.written())) + config.head_dim * 4)
         + thread_count(None) * scratch
         + sum(v.nbytes for v in vectors.values())
         + config.vocabulary * LOGIT_BYTES

@@ -8,16 +8,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.engine.sampler import Exp, Sampling, sample
+from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import ContextError
 from chalot.kernels.backend import Runnable
 from chalot.kernels.program import Batch
+from chalot.kernels.reference import best_of
 from chalot.model.cache import PageCache, Sequence
 
+Result = TypeVar("Result")
+FEW = 512  # candidates that are chosen while the logits are at hand; more are sorted
 CHUNK = 256  # tokens of one forward pass: what a prompt is cut into
 
 
@@ -75,9 +79,21 @@ class Engine:
 
         Raises ContextError if a sequence would outgrow the context.
         """
+        return self._run(work, lambda batch: self.runnable.run(batch, self.cache.arena))
+
+    def best(self, work: list[Work], count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and logits (wanted tokens, count) of the best, in order; -1 where not finite.
+
+        Raises ContextError if a sequence would outgrow the context.
+        """
+        if count > FEW:
+            return best_of(self.step(work), count)
+        return self._run(work, lambda batch: self.runnable.best(batch, self.cache.arena, count))
+
+    def _run(self, work: list[Work], call: Callable[[Batch], Result]) -> Result:
         self.before_step()
         tokens: list[int] = []
-        positions: list[NDArray[np.int32]] = []
+        positions: list[int] = []
         rows: list[int] = []
         wanted: list[int] = []
         for row, w in enumerate(work):
@@ -88,7 +104,7 @@ class Engine:
                     "shorten it or choose a larger --context"
                 )
             w.sequence.reserve(end)
-            positions.append(np.arange(w.sequence.length, end, dtype=np.int32))
+            positions += range(w.sequence.length, end)
             tokens += w.tokens
             rows += [row] * len(w.tokens)
             if w.wanted == "all":
@@ -97,17 +113,17 @@ class Engine:
                 wanted.append(len(tokens) - 1)
         batch = Batch(
             np.array(tokens, np.int32),
-            np.concatenate(positions),
+            np.array(positions, np.int32),
             np.array(rows, np.int32),
             self.cache.tables([w.sequence for w in work]),
             np.array(wanted, np.int32),
         )
         start = time.perf_counter()
-        logits = self.runnable.run(batch, self.cache.arena)
+        result = call(batch)
         self.native_seconds += time.perf_counter() - start
         for w in work:
             w.sequence.length += len(w.tokens)
-        return logits
+        return result
 
     def session(self, sampling: Sampling | None = None) -> "Session":
         """A new, empty text."""
@@ -123,7 +139,8 @@ class Session:
         self.sequence = Sequence(engine.cache)
         self.tokens: list[int] = []
         self.stats = Stats(seed=sampling.seed)
-        self.logits: NDArray[np.float32] | None = None  # (vocabulary,), after the last token fed
+        # the candidates after the last token fed: ids and logits
+        self.next: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
 
     def prefill(self, ids: list[int]) -> None:
         """Read tokens. Raises ContextError, before any work, if they do not fit."""
@@ -148,22 +165,30 @@ class Session:
         self.stats.prefill_seconds += time.perf_counter() - start
 
     def _feed(self) -> None:
-        """Run what is not in the cache yet, a chunk at a time; keep the last logits."""
+        """Run what is not in the cache yet, a chunk at a time; keep what may come next."""
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
+        fed = self.sequence.length == len(self.tokens)
+        if fed and self.next is not None and self.next[0].size < count:  # sampling has changed
+            self.rewind(len(self.tokens))
         while self.sequence.length < len(self.tokens):
             done = self.sequence.length
             part = self.tokens[done : done + CHUNK]
             last = done + len(part) == len(self.tokens)
-            logits = self.engine.step([Work(self.sequence, part, "last" if last else "none")])
+            ids, logits = self.engine.best(
+                [Work(self.sequence, part, "last" if last else "none")], count
+            )
             if last:
-                self.logits = logits[0]
+                self.next = ids[0], logits[0]
 
     def step(self) -> int:
         """The next token. Raises ContextError when nothing was read, or the context is full."""
         start, native = time.perf_counter(), self.engine.native_seconds
         self._feed()
-        if self.logits is None:
+        if self.next is None:
             raise ContextError("nothing was read yet; call prefill(ids) with at least one token")
-        token = sample(self.logits, self.tokens, self.sampling, len(self.tokens), self.engine.exp)
+        token = choose(
+            *self.next, self.tokens, self.sampling, len(self.tokens), self.engine.exp
+        )
         self.tokens.append(token)
         self.stats.new_tokens += 1
         self.stats.native_seconds += self.engine.native_seconds - native
@@ -174,7 +199,7 @@ class Session:
         """Forget all but the first `length` tokens; what the cache holds of them is kept."""
         del self.tokens[length:]
         self.sequence.truncate(max(length - 1, 0))  # the last one is read again for its logits
-        self.logits = None
+        self.next = None
 
     def with_sampling(self, **changes: float) -> None:
         """Change sampling options from here on."""
@@ -184,4 +209,4 @@ class Session:
         """Give the text's pages back to the cache."""
         self.sequence.close()
         self.tokens.clear()
-        self.logits = None
+        self.next = None

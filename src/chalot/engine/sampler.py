@@ -57,53 +57,72 @@ class Sampling:
 
 
 def penalized(
-    logits: NDArray[np.float32], before: Sequence[int], sampling: Sampling
-) -> NDArray[np.float32]:
-    """Logits with tokens of the recent text made less likely, each once (arXiv 1909.05858, 4.1)."""
-    window = sampling.repetition_window
-    if sampling.repetition_penalty == 1 or not window:
-        return logits
-    seen = np.array(sorted(set(before[-window:])), np.int64)
-    if not len(seen):
-        return logits
-    out = logits.copy()
+    ids: NDArray[np.int32],
+    logits: NDArray[np.float32],
+    before: Sequence[int],
+    sampling: Sampling,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Candidates with tokens of the recent text made less likely, each once (arXiv 1909.05858, 4.1)."""
+    if not repeats(before, sampling):
+        return ids, logits
+    seen = np.isin(ids, list(repeats(before, sampling)))
     factor = np.float32(sampling.repetition_penalty)
-    out[seen] = np.where(out[seen] > 0, out[seen] / factor, out[seen] * factor)
-    return out
+    less = np.where(logits > 0, logits / factor, logits * factor)
+    return in_order(ids, np.where(seen, less, logits))
 
 
-def candidates(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
-    """Ids in descending order of logit, then ascending id; the first `top_k` of them if not 0."""
-    if 0 < top_k < len(logits):
-        least = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
-        ids = np.flatnonzero(logits >= least)  # ties of the last one included, in ascending order
-        return ids[np.argsort(-logits[ids], kind="stable")][:top_k]
-    return np.argsort(-logits, kind="stable")
+def repeats(before: Sequence[int], sampling: Sampling) -> set[int]:
+    """The tokens that the repetition penalty meets."""
+    if sampling.repetition_penalty == 1 or not sampling.repetition_window:
+        return set()
+    return set(before[-sampling.repetition_window :])
 
 
-def sample(
+def in_order(
+    ids: NDArray[np.int32], logits: NDArray[np.float32]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """By descending logit, then ascending id."""
+    order = np.lexsort((ids, -logits))
+    return ids[order], logits[order]
+
+
+def wanted(before: Sequence[int], sampling: Sampling, vocabulary: int) -> int:
+    """How many of the best candidates `choose` needs to see.
+
+    A penalty above 1 only lowers: one of the best few stays among the best few and as many as the
+    penalty meets. One below 1 lifts, and needs all, as does sampling without top-k.
+    """
+    few = 1 if sampling.temperature == 0 else sampling.top_k
+    met = len(repeats(before, sampling))
+    if not few or (met and sampling.repetition_penalty < 1):
+        return vocabulary
+    return min(few + met, vocabulary)
+
+
+def choose(
+    ids: NDArray[np.int32],
     logits: NDArray[np.float32],
     before: Sequence[int],
     sampling: Sampling,
     position: int,
     exp: Exp,
 ) -> int:
-    """The token that follows `before` at `position`, from logits (vocabulary,).
+    """The token that follows `before` at `position`, of the `wanted` best candidates in order.
 
-    Raises KernelError for logits that are not finite.
+    Raises KernelError if the first id is -1: logits were not finite.
     """
-    top = int(np.argmax(logits))  # the first of equals; NaN, if there is any
-    if not np.isfinite(logits[top]):
+    if ids[0] < 0:
         raise KernelError(
             "the model computed NaN or Inf; its file may be damaged (chalot verify FILE), "
             "or its weights overflow"
         )
-    changed = penalized(logits, before, sampling)
+    if sampling.repetition_penalty != 1:
+        ids, logits = penalized(ids, logits, before, sampling)
     if sampling.temperature == 0:
-        return top if changed is logits else int(np.argmax(changed))
-    logits = changed
-    ids = candidates(logits, sampling.top_k)
-    scaled = logits[ids] / np.float32(sampling.temperature)
+        return int(ids[0])
+    if sampling.top_k:
+        ids, logits = ids[: sampling.top_k], logits[: sampling.top_k]
+    scaled = logits / np.float32(sampling.temperature)
     weight = exp(scaled - scaled[0]).astype(np.float64)  # relative to the most likely
     sums = np.add.accumulate(weight)
     keep = len(ids)

@@ -44,7 +44,7 @@ class Runnable(Protocol):
         """
 
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
-        """(tokens, width): what the last batch left in a float slot."""
+        """(tokens, width): what the last batch left in a float slot that is written."""
 
 
 class Backend(Protocol):
@@ -58,11 +58,8 @@ class Backend(Protocol):
     def threads(self) -> int:
         """Threads that compute."""
 
-    def compile(self, program: Program, fuse: bool = True) -> Runnable:
-        """Check a program and make it ready. Raises KernelError where it does not fit together.
-
-        Without `fuse` every slot holds what its operation gave; else some between fused ones do not.
-        """
+    def compile(self, program: Program) -> Runnable:
+        """Check a program and make it ready. Raises KernelError where it does not fit together."""
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """The packed extent of a float32 matrix (rows, columns), as `packing.pack` gives it."""
@@ -80,7 +77,7 @@ class ReferenceBackend:
     name = "reference"
     threads = 1
 
-    def compile(self, program: Program, fuse: bool = True) -> Runnable:
+    def compile(self, program: Program) -> Runnable:
         """See Backend."""
         return reference.ReferenceProgram(program)
 

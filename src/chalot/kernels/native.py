@@ -27,7 +27,7 @@ def matrix_fields(m: Matrix) -> tuple[object, ...]:
 
 
 def op_fields(op: Op) -> tuple[object, ...]:
-    """The eleven fields of an operation."""
+    """The twelve fields of an operation."""
     parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
     return (
         KINDS.index(op.kind),
@@ -41,13 +41,14 @@ def op_fields(op: Op) -> tuple[object, ...]:
         GATES.index(op.gate),
         op.window,
         op.cap,
+        op.fused,
     )
 
 
 class NativeProgram:
     """A program whose memory the extension has checked; keeps the arrays it reads alive."""
 
-    def __init__(self, program: Program, machine: object, fuse: bool) -> None:
+    def __init__(self, program: Program, machine: object) -> None:
         self.machine = machine
         self.vocabulary = program.vocabulary
         self.slots = program.slots
@@ -60,7 +61,6 @@ class NativeProgram:
                 shape,
                 program.heads,
                 [float(f) for f in program.inverse_frequency],
-                fuse,
             )
         except ValueError as error:
             raise KernelError(f"program does not fit together: {error}") from None
@@ -116,9 +116,9 @@ class NativeBackend:
         self.name: str = self.machine.isa
         self.threads: int = threads
 
-    def compile(self, program: Program, fuse: bool = True) -> NativeProgram:
+    def compile(self, program: Program) -> NativeProgram:
         """See Backend."""
-        return NativeProgram(program, self.machine, fuse)
+        return NativeProgram(program, self.machine)
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """See Backend."""

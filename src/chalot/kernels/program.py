@@ -27,6 +27,7 @@ LOGITS = -1  # as a target: the batch's logits
 KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore")
 GATES = ("silu", "gelu_tanh")
 CACHE_TYPES = ("f32", "f16", "int8")
+CACHE = "int8"  # unless something else is asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,9 @@ class Op:
     gate: str = "silu"
     window: int = 0  # attend: positions that a query sees, its own included; 0: all
     cap: float = 0.0  # attend: scores become cap * tanh(score / cap); 0: they stay
+    # linear: gate and up, which run as one with the gate and the quantize behind them; the slots
+    # between are then not written (the oracle writes them)
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,17 @@ class Program:
     heads: int
     inverse_frequency: NDArray[np.float32]  # (head_dim / 2,)
     vocabulary: int
+
+    def written(self) -> list[Slot]:
+        """The slots that hold something: those between fused operations only do not."""
+        inside: set[int] = set()
+        outside: set[int] = set()
+        skip = 0
+        for op in self.ops:
+            (inside if op.fused or skip == 2 else outside).add(op.target)
+            outside.update({op.source} if op.kind == "rope_store" else ())
+            skip = 2 if op.fused else skip - 1
+        return [s for i, s in enumerate(self.slots) if i in outside or i not in inside]
 
 
 @dataclass(frozen=True, eq=False)

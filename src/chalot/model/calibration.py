@@ -157,7 +157,7 @@ class Calibration:
         sequence.reserve(tokens)
         line = np.arange(tokens, dtype=np.int32)
         batch = Batch(line, line, np.zeros(tokens, np.int32), cache.tables([sequence]))
-        runnable = self.backend.compile(program, fuse=False)
+        runnable = self.backend.compile(program)
         runnable.run(batch, cache.arena)
         self.hidden = runnable.slot(slots["hidden"], tokens)
         return {name: runnable.slot(slots[name], tokens) for name in LAYER_INPUTS}

@@ -8,7 +8,7 @@ logits = head(norm(h))
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,10 @@ class Weights:
 class Builder:
     """Collects slots and operations; codes of one width and precision share a slot."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, fuse: bool = True) -> None:
         self.config = config
         self.weights = weights
+        self.fuse = fuse
         self.slots: list[Slot] = []
         self.ops: list[Op] = []
         self.named: dict[str, int] = {}
@@ -87,10 +88,21 @@ class Builder:
         fed = self.slot("feed-forward input", c.hidden)
         self.norm(hidden, fed, p + "ffn_norm")
         pair = self.slot("gate, up", 2 * c.feed_forward)
+        before = len(self.ops)
         self.linear(fed, pair, {p + "gate": 0, p + "up": c.feed_forward})
         inner = self.slot("feed-forward inner", c.feed_forward)
         self.ops.append(Op("gate", pair, inner, gate=c.activation))
         self.linear(inner, hidden, {p + "down": 0}, add=True)
+        self.fuse_gate(before)
+
+    def fuse_gate(self, start: int) -> None:
+        """Make one of gate and up, what they make, and its codes, where all are coded."""
+        made = self.ops[start:]
+        for i, op in enumerate(made[:-2]):
+            kinds = [o.kind for o in made[i : i + 3]]
+            if self.fuse and kinds == ["linear", "gate", "quantize"] and len(op.parts) == 2:
+                if all(p.matrix.scheme.is_coded for p in op.parts):
+                    self.ops[start + i] = replace(op, fused=True)
 
     def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:
         """What was collected, as a program."""
@@ -105,7 +117,7 @@ class Builder:
 
 
 def cache_shape(config: ModelConfig, kind: str) -> CacheShape:
-    """What the model's cache holds, its numbers stored as `kind` ("f16" or "f32")."""
+    """What the model's cache holds, its numbers stored as `kind` (of CACHE_TYPES)."""
     return CacheShape(kind, config.layers, config.kv_heads, config.head_dim)
 
 
@@ -139,7 +151,7 @@ def build_layer(
 
     Returns the program and the slots that hold what its matrices are multiplied with.
     """
-    b = Builder(config, weights)
+    b = Builder(config, weights, fuse=False)
     b.ops.append(Op("embed", target=b.slot("hidden", config.hidden), parts=(Part(hidden),)))
     b.layer(layer, 0)
     shape = CacheShape("f32", 1, config.kv_heads, config.head_dim)

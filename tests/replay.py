@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from chalot.model.transformer import build as build_program
 
 ROOT = Path(__file__).parent.parent
 MAGIC = b"chalot replay 1\n"
+RELEASE = ["-DCHALOT_REPLAY=ON", "-DCMAKE_BUILD_TYPE=Release"]
 
 
 def bundled_ids(vocabulary: int) -> NDArray[np.int32]:
@@ -72,7 +74,7 @@ def build(folder: Path, *options: str) -> Path:
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     folder.mkdir(parents=True, exist_ok=True)
     for command in (
-        [cmake, "-S", ROOT, "-B", folder, *generator, "-DCHALOT_REPLAY=ON", *options],
+        [cmake, "-S", ROOT, "-B", folder, *generator, *RELEASE, *options],
         [cmake, "--build", folder, "--parallel", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -80,12 +82,14 @@ def build(folder: Path, *options: str) -> Path:
     return folder / "replay"
 
 
-def run(command: list[str | Path], file: Path, vocabulary: int, **options: object) -> NDArray:
-    """Logits (rows, vocabulary) that `command` (replay, or an emulator and replay) writes."""
+def run(
+    command: Sequence[str | Path], file: Path, vocabulary: int, **options: object
+) -> tuple[str, NDArray[np.float32]]:
+    """Instruction set and logits (rows, vocabulary) of replay, run by `command`."""
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     done = subprocess.run([*command, file, *words], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    return np.frombuffer(done.stdout, "<f4").reshape(-1, vocabulary)
+    return done.stderr.decode().strip(), np.frombuffer(done.stdout, "<f4").reshape(-1, vocabulary)
 
 
 def bundled(model: Model) -> Program:

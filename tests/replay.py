@@ -6,6 +6,7 @@
 The file is what the extension is given to make a program, in that order (see replay.cpp).
 """
 
+import re
 import shutil
 import struct
 import subprocess
@@ -80,6 +81,15 @@ def build(folder: Path, *options: str) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "replay"
+
+
+def compiler(folder: Path) -> str:
+    """Name and major version of the compiler that `build` used."""
+    text = next(folder.glob("CMakeFiles/*/CMakeCXXCompiler.cmake")).read_text()
+    found = dict(
+        re.findall(r'^set\(CMAKE_CXX_COMPILER_(ID|VERSION) "([^"]*)"\)', text, re.MULTILINE)
+    )
+    return f"{found['ID']} {found['VERSION'].split('.')[0]}"
 
 
 def run(

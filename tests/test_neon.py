@@ -25,6 +25,8 @@ FOR_ARM = [
     f"-DCMAKE_CXX_COMPILER={COMPILER}",
     "-DCMAKE_EXE_LINKER_FLAGS=-static",
 ]
+# instruction set, threads, chunk
+RUNS = [("neon", t, c) for t in (1, 2) for c in (1, 64)] + [("scalar", 1, 64), ("scalar", 2, 1)]
 VOCABULARY = tiny.config().vocabulary
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed")
@@ -46,8 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize(("threads", "chunk"), [(1, 1), (2, 1), (1, 64), (2, 64)])
-@pytest.mark.parametrize("isa", ["scalar", "neon"])
+@pytest.mark.parametrize(("isa", "threads", "chunk"), RUNS)
 @pytest.mark.parametrize("scheme", KNOWN)
 def test_tiny_models(
     executable: Path, files: dict[str, Path], scheme: str, isa: str, threads: int, chunk: int

@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check --quiet
 LISTED  = $(PY) -c 'import sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb")); \
             [t := t[k] for k in sys.argv[1:]]; print(*t)'
-NATIVE := $(wildcard native/*.cpp native/*.h native/isa/*.cpp native/isa/*.h)
+NATIVE := $(wildcard native/*.cpp native/*.h native/isa/*.cpp native/isa/*.h tests/*.cpp)
 
 # What the installed package is made of. Folders stand for what is added to them or removed.
 PACKAGE := pyproject.toml CMakeLists.txt README.md LICENSE \

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #endif
 
+#include "matrix.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -34,37 +35,12 @@ void expect(bool good, const char* what) {
 Matrix matrix_of(nb::handle h, nb::list& keep) {
   nb::tuple t = nb::cast<nb::tuple>(h);
   expect(t.size() == 6, "matrix: expected (scheme, rows, columns, segment, data, tables)");
-  Matrix w{};
-  int scheme = nb::cast<int>(t[0]);
-  expect(scheme >= 0 && scheme <= int(Scheme::nl4), "matrix: unknown scheme");
-  w.scheme = Scheme(scheme);
-  w.rows = nb::cast<int>(t[1]);
-  w.columns = nb::cast<int>(t[2]);
-  expect(w.rows > 0 && w.columns > 0 && w.rows <= 1 << 28 && w.columns <= 1 << 24, "matrix: size");
   auto data = nb::cast<In<uint8_t>>(t[4]);
-  w.data = data.data();
-  expect(reinterpret_cast<uintptr_t>(w.data) % 64 == 0, "matrix: data must start at a multiple of 64 bytes");
-  size_t expected;
-  if (is_coded(w.scheme)) {
-    int segment = nb::cast<int>(t[3]);
-    expect(segment > 0 && segment % kBlock == 0, "matrix: segment must be a multiple of 128");
-    w.segment_blocks = segment / kBlock;
-    size_t at = (size_t(w.panels()) * w.panel_bytes() + 63) / 64 * 64;
-    w.segments = reinterpret_cast<const uint16_t*>(w.data + at);
-    at = (at + size_t(w.panels()) * w.segment_count() * kPanel * 2 + 63) / 64 * 64;
-    w.row_scale = reinterpret_cast<const float*>(w.data + at);
-    expected = at + size_t(w.panels()) * kPanel * 4;
-  } else {
-    expected = size_t(w.rows) * round_up(w.columns, 16) * (w.scheme == Scheme::f32 ? 4 : 2);
-  }
-  expect(data.size() == expected, "matrix: data has another length than its shape");
-  if (w.scheme == Scheme::nl4) {
-    auto tables = nb::cast<In<int8_t>>(t[5]);
-    expect(tables.size() == 4096, "matrix: tables must be (256, 16)");
-    w.tables = tables.data();
-  }
+  In<int8_t> tables;
+  if (!t[5].is_none()) tables = nb::cast<In<int8_t>>(t[5]);
   keep.append(h);
-  return w;
+  return matrix_view(nb::cast<int>(t[0]), nb::cast<int>(t[1]), nb::cast<int>(t[2]), nb::cast<int>(t[3]), data.data(),
+                     data.size(), tables.data(), tables.is_valid() ? tables.size() : 0);
 }
 
 const float* vector_of(nb::handle h, int width, nb::list& keep) {

@@ -16,6 +16,8 @@ std::vector<Kernels> complete_tables() {
   std::vector<Kernels> tables{
 #if defined(__x86_64__) || defined(_M_X64)
       avx512vnni_kernels, avx2_kernels,
+#elif defined(__aarch64__)
+      neon_kernels,
 #endif
       scalar_kernels};
   for (size_t i = tables.size() - 1; i-- > 0;) {

@@ -126,7 +126,7 @@ inline size_t attend_scratch_bytes(int rows) { return size_t(rows) * (kPage * 6 
 inline size_t encode_scratch_bytes(const Matrix& w) { return 20000 + size_t(w.segment_count()) * 4; }
 
 // Best first; a null entry of a table is inherited from the next one in the list.
-extern const Kernels avx512vnni_kernels, avx2_kernels, scalar_kernels;
+extern const Kernels avx512vnni_kernels, avx2_kernels, neon_kernels, scalar_kernels;
 
 const Kernels* find_kernels(const char* name);  // null: not built, or it cannot run here
 const Kernels* best_kernels();

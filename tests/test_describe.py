@@ -183,7 +183,7 @@ def test_memory_grows_with_context(file: Path) -> None:
     report = describe(file)
     totals = [report.memory(n).total for n in (0, 1, 256, 257, 1000, 2048)]
     assert totals == sorted(totals)
-    assert report.memory(2048, "f32").cache == 2 * report.memory(2048).cache
+    assert report.memory(2048, "f32").cache == 2 * report.memory(2048, "f16").cache
     assert dataclasses.replace(report, memory_available=1 << 20).fits(1000) is False
     assert dataclasses.replace(report, memory_available=1 << 40).fits(2048) is True
     assert dataclasses.replace(report, memory_available=None).fits(0) is None

@@ -2,7 +2,8 @@
 
 A weak symbol of an object compiled for AVX-512, an inline function or a template of the standard
 library say, may be the one the linker keeps for everybody; then a lesser processor dies of an
-illegal instruction. Needs a C++ compiler and nm; skipped, and said so, where one is missing.
+illegal instruction. Needs a C++ compiler and nm, and a cross compiler for instruction sets that are
+not this machine's; skipped, and said so, where one is missing.
 """
 
 import os
@@ -17,16 +18,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ISA = ROOT / "native" / "isa"
 COMPILER = next(filter(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")), None)
-OTHERS = {
-    "x86_64": ("neon",),
-    "aarch64": ("avx", "amx"),
-}  # beginnings of names not for this machine
-PUBLIC = {"cpu_x86": 2}  # not a table: what it says of the processor
+FAMILIES = {"x86_64": ("avx", "amx"), "aarch64": ("neon",)}  # beginnings of names
+PUBLIC = {"cpu_x86": 2, "cpu_arm": 1}  # not tables: what they say of the processor
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler here"),
     pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here"),
 ]
+
+
+def tools(name: str) -> tuple[str, str]:
+    """(compiler, nm) for an instruction set's file; skips the test where there are none."""
+    for machine, names in FAMILIES.items():
+        if name.startswith(names) and machine != platform.machine().replace("arm64", "aarch64"):
+            pair = f"{machine}-linux-gnu-g++", f"{machine}-linux-gnu-nm"
+            if not all(map(shutil.which, pair)):
+                pytest.skip(f"{name} is for {machine}, and there is no {pair[0]} here")
+            return pair
+    return str(COMPILER), "nm"
 
 
 def flags() -> dict[str, list[str]]:
@@ -42,9 +51,10 @@ def flags() -> dict[str, list[str]]:
 
 def symbols(source: Path, object_file: Path, options: list[str]) -> list[tuple[str, str]]:
     """(kind, name) of what the compiled file defines for others; kinds are those of nm."""
+    compiler, nm = tools(source.stem)
     common = ["-std=c++20", "-O1", "-fPIC", "-w", *options]
-    subprocess.run([str(COMPILER), *common, "-c", str(source), "-o", str(object_file)], check=True)
-    command = ["nm", "--defined-only", "--extern-only", str(object_file)]
+    subprocess.run([compiler, *common, "-c", str(source), "-o", str(object_file)], check=True)
+    command = [nm, "--defined-only", "--extern-only", str(object_file)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = (line.split() for line in listing.splitlines())
     return [(row[-2], row[-1]) for row in rows if len(row) >= 2]
@@ -52,8 +62,6 @@ def symbols(source: Path, object_file: Path, options: list[str]) -> list[tuple[s
 
 @pytest.mark.parametrize("source", sorted(ISA.glob("*.cpp")), ids=lambda p: p.stem)
 def test_one_strong_symbol(source: Path, tmp_path: Path) -> None:
-    if source.stem.startswith(OTHERS.get(platform.machine(), ())):
-        pytest.skip(f"{source.stem} is not compiled for {platform.machine()}")
     known = flags()
     assert "-ffp-contract=off" in known["plain"]
     defined = symbols(

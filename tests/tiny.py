@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.kernels.program import Program
+from chalot.kernels.program import CACHE, Program
 from chalot.model.config import ModelConfig, inverse_frequencies
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
@@ -65,8 +65,9 @@ def weights(c: ModelConfig, schemes: dict[str, str], planes: int = 1, seed: int 
     return Weights(matrices, vectors, all_planes)
 
 
-def program(c: ModelConfig, scheme: str = "nl4", planes: int = 1, cache: str = "f16") -> Program:
-    """A whole tiny model in one scheme, or "mixed"."""
+def program(c: ModelConfig, scheme: str = "nl4", planes: int = 1, cache: str = "") -> Program:
+    """A whole tiny model in one scheme, or "mixed", which has a float16 cache by default."""
     mixed = {"*": "nl4", "attention": "int8", "head": "bf16", "embedding": "f16"}
     w = weights(c, mixed if scheme == "mixed" else {"*": scheme}, planes)
+    cache = cache or ("f16" if scheme == "mixed" else CACHE)
     return build(c, w, inverse_frequencies(c), cache)

@@ -10,6 +10,7 @@ from typing import Any
 
 from chalot import __version__
 from chalot.errors import ChalotError
+from chalot.table import parse_size
 
 Arguments = argparse.Namespace
 NEXT = """\
@@ -59,7 +60,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="most tokens of prompt and answer")
     kinds = ("int8", "f16", "f32")
     parser.add_argument("--kv", choices=kinds, default="int8", help="type of the cache")
-    parser.add_argument("--kv-budget", metavar="SIZE", help="most bytes of the cache, as 512MB")
+    parser.add_argument(
+        "--kv-budget", type=size_option, metavar="SIZE", help="most bytes of the cache, as 512MB"
+    )
+
+
+def size_option(text: str) -> int:
+    """A size in bytes."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser() -> Parser:

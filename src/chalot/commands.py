@@ -154,7 +154,8 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    return load(path, threads=arguments.threads, context=arguments.context, kv=arguments.kv)
+    options = ("threads", "context", "kv", "kv_budget")
+    return load(path, **{name: getattr(arguments, name) for name in options})
 
 
 def run(arguments: Arguments) -> int:

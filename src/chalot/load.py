@@ -22,7 +22,7 @@ from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
-from chalot.kernels.program import CACHE, CACHE_TYPES
+from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
@@ -66,12 +66,13 @@ def read_weights(file: MyaiFile, config: ModelConfig, activations: int | None) -
     return Weights(matrices, vectors, planes)
 
 
-def default_context(config: ModelConfig, position_bytes: int) -> int:
-    """The model's own context, or what fits half of the memory that is free."""
+def default_context(config: ModelConfig, position_bytes: int, budget: int | None) -> int:
+    """The model's own context, or what fits the budget, or half of the memory that is free."""
     free = machine.memory_available()
-    if free is None:
+    room = budget if budget is not None else None if free is None else free // 2
+    if room is None:
         return config.context
-    return min(config.context, max(256, free // 2 // position_bytes // 256 * 256))
+    return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
 class Model:
@@ -85,12 +86,15 @@ class Model:
         context: int | None = None,
         isa: str | None = None,
         kv: str = CACHE,
+        kv_budget: int | None = None,
         activations: int | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
         `context` is in tokens (default: the model's own, or what half of the free memory holds),
-        `kv` the type of cached keys and values, "f16" or "f32". `activations` (8 or 16 bits)
+        `kv` the type of cached keys and values, "int8", "f16" or "f32", `kv_budget` the most bytes
+        they may take (a context that does not fit is then an error when it is reached, and the
+        default context is what fits). `activations` (8 or 16 bits)
         overrides what the file asks for, for dense matrices too: for measuring. Raises
         FormatError, ContextError, KernelError.
         """
@@ -101,9 +105,9 @@ class Model:
         if activations not in (None, 8, 16):
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
-        self.context = (
-            default_context(self.config, shape.position_bytes) if context is None else context
-        )
+        self.context = context
+        if context is None:
+            self.context = default_context(self.config, shape.position_bytes, kv_budget)
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
@@ -114,7 +118,7 @@ class Model:
         program = build(self.config, weights, frequencies, kv)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK),
+            PageCache(shape, self.context + CHUNK, kv_budget),
             self.config.vocabulary,
             self.context,
             self.backend.exp,

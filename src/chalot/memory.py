@@ -36,9 +36,10 @@ SYSTEM_PAGE = 4096
 NEIGHBOURS = 131_072  # bytes mapped around one that is read: measured 64 kB to 2 MB, by page cache
 IMPORTED = 35_000_000  # bytes; where it cannot be measured. CPython 3.11, numpy 2.4, x86-64 Linux
 FIRST_STEP = 3_500_000  # bytes of code and objects that the first token brings in
-LOGIT_BYTES = 12  # of each token of the vocabulary: the logit, and its place while sampling
+LOGIT_BYTES = 4  # of each token of the vocabulary
 TOKENIZER = 7_000_000  # bytes of the library
 TOKENIZER_ENTRY = 620  # bytes of a token with its merge: 94 MB for 151,936
+QUERY_ROWS = 64  # that a thread attends with at once (native/attention.cpp)
 TENSOR_OBJECT = 2_000  # bytes: a tensor's place in manifest and program
 
 
@@ -128,7 +129,9 @@ def buffer_bytes(config: ModelConfig, stored: Mapping[str, Stored], tokens: int)
     frequencies = np.zeros(config.head_dim // 2, np.float32)
     program = build(config, Weights(matrices, vectors, planes), frequencies, CACHE)
     widest = max(m.shape[1] for m in matrices.values())
-    scratch = round_up(widest, BLOCK) * 2 * PANEL + 4096
+    rows = max(QUERY_ROWS, config.heads // config.kv_heads)
+    attending = rows * (round_up(config.head_dim, PANEL) * 14 + 6 * PAGE + 76)
+    scratch = max(round_up(widest, BLOCK) * 2 * PANEL + 32768, attending) + tokens * 2 * BLOCK * 4
     return (
         tokens * (sum(map(slot_bytes, program.written())) + config.head_dim * 4)
         + thread_count(None) * scratch

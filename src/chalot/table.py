@@ -1,5 +1,7 @@
 """Reports as plain text: columns under their headings, and sizes as people say them."""
 
+import re
+
 
 def rows(table: list[list[str]]) -> str:
     """Columns under their headings: the first to the left, the others to the right."""
@@ -28,3 +30,11 @@ def size(count: int) -> str:
         if count >= of:
             return f"{count / of:,.1f} {unit}"
     return f"{count} bytes"
+
+
+def parse_size(text: str) -> int:
+    """The other way: "512MB", "1.5 GB" or "268435456" to bytes. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]?)B?", text.strip())
+    if not found:
+        raise ValueError(f"{text!r} is no size; expected bytes, or a number and kB, MB or GB")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]])

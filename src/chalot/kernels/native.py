@@ -5,6 +5,7 @@ served one after another; a forked child starts threads of its own.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,18 @@ def op_fields(op: Op) -> tuple[object, ...]:
     )
 
 
+def program_fields(program: Program) -> tuple[Any, ...]:
+    """(slots, operations, cache, heads, inverse frequencies) as the extension reads them."""
+    cache = program.cache
+    return (
+        [(s.width, s.planes) for s in program.slots],
+        [op_fields(op) for op in program.ops],
+        (CACHE_TYPES.index(cache.kind), cache.layers, cache.kv_heads, cache.head_dim),
+        program.heads,
+        [float(f) for f in program.inverse_frequency],
+    )
+
+
 class NativeProgram:
     """A program whose memory the extension has checked; keeps the arrays it reads alive."""
 
@@ -52,16 +65,8 @@ class NativeProgram:
         self.machine = machine
         self.vocabulary = program.vocabulary
         self.slots = program.slots
-        cache = program.cache
-        shape = (CACHE_TYPES.index(cache.kind), cache.layers, cache.kv_heads, cache.head_dim)
         try:
-            self.native = _native.Program(
-                [(s.width, s.planes) for s in program.slots],
-                [op_fields(op) for op in program.ops],
-                shape,
-                program.heads,
-                [float(f) for f in program.inverse_frequency],
-            )
+            self.native = _native.Program(*program_fields(program))
         except ValueError as error:
             raise KernelError(f"program does not fit together: {error}") from None
 

@@ -39,11 +39,21 @@ class Sequence:
 
 
 class PageCache:
-    """Pages for sequences that share a model."""
+    """Pages for sequences that share a model: for `positions`, in at most `budget` bytes.
 
-    def __init__(self, shape: CacheShape, positions: int) -> None:
+    Raises ContextError where that is no page, or more than the system gives.
+    """
+
+    def __init__(self, shape: CacheShape, positions: int, budget: int | None = None) -> None:
         self.shape = shape
         self.count = -(-positions // PAGE)
+        if budget is not None:
+            self.count = min(self.count, budget // shape.page_bytes)
+        if not self.count:
+            raise ContextError(
+                f"a cache of {budget} bytes holds nothing: {PAGE} positions of this model take "
+                f"{shape.page_bytes}; choose a larger --kv-budget"
+            )
         size = self.count * shape.page_bytes
         try:
             self.region = mmap.mmap(-1, size)
@@ -62,7 +72,7 @@ class PageCache:
         if not self.free:
             raise ContextError(
                 f"all {self.count * PAGE} positions of the cache are in use; "
-                "choose a larger --context or end a session"
+                "choose a larger --context or --kv-budget, --kv int8, or end a session"
             )
         return self.free.pop()
 

@@ -211,11 +211,10 @@ void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<flo
   std::vector<Buffer> scratch(size_t(machine.threads()));
   for (Buffer& b : scratch) b.reserve(encode_scratch_bytes(w));
   machine.pool().run([&](int id) {
-    for (int p = int(int64_t(w.panels()) * id / machine.threads());
-         p < int(int64_t(w.panels()) * (id + 1) / machine.threads()); p++)
-      machine.kernels->encode(w, from + size_t(p) * kPanel * w.columns, to + p * w.panel_bytes(),
-                              factors + size_t(p) * w.segment_count() * kPanel, scales + size_t(p) * kPanel,
-                              scratch[size_t(id)].as<void>());
+    const int64_t panels_of_all = w.panels();
+    machine.kernels->encode(w, from, int(panels_of_all * id / machine.threads()),
+                            int(panels_of_all * (id + 1) / machine.threads()), to, factors, scales,
+                            scratch[size_t(id)].as<void>());
   });
 }
 

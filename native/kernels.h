@@ -81,15 +81,16 @@ struct Kernels {
   void (*store)(CacheType type, const float* x, int n, void* out);
   // Adds the first `count` positions of a page; `query` is scaled and padded to the page's stride.
   void (*attend)(const Page& page, const float* query, int count, Gathered& so_far);
-  // 16 rows of float32 weights (16, columns padded to 32) to one panel in the layout of `w`.
-  void (*encode)(const Matrix& w, const float* weights, uint8_t* panel, uint16_t* segments, float* row_scale,
-                 void* scratch);
+  // Rows [16 * first, 16 * last) of float32 weights (rows, columns padded to 32) to panels in the layout of `w`.
+  void (*encode)(const Matrix& w, const float* weights, int first, int last, uint8_t* panels, uint16_t* segments,
+                 float* row_scale, void* scratch);
 };
 
 inline size_t scratch_bytes(const Matrix& w) { return size_t(round_up(w.columns, kBlock)) * 2 * kPanel + 4096; }
 
 // What `encode` needs: its tables as numbers, and a number a segment.
-inline size_t encode_scratch_bytes(const Matrix& w) { return 20000 + size_t(w.segment_count()) * 4; }
+constexpr size_t kGridsBytes = 17 << 10;
+inline size_t encode_scratch_bytes(const Matrix& w) { return kGridsBytes + size_t(w.segment_count()) * 4; }
 
 // Best first; a null entry of a table is inherited from the next one in the list.
 extern const Kernels avx512vnni_kernels, avx2_kernels, scalar_kernels;

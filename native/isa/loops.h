@@ -1,8 +1,8 @@
 // The loop nests, written once over the sixteen-lane primitives that each instruction set defines before
 // including this file:
 //   F, I          sixteen float32 / int32        zero set load store add sub mul div fma max min round
-//   to_int to_float scale2 zero_below            load_f16 load_bf16 store_f16 store_i32 sum largest join nearest
-//   dot<N, Coder> decode                         see scalar.cpp for what each must return
+//   to_int to_float scale2 zero_below            load_f16 load_bf16 store_f16 store_i32 sum largest join
+//   count_below look_up dot<N, Coder> decode     see scalar.cpp for what each must return
 #pragma once
 #include "prelude.h"
 

@@ -6,6 +6,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -210,11 +212,13 @@ void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<flo
   std::scoped_lock lock(machine.busy);
   std::vector<Buffer> scratch(size_t(machine.threads()));
   for (Buffer& b : scratch) b.reserve(encode_scratch_bytes(w));
+  // Panels go to whoever is free: another process, or a thread that reads, may have a core.
+  const int share = std::max(1, w.panels() / (machine.threads() * 8));
+  std::atomic<int> next = 0;
   machine.pool().run([&](int id) {
-    const int64_t panels_of_all = w.panels();
-    machine.kernels->encode(w, from, int(panels_of_all * id / machine.threads()),
-                            int(panels_of_all * (id + 1) / machine.threads()), to, factors, scales,
-                            scratch[size_t(id)].as<void>());
+    for (int p; (p = next.fetch_add(share)) < w.panels();)
+      machine.kernels->encode(w, from, p, std::min(p + share, w.panels()), to, factors, scales,
+                              scratch[size_t(id)].as<void>());
   });
 }
 

@@ -6,6 +6,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -215,11 +217,12 @@ void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<flo
   std::scoped_lock lock(machine.busy);
   std::vector<Buffer> scratch(size_t(machine.threads()));
   for (Buffer& b : scratch) b.reserve(encode_scratch_bytes(w));
+  // Panels go to whoever is free: another process, or a thread that reads, may have a core.
+  const int share = std::max(1, w.panels() / (machine.threads() * 8));
+  std::atomic<int> next = 0;
   machine.pool().run([&](int id) {
-    for (int p = int(int64_t(w.panels()) * id / machine.threads());
-         p < int(int64_t(w.panels()) * (id + 1) / machine.threads()); p++)
-      machine.kernels->encode(w, from + size_t(p) * kPanel * w.columns, to + p * w.panel_bytes(),
-                              factors + size_t(p) * w.segment_count() * kPanel, scales + size_t(p) * kPanel,
+    for (int p; (p = next.fetch_add(share)) < w.panels();)
+      machine.kernels->encode(w, from, p, std::min(p + share, w.panels()), to, factors, scales,
                               scratch[size_t(id)].as<void>());
   });
 }

@@ -110,9 +110,9 @@ struct Kernels {
   void (*attend)(const Page& page, const Queries& queries, Gathered out, void* scratch);
   void (*merge)(float* out, float& top, float& denominator, const float* page_out, float page_top,
                 float page_denominator, int n);
-  // 16 rows of float32 weights (16, columns padded to 32) to one panel in the layout of `w`.
-  void (*encode)(const Matrix& w, const float* weights, uint8_t* panel, uint16_t* segments, float* row_scale,
-                 void* scratch);
+  // Rows [16 * first, 16 * last) of float32 weights (rows, columns padded to 32) to panels in the layout of `w`.
+  void (*encode)(const Matrix& w, const float* weights, int first, int last, uint8_t* panels, uint16_t* segments,
+                 float* row_scale, void* scratch);
 };
 
 // A panel as tiles: for each 4 columns, 16 rows of 4 bytes.
@@ -123,7 +123,8 @@ inline size_t scratch_bytes(const Matrix& w) { return tile_bytes(w) * 2 + 32768;
 inline size_t attend_scratch_bytes(int rows) { return size_t(rows) * (kPage * 6 + 12); }
 
 // What `encode` needs: its tables as numbers, and a number a segment.
-inline size_t encode_scratch_bytes(const Matrix& w) { return 20000 + size_t(w.segment_count()) * 4; }
+constexpr size_t kGridsBytes = 17 << 10;
+inline size_t encode_scratch_bytes(const Matrix& w) { return kGridsBytes + size_t(w.segment_count()) * 4; }
 
 // Best first; a null entry of a table is inherited from the next one in the list.
 extern const Kernels avx512vnni_kernels, avx2_kernels, neon_kernels, scalar_kernels;

@@ -66,17 +66,18 @@ float random_number() {  // within -1..1
 }
 
 void of_lanes() {
-  Line sums("sum"), high("largest"), whole("join"), close("nearest");
-  float x[16], value[16], middle[16];
+  Line sums("sum"), pairs("sum of two"), high("largest"), whole("join"), below("count_below"), found("look_up");
+  float x[16], bounds[8];
   for (int n = 0; n < 1000; n++) {
     for (float& f : x) f = random_number() * 100;
-    for (int i = 0; i < 16; i++) value[i] = float((i - 8) * (n % 15 + 1));
-    for (int i = 0; i < 16; i++) middle[i] = i < 15 ? (value[i] + value[i + 1]) * 0.5f : 1e30f;
-    x[n % 16] = middle[n % 15];
+    for (int i = 0; i < 8; i++) bounds[i] = float((i - 4) * (n % 15 + 1));
+    x[n % 16] = bounds[n % 7];
     sums.add(sum(load(x)));
+    pairs.add(sum(load(x), mul(load(x), set(0.7f))));
     high.add(largest(load(x)));
     whole.add(join(to_int(load(x)), to_int(mul(load(x), set(-1.0f)))));
-    close.add(nearest(load(x), value, middle));
+    below.add(count_below(load(x), bounds));
+    found.add(look_up(bounds, count_below(load(x), bounds)));
   }
 }
 
@@ -155,7 +156,7 @@ void of_table(const Kernels& k) {
   for (Scheme scheme : {Scheme::int8, Scheme::nl4}) {
     Line line(scheme == Scheme::nl4 ? "encode nl4" : "encode int8");
     Matrix w{scheme, kPanel, kColumns, panel, segments, scale, tables, 1};
-    k.encode(w, weights, panel, segments, scale, scratch);
+    k.encode(w, weights, 0, 1, panel, segments, scale, scratch);
     for (size_t i = 0; i < w.panel_bytes(); i++) line.add(uint32_t(panel[i]));
     for (int i = 0; i < kPanel * w.segment_count(); i++) line.add(uint32_t(segments[i]));
     for (float f : scale) line.add(f);

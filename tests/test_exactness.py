@@ -1,7 +1,7 @@
 """The exactness contract: equal hashes of logits, whatever computes them, however fed."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -250,17 +250,40 @@ def test_exponential() -> None:
         np.testing.assert_array_equal(open_backend(isa, 1).exp(x), oracle)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nl4"])
-@pytest.mark.parametrize("isa", NATIVE)
-def test_native_codes_are_numpys(isa: str, scheme: str) -> None:
-    from chalot.quant.scheme import Scheme
-
-    rng = np.random.default_rng(3)
+def plain_weights(rng: np.random.Generator) -> np.ndarray:
+    """Normal, with a row of zeros, an outlier, and rows at the ends of float32."""
     w = rng.standard_normal((53, 1100)).astype(np.float32)
     w[3], w[7, :300], w[9, 5] = 0, 0, 500
     w[4] *= np.float32(1e-40)
     w[5] *= np.float32(1e37)
-    s = Scheme.parse(scheme)
+    return w
+
+
+def tied_weights(rng: np.random.Generator) -> np.ndarray:
+    """Middles of every table exactly, in large and small groups: values and levels tie."""
+    reach = rng.choice([3, 6, 20, 254], (48, 20)).repeat(32, axis=1)
+    w = np.rint(rng.uniform(-reach, reach)).astype(np.float32) * np.float32(0.5)
+    w[:, ::512] = 127
+    return w
+
+
+def lonely_weights(rng: np.random.Generator) -> np.ndarray:
+    """Groups of all sizes, some with one large weight: the level may be far from its own."""
+    size = 2.0 ** -rng.integers(0, 12, (48, 20)).repeat(32, axis=1)
+    w = (rng.standard_normal((48, 640)) * size).astype(np.float32)
+    w[:, ::96] = rng.choice([-1, 1], (48, 7))
+    return w
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nl4"])
+@pytest.mark.parametrize("weights", [plain_weights, tied_weights, lonely_weights])
+@pytest.mark.parametrize("isa", NATIVE)
+def test_native_codes_are_numpys(
+    isa: str, weights: Callable[[np.random.Generator], np.ndarray], scheme: str
+) -> None:
+    from chalot.quant.scheme import Scheme
+
+    w, s = weights(np.random.default_rng(3)), Scheme.parse(scheme)
     expected = open_backend("reference").encode(w, s)
     np.testing.assert_array_equal(open_backend(isa, 3).encode(w, s), expected)
 

@@ -54,27 +54,32 @@ inline void store_f16(uint16_t* p, F x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline float sum(F x) {
-  __m256 e = _mm256_add_ps(x.a, x.b);
+inline float tree(__m256 e) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+inline float sum(F x) { return tree(_mm256_add_ps(x.a, x.b)); }
+inline float sum(F x, F y) { return tree(_mm256_add_ps(_mm256_add_ps(_mm256_add_ps(x.a, x.b), y.a), y.b)); }
 inline float largest(F x) {
   __m256 e = _mm256_max_ps(x.a, x.b);
   __m128 q = _mm_max_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-inline F nearest(F x, const float* value, const float* middle) {
-  F out = set(value[0]);
-  for (int i = 0; i < 15; i++) {
-    __m256 bound = _mm256_set1_ps(middle[i]), next = _mm256_set1_ps(value[i + 1]);
-    out.a = _mm256_blendv_ps(out.a, next, _mm256_cmp_ps(x.a, bound, _CMP_GT_OQ));
-    out.b = _mm256_blendv_ps(out.b, next, _mm256_cmp_ps(x.b, bound, _CMP_GT_OQ));
-  }
-  return out;
+inline __m256 look_up(const float* table, __m256i index) {
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
 }
+inline F look_up(const float* table, I index) { return {look_up(table, index.a), look_up(table, index.b)}; }
+inline __m256i count_below(__m256 x, const float* bounds) {  // binary search
+  auto above = [&](__m256 bound) { return _mm256_cmp_ps(x, bound, _CMP_GT_OQ); };
+  auto few = [](__m256 mask, int n) { return _mm256_and_si256(_mm256_castps_si256(mask), _mm256_set1_epi32(n)); };
+  __m256 upper = above(_mm256_set1_ps(bounds[3]));
+  __m256 half = above(_mm256_blendv_ps(_mm256_set1_ps(bounds[1]), _mm256_set1_ps(bounds[5]), upper));
+  __m256i at = _mm256_or_si256(few(upper, 4), few(half, 2));
+  return _mm256_or_si256(at, few(above(look_up(bounds, at)), 1));
+}
+inline I count_below(F x, const float* bounds) { return {count_below(x.a, bounds), count_below(x.b, bounds)}; }
 inline I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline int32_t sum(I x) {
   __m256i e = _mm256_add_epi32(x.a, x.b);

@@ -39,22 +39,28 @@ inline F load_bf16(const uint16_t* p) {
 inline void store_f16(uint16_t* p, F a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-inline float sum(F a) {
-  __m256 e = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+inline __m256 low(F a) { return _mm512_castps512_ps256(a); }
+inline __m256 high(F a) { return _mm512_extractf32x8_ps(a, 1); }
+inline float tree(__m256 e) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+inline float sum(F a) { return tree(_mm256_add_ps(low(a), high(a))); }
+inline float sum(F a, F b) {
+  return tree(_mm256_add_ps(_mm256_add_ps(_mm256_add_ps(low(a), high(a)), low(b)), high(b)));
+}
 inline float largest(F a) { return _mm512_reduce_max_ps(a); }
-inline F nearest(F x, const float* value, const float* middle) {  // binary search by permutes
-  const F middles = load(middle);
-  I at = _mm512_setzero_si512();
-#pragma GCC unroll 4
-  for (int step = 8; step; step /= 2) {
-    F bound = _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(step - 1)), middles);
-    at = _mm512_mask_add_epi32(at, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), at, _mm512_set1_epi32(step));
-  }
-  return _mm512_permutexvar_ps(at, load(value));
+inline F look_up(const float* table, I index) {
+  return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(table)));
+}
+inline I count_below(F x, const float* bounds) {  // binary search
+  auto above = [&](F bound) { return _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ); };
+  auto more = [](I at, __mmask16 where, int n) { return _mm512_mask_add_epi32(at, where, at, _mm512_set1_epi32(n)); };
+  __mmask16 upper = above(set(bounds[3]));
+  I at = _mm512_maskz_set1_epi32(upper, 4);
+  at = more(at, above(_mm512_mask_mov_ps(set(bounds[1]), upper, set(bounds[5]))), 2);
+  return more(at, above(look_up(bounds, at)), 1);
 }
 inline I add(I a, I b) { return _mm512_add_epi32(a, b); }
 inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a); }

@@ -1,132 +1,161 @@
-// Weights to codes, one panel at a time: the same operations in the same order as chalot/quant/codes.py.
+// Weights to codes, one panel at a time: the same results as chalot/quant/codes.py.
 // Included by loops.h inside its anonymous namespace.
 
-constexpr int kSearchBelow = 5, kSearchAbove = 1, kMagnitudes = 64;
+constexpr int kSearchBelow = 5, kSearchAbove = 1, kMagnitudes = 64, kGrids = 2;
 
-inline float group_sum(const float* e) {
-  float s[8];
-  for (int l = 0; l < 8; l++) s[l] = ((e[l] + e[8 + l]) + e[16 + l]) + e[24 + l];
-  for (int l = 0; l < 4; l++) s[l] = s[l] + s[l + 4];
-  for (int l = 0; l < 2; l++) s[l] = s[l] + s[l + 2];
-  return s[0] + s[1];
-}
-
-// The tables with positive sign as numbers, and the middles between neighbours (the last one unused).
-struct Grids {
-  float value[2 * kMagnitudes][16], middle[2 * kMagnitudes][16], reach[kMagnitudes];
+// A level's sixteen ascending values as eight pairs, the middles in each, and the middles between them.
+struct alignas(64) Pairs {
+  float low[8], high[8], inside[8], between[8];
 };
 
+// The tables with positive sign, and by magnitude the size that its level is made for and its largest value.
+struct Grids {
+  Pairs pairs[kGrids * kMagnitudes];
+  float reach[kMagnitudes], end[kMagnitudes];
+};
+static_assert(sizeof(Grids) <= kGridsBytes);
+
 inline void fill(Grids& g, const int8_t* tables) {
-  for (int level = 0; level < 2 * kMagnitudes; level++)
-    for (int i = 0; i < 16; i++) {
-      g.value[level][i] = float(tables[level * 16 + i]);
-      g.middle[level][i] = i < 15 ? (float(tables[level * 16 + i + 1]) + float(tables[level * 16 + i])) * 0.5f : 1e30f;
+  for (int level = 0; level < kGrids * kMagnitudes; level++) {
+    const int8_t* t = tables + level * 16;
+    Pairs& pairs = g.pairs[level];
+    for (int i = 0; i < 8; i++) {
+      pairs.low[i] = float(t[2 * i]), pairs.high[i] = float(t[2 * i + 1]);
+      pairs.inside[i] = (pairs.low[i] + pairs.high[i]) * 0.5f;
+      pairs.between[i] = i < 7 ? (pairs.high[i] + float(t[2 * i + 2])) * 0.5f : 0.0f;
     }
-  for (int m = 0; m < kMagnitudes; m++) {
-    double power = 1.0 / double(uint64_t(1) << 63);
-    for (int i = 0; i < m; i++) power *= 2;  // 2^(m - 63)
+  }
+  double power = 0x1p-63;
+  for (int m = 0; m < kMagnitudes; m++, power *= 2) {
     g.reach[m] = float(127 * __builtin_sqrt(__builtin_sqrt(__builtin_sqrt(power))));
-  }
-}
-
-// Squared distance of 32 numbers to the nearest of sixteen ascending values.
-inline float distance(const F* x, const float* value, const float* middle) {
-  float miss[kGroup];
-  for (int i = 0; i < 2; i++) {
-    F d = sub(x[i], nearest(x[i], value, middle));
-    store(miss + 16 * i, mul(d, d));
-  }
-  return group_sum(miss);
-}
-
-// Level and codes of one group of 32 numbers in units of their segment.
-inline uint8_t nearest_level(const float* v, const Grids& grids, uint8_t* codes) {
-  F x[2] = {load(v), load(v + 16)};
-  F negative[2] = {sub(zero(), x[0]), sub(zero(), x[1])};
-  const float size = largest(max(max(x[0], negative[0]), max(x[1], negative[1])));
-  int centre = 0;
-  while (centre < kMagnitudes && grids.reach[centre] < size) centre++;
-  float best = __builtin_inff();
-  int best_half = 0, best_side = 0;
-  for (int step = -kSearchBelow; step <= kSearchAbove; step++) {
-    int m = centre + step;
-    m = m < 0 ? 0 : m > kMagnitudes - 1 ? kMagnitudes - 1 : m;
-    for (int half = 0; half < 4; half++) {
-      int side = half % 2 * kMagnitudes + m;
-      float error = distance(half >= 2 ? negative : x, grids.value[side], grids.middle[side]);
-      if (error < best) best = error, best_half = half, best_side = side;
+    g.end[m] = 0;
+    for (int grid = 0; grid < kGrids; grid++) {
+      const Pairs& pairs = g.pairs[grid * kMagnitudes + m];
+      const float end = -pairs.low[0] > pairs.high[7] ? -pairs.low[0] : pairs.high[7];
+      g.end[m] = end > g.end[m] ? end : g.end[m];
     }
   }
-  const float* middle = grids.middle[best_side];
-  const float sign = best_half >= 2 ? -1.0f : 1.0f;
-  for (int k = 0; k < kGroup; k++) {
-    int code = 0;
-    for (int i = 0; i < 15; i++) code += v[k] * sign > middle[i];
-    codes[k] = uint8_t(code);
+}
+
+inline F magnitude(F x) { return max(x, sub(zero(), x)); }
+
+struct Group {
+  F first, second;  // columns 0..15 and 16..31
+};
+
+// Squares of the distances to the nearest value. The nearest is in the pair; the other gives no smaller square.
+inline F squares(F x, const Pairs& pairs) {
+  const I pair = count_below(x, pairs.between);
+  const F low = sub(x, look_up(pairs.low, pair)), high = sub(x, look_up(pairs.high, pair));
+  return min(mul(low, low), mul(high, high));
+}
+inline float distance(Group x, const Pairs& pairs) { return sum(squares(x.first, pairs), squares(x.second, pairs)); }
+
+// Orders candidates by error, then by their turn in the oracle. Errors are no less than 0, so their bits order them.
+inline uint64_t rank(float error, int turn) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &error, 4);
+  return uint64_t(bits) << 8 | uint32_t(turn);
+}
+
+// Level of one group in units of its segment. The search ends where the largest weight alone misses by more than the
+// best: rounding is monotone, so no sum of squares is below one of its terms, and at lower levels it misses by more.
+inline int nearest_level(Group x, const Grids& grids) {
+  const Group negative = {sub(zero(), x.first), sub(zero(), x.second)};
+  const float size = largest(max(magnitude(x.first), magnitude(x.second)));
+  int centre = 0;
+  for (int m = 0; m < kMagnitudes; m++) centre += grids.reach[m] < size;
+  auto at_step = [&](int step) {
+    int m = centre + step;
+    return m < 0 ? 0 : m > kMagnitudes - 1 ? kMagnitudes - 1 : m;
+  };
+  uint64_t best = UINT64_MAX;
+  for (int step = kSearchAbove; step >= -kSearchBelow; step--) {
+    const int m = at_step(step);
+    const float miss = size - grids.end[m];
+    if (miss > 0 && rank(miss * miss, 0) > best) break;
+    for (int half = 0; half < 4; half++) {  // grid, and sign of the table
+      const int side = half % 2 * kMagnitudes + m;
+      const float error = distance(half < 2 ? x : negative, grids.pairs[side]);
+      const uint64_t found = rank(error, (step + kSearchBelow) * 4 + half);
+      best = found < best ? found : best;
+    }
   }
-  return uint8_t(best_side + best_half / 2 * 2 * kMagnitudes);
+  const int turn = int(best & 255), half = turn % 4;
+  return half * kMagnitudes + at_step(turn / 4 - kSearchBelow);
+}
+
+inline F codes_of(F x, const Pairs& pairs) {
+  const I pair = count_below(x, pairs.between);
+  const F in_pair = sub(set(1.0f), zero_below(set(1.0f), look_up(pairs.inside, pair), x));
+  return fma(to_float(pair), set(2.0f), in_pair);
 }
 
 // Largest size of each segment; returns that of the row.
 inline float segment_sizes(const float* w, int columns, int segment, float* sizes) {
   float whole = 0;
   for (int s = 0; s * segment < columns; s++) {
-    int end = (s + 1) * segment < columns ? (s + 1) * segment : columns;
-    float high = 0;
-    for (int k = s * segment; k < end; k++) {
-      float a = __builtin_fabsf(w[k]);
-      high = a > high ? a : high;
-    }
-    sizes[s] = high;
-    whole = high > whole ? high : whole;
+    const int end = (s + 1) * segment < columns ? (s + 1) * segment : columns;
+    F high = zero();
+    for (int k = s * segment; k < end; k += 16) high = max(high, magnitude(load(w + k)));
+    sizes[s] = largest(high);
+    whole = sizes[s] > whole ? sizes[s] : whole;
   }
   return whole;
 }
 
-inline void put_codes(const Matrix& w, uint8_t* panel, int r, int g, const uint8_t* codes, uint8_t level) {
-  const int load = r % 4, lane = r / 4;
+// 32 weights in units of their segment, held within +-127.
+inline Group in_units(const float* w, float unit) {
+  if (!(unit > 0)) return {zero(), zero()};
+  auto one = [&](int k) { return max(min(div(load(w + k), set(unit)), set(127.0f)), set(-127.0f)); };
+  return {one(0), one(16)};
+}
+
+inline void put_bytes(F whole, uint8_t* to) {
+  const I all = to_int(whole);
+  int32_t n[16];
+  __builtin_memcpy(n, &all, sizeof n);
+  for (int k = 0; k < 16; k++) to[k] = uint8_t(n[k]);
+}
+
+inline void put_group(const Matrix& w, const Grids& grids, Group x, uint8_t* panel, int r, int g) {
+  const int at = r % 4 * 64 + r / 4 * 16;  // load and lane
   if (w.scheme == Scheme::int8) {
-    uint8_t* to = panel + size_t(g) * 512 + load * 64 + lane * 16;
-    for (int k = 0; k < 16; k++) to[k] = codes[k], to[256 + k] = codes[16 + k];
+    uint8_t* to = panel + size_t(g) * Int8::group_bytes + at;
+    put_bytes(round(x.first), to);
+    put_bytes(round(x.second), to + 256);
     return;
   }
   const int block = g / 4, in_block = g % 4;
   const int groups = w.groups() - block * 4 < 4 ? w.groups() - block * 4 : 4;
-  uint8_t* base = panel + size_t(block) * 4 * w.group_bytes();
-  uint8_t* to = base + in_block * 256 + load * 64 + lane * 16;
-  for (int k = 0; k < 16; k++) to[k] = uint8_t(codes[k] | codes[16 + k] << 4);
-  base[groups * 256 + in_block * kPanel + r] = level;
+  uint8_t* base = panel + size_t(block) * 4 * Nl4::group_bytes;
+  const int level = nearest_level(x, grids);
+  const Pairs& pairs = grids.pairs[level % (kGrids * kMagnitudes)];
+  const F sign = set(level < kGrids * kMagnitudes ? 1.0f : -1.0f);
+  const F low = codes_of(mul(x.first, sign), pairs), high = codes_of(mul(x.second, sign), pairs);
+  put_bytes(fma(high, set(16.0f), low), base + in_block * 256 + at);
+  base[groups * 256 + in_block * kPanel + r] = uint8_t(level);
 }
 
-void encode(const Matrix& w, const float* weights, uint8_t* panel, uint16_t* segments, float* row_scale,
-            void* scratch) {
+void encode(const Matrix& w, const float* weights, int first, int last, uint8_t* panels, uint16_t* segments,
+            float* row_scale, void* scratch) {
   const int columns = w.groups() * kGroup, segment = w.segment_blocks * kBlock, count = w.segment_count();
   Grids& grids = *static_cast<Grids*>(scratch);
   float* sizes = reinterpret_cast<float*>(&grids + 1);
   if (w.scheme == Scheme::nl4) fill(grids, w.tables);
-  for (int r = 0; r < kPanel; r++) {
-    const float* row = weights + size_t(r) * columns;
-    float whole = segment_sizes(row, columns, segment, sizes);
-    row_scale[r] = whole / 127.0f;
+  for (int row = first * kPanel; row < last * kPanel; row++) {
+    const int p = row / kPanel, r = row % kPanel;
+    const float* from = weights + size_t(row) * columns;
+    const float whole = segment_sizes(from, columns, segment, sizes);
+    row_scale[row] = whole / 127.0f;
     for (int s = 0; s < count; s++) {
       float ratio = whole > 0 ? sizes[s] / whole : 0.0f;
       uint16_t half = float_to_half(ratio);
       if (half_to_float(half) < ratio) half++;
-      segments[s * kPanel + r] = half;
-      float unit = row_scale[r] * half_to_float(half);
-      for (int g = s * segment / kGroup; g < (s + 1) * segment / kGroup && g < w.groups(); g++) {
-        float v[kGroup];
-        uint8_t codes[kGroup], level = 0;
-        for (int k = 0; k < kGroup; k++) {
-          float x = unit > 0 ? row[g * kGroup + k] / unit : 0.0f;
-          v[k] = x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x;
-        }
-        if (w.scheme == Scheme::nl4)
-          level = nearest_level(v, grids, codes);
-        else
-          for (int k = 0; k < kGroup; k++) codes[k] = uint8_t(int8_t(__builtin_rintf(v[k])));
-        put_codes(w, panel, r, g, codes, level);
-      }
+      segments[(size_t(p) * count + s) * kPanel + r] = half;
+      const float unit = row_scale[row] * half_to_float(half);
+      for (int g = s * segment / kGroup; g < (s + 1) * segment / kGroup && g < w.groups(); g++)
+        put_group(w, grids, in_units(from + g * kGroup, unit), panels + size_t(p) * w.panel_bytes(), r, g);
     }
   }
 }

@@ -1,7 +1,8 @@
 // The loop nests, written once over the sixteen-lane primitives that each instruction set defines before
 // including this file; scalar.cpp says what each must give:
 //   F, I            sixteen float32 / int32      zero set load store add sub mul div fma max min round flip
-//   of both         to_int to_float scale2 zero_below load_f16 load_bf16 store_f16 sum largest nearest
+//   of both         to_int to_float scale2 zero_below load_f16 load_bf16 store_f16 sum largest
+//                   look_up count_below
 //   of whole ones   clamp split join store_codes
 //   dot<N, Coder>   to_tiles<Coder>              tile_product<Rows, Panels>
 #pragma once

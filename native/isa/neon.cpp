@@ -99,13 +99,29 @@ inline float sum(F a) {
   return tree(a, [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); });
 }
 inline float largest(F a) { return tree(a, larger); }
-inline F nearest(F x, const float* value, const float* middle) {
-  F out = set(value[0]);
-  for (int i = 0; i < 15; i++) {
-    float32x4_t bound = vdupq_n_f32(middle[i]), next = vdupq_n_f32(value[i + 1]);
-    for (int l = 0; l < 4; l++) out.v[l] = vbslq_f32(vcgtq_f32(x.v[l], bound), next, out.v[l]);
-  }
-  return out;
+inline float sum(F a, F b) {
+  const float32x4_t low = vaddq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[2]), b.v[0]), b.v[2]);
+  const float32x4_t high = vaddq_f32(vaddq_f32(vaddq_f32(a.v[1], a.v[3]), b.v[1]), b.v[3]);
+  float32x4_t q = vaddq_f32(low, high);
+  q = vaddq_f32(q, vextq_f32(q, q, 2));
+  return vgetq_lane_f32(vaddq_f32(q, vextq_f32(q, q, 1)), 0);
+}
+inline F look_up(const float* table, I index) {
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(table);
+  const uint8x16x2_t all = {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
+  return each([&](int i) {  // of each index the four bytes 4 n ... 4 n + 3
+    uint32x4_t first = vmulq_n_u32(vreinterpretq_u32_s32(index.v[i]), 0x04040404);
+    uint8x16_t at = vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100)));
+    return vreinterpretq_f32_u8(vqtbl2q_u8(all, at));
+  });
+}
+inline I count_below(F x, const float* bounds) {
+  return each_int([&](int i) {
+    int32x4_t count = vdupq_n_s32(0);
+    for (int b = 0; b < 7; b++)
+      count = vsubq_s32(count, vreinterpretq_s32_u32(vcgtq_f32(x.v[i], vdupq_n_f32(bounds[b]))));
+    return count;
+  });
 }
 inline I add(I a, I b) {
   return each_int([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });

@@ -85,22 +85,28 @@ inline F load_bf16(const uint16_t* p) {
 inline void store_f16(uint16_t* p, F a) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(a.v[i]);
 }
-inline float sum(F a) {  // the one tree: lanes 8 apart, then 4, 2, 1
-  for (int width = 8; width; width /= 2)
+inline float tree(F a, int width) {  // the one tree: lanes 8 apart (or 4), then 4, 2, 1
+  for (; width; width /= 2)
     for (int i = 0; i < width; i++) a.v[i] = a.v[i] + a.v[i + width];
   return a.v[0];
+}
+inline float sum(F a) { return tree(a, 8); }
+inline float sum(F a, F b) {  // of 32 numbers: eight lanes of four each, one after another, then their tree
+  return tree(each([&](int i) { return ((a.v[i % 8] + a.v[i % 8 + 8]) + b.v[i % 8]) + b.v[i % 8 + 8]; }), 4);
 }
 inline float largest(F a) {
   float high = a.v[0];
   for (int i = 1; i < 16; i++) high = a.v[i] > high ? a.v[i] : high;
   return high;
 }
-// The nearest of sixteen ascending values, given the middles between them; the lower one in the middle.
-inline F nearest(F x, const float* value, const float* middle) {
-  F out = set(value[0]);
-  for (int i = 0; i < 15; i++)
-    for (int l = 0; l < 16; l++) out.v[l] = x.v[l] > middle[i] ? value[i + 1] : out.v[l];
+inline I count_below(F x, const float* bounds) {  // how many of seven ascending bounds lie below x
+  I out = {};
+  for (int i = 0; i < 7; i++)
+    for (int l = 0; l < 16; l++) out.v[l] += x.v[l] > bounds[i];
   return out;
+}
+inline F look_up(const float* table, I index) {  // of eight numbers
+  return each([&](int i) { return table[index.v[i]]; });
 }
 template <class Operation>
 inline I each_whole(Operation f) {

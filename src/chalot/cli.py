@@ -10,7 +10,6 @@ from typing import Any
 
 from chalot import __version__
 from chalot.errors import ChalotError
-from chalot.table import parse_size
 
 Arguments = argparse.Namespace
 NEXT = """\
@@ -67,6 +66,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def size_option(text: str) -> int:
     """A size in bytes."""
+    from chalot.table import parse_size
+
     try:
         return parse_size(text)
     except ValueError as error:

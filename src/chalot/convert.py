@@ -7,6 +7,7 @@ encoded and written; errors are measured on the way, on some rows of each run.
 import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -263,11 +264,13 @@ class Conversion:
         """The tensor's rows, folded, in runs that are a multiple of a panel."""
         rows, columns = spec.shape
         size = max(PANEL, RUN // columns // PANEL * PANEL)
-        for first in range(0, rows, size):
-            values = self.read(spec.name, first, min(first + size, rows))
-            self.digest.update(np.ascontiguousarray(values).data)
-            yield self.plan.apply(spec.name, values, first)
-            self._advance(spec, values.size)
+        with ThreadPoolExecutor(1) as beside:
+            for first in range(0, rows, size):
+                values = self.read(spec.name, first, min(first + size, rows))
+                digested = beside.submit(self.digest.update, np.ascontiguousarray(values).data)
+                yield self.plan.apply(spec.name, values, first)
+                digested.result()
+                self._advance(spec, values.size)
 
     def _pieces(self, spec: TensorSpec) -> Iterator[NDArray[np.generic]]:
         """The bytes of a matrix's extent in order: panels, then segments, then row scales."""

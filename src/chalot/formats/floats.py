@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def bf16_to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Values of bfloat16 bits, any shape; a new array. Exact, NaN payloads included."""
-    wide: NDArray[np.uint32] = np.left_shift(bits, np.uint32(16), dtype=np.uint32)
-    return wide.view(np.float32)
+def bf16_to_float32(
+    bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Values of bfloat16 bits, any shape; in `out` or a new array. Exact, NaN payloads included."""
+    if out is None:
+        out = np.empty(bits.shape, np.float32)
+    np.left_shift(bits, np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+    return out
 
 
 def float32_to_bf16(values: NDArray[Any]) -> NDArray[np.uint16]:

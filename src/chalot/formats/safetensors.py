@@ -39,7 +39,7 @@ from chalot.formats.safetensors_header import (
     weight_files,
 )
 
-PIECE = 4 << 20  # bytes read at a time while widening to float32
+PIECE = 1 << 20  # bytes read at a time while widening to float32
 
 STORED: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype("<u2"),
@@ -154,7 +154,7 @@ class SafetensorsFolder:
     def float32(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Rows `first:last` along the first axis as a new float32 array; only these are read.
 
-        Takes the result's memory and 12 MB. Raises as `raw`, and IndexError for missing rows.
+        Takes the result's memory and 1 MB. Raises as `raw`, and IndexError for missing rows.
         """
         shard, extent = self._place(name)
         rows = extent.info.shape[0] if extent.info.shape else 1
@@ -171,7 +171,10 @@ class SafetensorsFolder:
             piece = out[start : start + step]
             content = shard.read(offset + start * stored.itemsize, piece.size * stored.itemsize)
             values = np.frombuffer(content, stored)
-            piece[:] = bf16_to_float32(values) if extent.info.dtype == "bf16" else values
+            if extent.info.dtype == "bf16":
+                bf16_to_float32(values, piece)
+            else:
+                piece[:] = values
         return out.reshape(shape)
 
     def document(self, name: str) -> bytes | None:

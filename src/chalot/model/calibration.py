@@ -9,6 +9,7 @@ so the choice, and with it the file, is the same on every machine.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,18 +68,30 @@ class Trial:
     x: Floats  # (tokens, columns)
     samples: Mapping[str, tuple[Floats, Scheme]]  # rows of each matrix, and how it will be stored
 
-    def error(self, factor: Floats, planes: int) -> float:
-        """Mean relative squared error of the products, with columns scaled by `factor`."""
-        total = 0.0
+    @cached_property
+    def exact(self) -> dict[str, Floats]:
+        """The products with the source's own rows."""
+        return {
+            name: self.backend.product(dense(rows), self.x, 1)
+            for name, (rows, _) in self.samples.items()
+        }
+
+    def errors(self, factor: Floats) -> tuple[float, float]:
+        """Mean relative squared error of the products, with columns scaled by `factor`.
+
+        By eight-bit activations, and by sixteen-bit ones.
+        """
+        totals = [0.0, 0.0]
         x = self.x / factor
-        for rows, scheme in self.samples.values():
-            exact = self.backend.product(dense(rows), self.x, 1)
+        for name, (rows, scheme) in self.samples.items():
             data = self.backend.encode(rows * factor, scheme)
             tables = nl4_tables() if scheme.has_levels else None
             stored = Matrix(scheme, (rows.shape[0], rows.shape[1]), data, tables)
-            got = self.backend.product(stored, x, planes)
-            total += ordered_sum(got - exact) / max(ordered_sum(exact), 1e-30)
-        return total / len(self.samples)
+            exact = self.exact[name]
+            size = max(ordered_sum(exact), 1e-30)
+            for i in range(2):
+                totals[i] += ordered_sum(self.backend.product(stored, x, i + 1) - exact) / size
+        return totals[0] / len(self.samples), totals[1] / len(self.samples)
 
     def best(self, fold_columns: Callable[[Floats], Floats] | None) -> tuple[Floats, int]:
         """The factor of columns and the planes that serve this input best.
@@ -95,8 +108,8 @@ class Trial:
                 if not any(np.array_equal(factor, t) for t in tried):
                     tried.append(factor)
         kept: dict[int, tuple[float, Floats]] = {}
-        for planes in (1, 2):
-            errors = [self.error(f, planes) for f in tried]
+        by_planes = zip(*map(self.errors, tried), strict=True)
+        for planes, errors in enumerate(by_planes, start=1):
             least = int(np.argmin(errors))
             chosen = least if errors[least] < GAIN * errors[0] else 0
             kept[planes] = errors[chosen], tried[chosen]

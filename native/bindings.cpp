@@ -105,7 +105,8 @@ struct Model {
     expect(type >= 0 && type <= int(CacheType::int8), "cache: unknown type");
     return {CacheType(type), layers, kv_heads, head_dim};
   }
-  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused); a part: (matrix, bias, column).
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused); a part: (matrix,
+  // bias, column).
   std::vector<Op> ops_of(nb::list ops, const std::vector<std::pair<int, int>>& slots) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
@@ -155,12 +156,11 @@ struct Model {
     std::vector<Candidate> found(best_ids.size());
     b.best = found.data();
     run(machine, b);
-    for (size_t i = 0; i < found.size(); i++)
-      best_ids.data()[i] = found[i].id, best_logits.data()[i] = found[i].logit;
+    for (size_t i = 0; i < found.size(); i++) best_ids.data()[i] = found[i].id, best_logits.data()[i] = found[i].logit;
   }
 
-  Batch batch_of(In<int32_t>& ids, In<int32_t>& positions, In<int32_t>& sequence, In<int32_t>& pages,
-                 In<int32_t>& rows, Out<uint8_t>& arena) const {
+  Batch batch_of(In<int32_t>& ids, In<int32_t>& positions, In<int32_t>& sequence, In<int32_t>& pages, In<int32_t>& rows,
+                 Out<uint8_t>& arena) const {
     expect(ids.ndim() == 1 && positions.size() == ids.size() && sequence.size() == ids.size(), "batch: sizes differ");
     expect(pages.ndim() == 2, "batch: pages must be (sequences, pages)");
     expect(rows.ndim() == 1, "batch: wanted rows must be a vector");

@@ -264,8 +264,7 @@ void Program::execute(Run run) {
       apply(op, run);
     if (i + 1 == ops_.size()) break;
     const Op& next = ops_[i + 1];
-    if (!(by_token(op.kind) && by_token(next.kind)))
-      run.pool.barrier([&] { split(run.shares, next, run.threads); });
+    if (!(by_token(op.kind) && by_token(next.kind))) run.pool.barrier([&] { split(run.shares, next, run.threads); });
   }
   if (run.count && run.batch.count) {
     run.pool.barrier();

@@ -105,8 +105,7 @@ void attend_numbers(const Page& page, const Queries& q, Gathered g) {
     softmax(p, from, to, q.cap, g.largest[r], g.denominator[r]);
     for (int d = 0; d < page.stride; d += 16) {
       F o = zero();
-      for (int j = from; j < to; j++)
-        o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
+      for (int j = from; j < to; j++) o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
       store(g.out + size_t(r) * page.stride + d, o);
     }
   }

@@ -172,8 +172,8 @@ void row(const Matrix& w, int row, float* out) {
 #include "encode.h"
 
 constexpr Kernels table(const char* name, bool (*runs_here)()) {
-  return {name, runs_here, exp_all, rms_norm, rotate, spread, gate, quantize_run, row,
-          product, dense, top, store_cached, attend, merge, encode};
+  return {name, runs_here, exp_all, rms_norm, rotate,       spread, gate,  quantize_run,
+          row,  product,   dense,   top,      store_cached, attend, merge, encode};
 }
 
 }  // namespace

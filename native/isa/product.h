@@ -91,8 +91,7 @@ void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activation
 
 template <int Planes, int Panels>
 void tiles_times_tokens(const Matrix& w, int p, const int8_t* tiles, const Activations& x, int tokens, Output out) {
-  in_turns<kRows / Planes>(
-      tokens, [&]<int N>(int t) { tiled_product<N, Planes, Panels>(w, p, tiles, x, t, out); });
+  in_turns<kRows / Planes>(tokens, [&]<int N>(int t) { tiled_product<N, Planes, Panels>(w, p, tiles, x, t, out); });
 }
 
 template <class Coder>
@@ -119,8 +118,7 @@ void product_of(const Matrix& w, const Activations& x, int tokens, int first, in
     if (n == kPanels)
       tiles_times_tokens<Planes, kPanels>(w, p, tiles, x, tokens, out);
     else
-      for (int i = 0; i < n; i++)
-        tiles_times_tokens<Planes, 1>(w, p + i, tiles + i * tile_bytes(w), x, tokens, out);
+      for (int i = 0; i < n; i++) tiles_times_tokens<Planes, 1>(w, p + i, tiles + i * tile_bytes(w), x, tokens, out);
   }
 }
 

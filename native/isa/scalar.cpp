@@ -175,8 +175,8 @@ inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int
     }
 }
 
-// out[r][p] = sixteen sums over 4 * quads columns, a multiple of 16: the tiles of panel p, `panel_bytes` apart, times code row r. The
-// sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights.
+// out[r][p] = sixteen sums over 4 * quads columns, a multiple of 16: the tiles of panel p, `panel_bytes` apart, times
+// code row r. The sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights.
 template <int Rows, int Panels>
 inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
                          const int32_t*, size_t, I (*out)[Panels]) {

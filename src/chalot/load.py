@@ -105,9 +105,9 @@ class Model:
         if activations not in (None, 8, 16):
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
-        self.context = context
         if context is None:
-            self.context = default_context(self.config, shape.position_bytes, kv_budget)
+            context = default_context(self.config, shape.position_bytes, kv_budget)
+        self.context = context
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"

@@ -99,10 +99,10 @@ class Builder:
         """Make one of gate and up, what they make, and its codes, where all are coded."""
         made = self.ops[start:]
         for i, op in enumerate(made[:-2]):
-            kinds = [o.kind for o in made[i : i + 3]]
-            if self.fuse and kinds == ["linear", "gate", "quantize"] and len(op.parts) == 2:
-                if all(p.matrix.scheme.is_coded for p in op.parts):
-                    self.ops[start + i] = replace(op, fused=True)
+            in_a_row = [o.kind for o in made[i : i + 3]] == ["linear", "gate", "quantize"]
+            coded = len(op.parts) == 2 and all(p.matrix.scheme.is_coded for p in op.parts)
+            if self.fuse and in_a_row and coded:
+                self.ops[start + i] = replace(op, fused=True)
 
     def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:
         """What was collected, as a program."""

@@ -58,7 +58,12 @@ void panel_times_tokens(const Matrix& w, int p, const uint8_t* panel, const Acti
   for (; t < tokens; t++) panel_product<Coder, 1, Planes>(w, p, panel, x, t, out);
 }
 
-// Tiles of `Panels` panels times `Tokens` tokens of `Planes` planes.
+inline void fetch(const uint8_t* from, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
+// Tiles of `Panels` panels times `Tokens` tokens of `Planes` planes. Meanwhile the first tokens fetch the panels behind
+// them from memory, which would rest while there is nothing but products.
 template <int Tokens, int Planes, int Panels>
 void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activations& x, int t, Output out) {
   const int blocks = w.blocks(), all_blocks = x.stride / kBlock, quads = w.groups() * kGroup / 4;
@@ -66,11 +71,14 @@ void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activation
   const int8_t* codes = x.codes + size_t(t) * Planes * x.stride;
   const int32_t* sums = x.sums + size_t(t) * Planes * all_blocks;
   const float* scale = x.scale + size_t(t) * all_blocks;
+  const uint8_t* next = w.data + size_t(p + Panels) * w.panel_bytes();
+  const size_t share = w.panel_bytes() * Panels / size_t(blocks);
   F total[Tokens][Panels];
   for (auto& of_token : total)
     for (F& f : of_token) f = zero();
   for (int b = 0; b < blocks; b++) {
     const int here = quads - b * kBlock / 4 < kBlock / 4 ? quads - b * kBlock / 4 : kBlock / 4;
+    if (t == 0 && p + 2 * Panels <= w.panels()) fetch(next + size_t(b) * share, share);
     I part[Tokens * Planes][Panels];
     tile_product<Tokens * Planes, Panels>(tiles + size_t(b) * kBlock * kPanel, panel_bytes, here, codes + b * kBlock,
                                           size_t(x.stride), sums + b, size_t(all_blocks), part);

@@ -224,7 +224,19 @@ class Conversion:
             raw = self.checkpoint.document(name)
             if raw is not None:
                 writer.documents[name] = writer.extent([raw])
+        self._tokenizer_tables(writer)
         self.checkpoint.check_unchanged()
+
+    def _tokenizer_tables(self, writer: MyaiWriter) -> None:
+        """What opens faster than tokenizer.json, where there is such a thing."""
+        raw = self.checkpoint.document("tokenizer.json")
+        if raw is not None:
+            from chalot.text.byte_pairs import TABLES
+            from chalot.text.tokenizer import compiled
+
+            tables = compiled(raw)
+            if tables is not None:
+                writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
         if not any(s.is_coded for s in self.schemes.values()):
@@ -387,11 +399,12 @@ def convert(
 
 def check_text(checkpoint: Checkpoint, partial: Path) -> None:
     """Open what was written, and raise TokenizerError if its tokenizer or template changed."""
+    from chalot.text.byte_pairs import TABLES
     from chalot.text.tokenizer import check_same, from_source
 
     file = MyaiFile(partial)
     try:
         if checkpoint.document("tokenizer.json") is not None:
-            check_same(from_source(checkpoint), from_source(file))
+            check_same(from_source(checkpoint), from_source(file, file.document(TABLES)))
     finally:
         file.close()

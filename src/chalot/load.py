@@ -131,13 +131,14 @@ class Model:
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer, opened on first use. Raises TokenizerError if there is none."""
         if self._tokenizer is None:
-            if self.file.document("tokenizer.json") is None:
+            if "tokenizer.json" not in self.file.manifest.documents:
                 raise TokenizerError(
                     f"{self.file.path}: has no tokenizer; give token ids instead of text"
                 )
+            from chalot.text.byte_pairs import TABLES
             from chalot.text.tokenizer import from_source
 
-            self._tokenizer = from_source(self.file)
+            self._tokenizer = from_source(self.file, self.file.document(TABLES))
         return self._tokenizer
 
     def generation_defaults(self) -> dict[str, Any]:

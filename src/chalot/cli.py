@@ -58,6 +58,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     for flag, settings in option_table().items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--context", type=int, help="most tokens of prompt and answer")
+    parser.add_argument("--mlock", action="store_true", help="keep the model's file in memory")
+    parser.add_argument(
+        "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
+    )
     parser.add_argument("--kv", choices=("f16", "f32"), default="f16", help="type of the cache")
 
 

@@ -154,7 +154,14 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    return load(path, threads=arguments.threads, context=arguments.context, kv=arguments.kv)
+    return load(
+        path,
+        threads=arguments.threads,
+        context=arguments.context,
+        kv=arguments.kv,
+        mmap=arguments.mmap,
+        mlock=arguments.mlock,
+    )
 
 
 def run(arguments: Arguments) -> int:

@@ -21,6 +21,7 @@ from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
+from chalot.formats.residency import lock, read_ahead
 from chalot.kernels.backend import open_backend
 from chalot.kernels.program import CACHE_TYPES
 from chalot.model.cache import PageCache, Sequence
@@ -86,15 +87,22 @@ class Model:
         isa: str | None = None,
         kv: str = "f16",
         activations: int | None = None,
+        mmap: bool = True,
+        mlock: bool = False,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
         `context` is in tokens (default: the model's own, or what half of the free memory holds),
         `kv` the type of cached keys and values, "f16" or "f32". `activations` (8 or 16 bits)
-        overrides what the file asks for, for dense matrices too: for measuring. Raises
-        FormatError, ContextError, KernelError.
+        overrides what the file asks for, for dense matrices too: for measuring. Without `mmap` the
+        file is read into memory of this process's own, in huge pages where the system has them;
+        `mlock` keeps it in memory. Raises FormatError, ContextError, KernelError, LimitError.
         """
-        self.file = MyaiFile(Path(path).expanduser())
+        self.file = MyaiFile(Path(path).expanduser(), mmap)
+        if mlock:
+            lock(self.file)
+        elif mmap:
+            read_ahead(self.file)
         self.config = read_model_config(self.file)
         if kv not in CACHE_TYPES:
             raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")

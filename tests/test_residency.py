@@ -125,6 +125,37 @@ def test_what_was_read_is_in_memory(file: Path) -> None:
     os.close(descriptor)
 
 
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": "900", "memory.max": "max"}, 900),
+        ("0::/a/b\n", {"a/b/memory.max": "800", "a/memory.max": "900"}, 800),
+        ("0::/not/there\n", {"memory.max": "700"}, 700),  # a container shows its own group as root
+        (
+            "3:cpu:/x\n2:memory:/a\n0::/\n",
+            {"memory/a/memory.limit_in_bytes": "600", "cpu/x/memory.limit_in_bytes": "5"},
+            600,
+        ),
+        ("2:memory:/a\n", {"memory/memory.limit_in_bytes": str((1 << 63) - 4096)}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_least_limit_of_all_groups_counts(
+    own: str,
+    limits: dict[str, str],
+    expected: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    assert machine.memory_limit() == expected
+
+
 def test_commands_take_both(demo_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for more in ([], ["--no-mmap"], ["--mlock"], ["--mlock", "--no-mmap"]):

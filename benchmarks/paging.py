@@ -211,6 +211,8 @@ def main() -> None:
                 else:
                     under = in_turn(path, min(options.rounds, 3), options.limited_tokens, group)
                     print(f"in {options.limit:.0%} of the file's bytes:\n{table(under)}")
+    if others.result.get("others_cpus", 0) > 0.1:
+        print(f"not a quiet machine ({others.result}): these figures are not to be quoted")
     names = [Path(a).name if a == str(options.model) else a for a in sys.argv[1:]]
     result = {
         "benchmark": "paging",

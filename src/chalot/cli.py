@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupte
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     for flag, settings in option_table().items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--context", type=int, help="most tokens of prompt and answer")
+    parser.add_argument("--mlock", action="store_true", help="keep the model's file in memory")
+    parser.add_argument(
+        "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
+    )
     kinds = ("int8", "f16", "f32")
     parser.add_argument("--kv", choices=kinds, default="int8", help="type of the cache")
     parser.add_argument(
@@ -134,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.verb is None:
         sys.stdout.write(NEXT)
         return 0
+    # numpy's BLAS, which only the oracle uses, else starts threads: 60 ms
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         return table()[arguments.verb](arguments)
     except ChalotError as error:

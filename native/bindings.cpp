@@ -242,7 +242,7 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
   const size_t stride = size_t(round_up(w.columns, kBlock)), blocks = stride / kBlock, n = size_t(tokens);
   Buffer numbers, codes, scales, sums;
   numbers.reserve(n * stride * 4);
-  codes.reserve(n * stride * planes);
+  codes.reserve(size_t(round_up(tokens * planes, kRowsRead)) * stride);
   scales.reserve(n * blocks * 4);
   sums.reserve(n * blocks * planes * 4);
   std::vector<Buffer> scratch(size_t(machine.threads()));

@@ -212,7 +212,7 @@ void Program::reserve(const Batch& batch, int threads) {
     if (!planes) {
       s.numbers.reserve(n * stride * 4);
     } else {
-      s.codes.reserve(n * planes * stride);
+      s.codes.reserve(size_t(round_up(tokens * slots_[i].planes, kRowsRead)) * stride);
       s.scales.reserve(n * stride / kBlock * 4);
       s.sums.reserve(n * planes * stride / kBlock * 4);
     }

@@ -124,6 +124,7 @@ int top(const float* logits, int n, int first, int count, Candidate* best, int h
   return sum(strange) == 0 && rest == 0 ? held : -1;
 }
 
+#include "panels.h"
 #include "product.h"
 
 // ---- one row as numbers: row_scale * segment * value, each product rounded once

@@ -1,30 +1,5 @@
 // Products of matrices with coded or plain activations. Included by loops.h inside its anonymous namespace.
 
-// ---- products of codes
-
-template <class Coder>
-const uint8_t* panel_of(const Matrix& w, int p) {
-  return w.data + size_t(p) * w.groups() * Coder::group_bytes;
-}
-
-// Sixteen sums of one token to their rows: times the row's scale, with bias, added or not.
-inline void put(const Matrix& w, int p, F total, Output out, int t) {
-  float* y = out.y + size_t(t) * out.stride + p * kPanel - out.origin;
-  F v = mul(total, load(w.row_scale + p * kPanel));
-  const int rows = w.rows - p * kPanel;
-  if (rows >= kPanel) {
-    if (out.bias) v = add(v, load(out.bias + p * kPanel));
-    store(y, out.add ? add(load(y), v) : v);
-    return;
-  }
-  float some[16];
-  store(some, v);
-  for (int r = 0; r < rows; r++) {
-    float one = out.bias ? some[r] + out.bias[p * kPanel + r] : some[r];
-    y[r] = out.add ? y[r] + one : one;
-  }
-}
-
 // One panel times `Tokens` tokens of `Planes` planes.
 template <class Coder, int Tokens, int Planes>
 void panel_product(const Matrix& w, int p, const uint8_t* panel, const Activations& x, int t, Output out) {
@@ -56,10 +31,6 @@ void panel_times_tokens(const Matrix& w, int p, const uint8_t* panel, const Acti
     panel_product<Coder, kTokens / Planes, Planes>(w, p, panel, x, t, out);
   if (kTokens / Planes > 2 && t + 2 <= tokens) panel_product<Coder, 2, Planes>(w, p, panel, x, t, out), t += 2;
   for (; t < tokens; t++) panel_product<Coder, 1, Planes>(w, p, panel, x, t, out);
-}
-
-inline void fetch(const uint8_t* from, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
 }
 
 // Tiles of `Panels` panels times `Tokens` tokens of `Planes` planes. Meanwhile the first tokens fetch the panels behind
@@ -100,16 +71,6 @@ void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activation
 template <int Planes, int Panels>
 void tiles_times_tokens(const Matrix& w, int p, const int8_t* tiles, const Activations& x, int tokens, Output out) {
   in_turns<kRows / Planes>(tokens, [&]<int N>(int t) { tiled_product<N, Planes, Panels>(w, p, tiles, x, t, out); });
-}
-
-template <class Coder>
-void panel_to_tiles(const Matrix& w, int p, int8_t* tiles) {
-  const uint8_t* panel = panel_of<Coder>(w, p);
-  for (int g = 0; g < w.groups(); g += 4) {
-    int n = w.groups() - g < 4 ? w.groups() - g : 4;
-    to_tiles<Coder>(panel, n, w.tables, tiles + size_t(g) * kGroup * kPanel);
-    panel += size_t(n) * Coder::group_bytes;
-  }
 }
 
 // Few tokens: codes are decoded on their way into the product. Many: panels become tiles once, for all tokens.

@@ -8,7 +8,7 @@
 namespace chalot {
 namespace {
 
-constexpr int kQueryRows = 64;  // queries that share one look at a page, unless one token has more
+constexpr int kQueryRows = 48;  // queries that share one look at a page, unless one token has more
 
 // Arrays out of a thread's scratch, each at a multiple of 64 bytes.
 struct Room {

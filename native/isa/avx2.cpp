@@ -61,6 +61,7 @@ inline float tree(__m256 e) {
 }
 inline float sum(F x) { return tree(_mm256_add_ps(x.a, x.b)); }
 inline float sum(F x, F y) { return tree(_mm256_add_ps(_mm256_add_ps(_mm256_add_ps(x.a, x.b), y.a), y.b)); }
+inline float lowest(F x) { return _mm256_cvtss_f32(x.a); }
 inline float largest(F x) {
   __m256 e = _mm256_max_ps(x.a, x.b);
   __m128 q = _mm_max_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));

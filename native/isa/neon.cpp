@@ -98,6 +98,7 @@ inline float tree(F a, Operation f) {
 inline float sum(F a) {
   return tree(a, [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); });
 }
+inline float lowest(F a) { return vgetq_lane_f32(a.v[0], 0); }
 inline float largest(F a) { return tree(a, larger); }
 inline float sum(F a, F b) {
   const float32x4_t low = vaddq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[2]), b.v[0]), b.v[2]);

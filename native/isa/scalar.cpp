@@ -94,6 +94,7 @@ inline float sum(F a) { return tree(a, 8); }
 inline float sum(F a, F b) {  // of 32 numbers: eight lanes of four each, one after another, then their tree
   return tree(each([&](int i) { return ((a.v[i % 8] + a.v[i % 8 + 8]) + b.v[i % 8]) + b.v[i % 8 + 8]; }), 4);
 }
+inline float lowest(F a) { return a.v[0]; }  // the first lane
 inline float largest(F a) {
   float high = a.v[0];
   for (int i = 1; i < 16; i++) high = a.v[i] > high ? a.v[i] : high;

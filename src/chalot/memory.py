@@ -40,7 +40,7 @@ FIRST_STEP = 3_500_000  # bytes of code and objects that the first token brings 
 LOGIT_BYTES = 4  # of each token of the vocabulary
 TOKENIZER = 7_000_000  # bytes of the library
 TOKENIZER_ENTRY = 620  # bytes of a token with its merge: 94 MB for 151,936
-QUERY_ROWS = 64  # that a thread attends with at once (native/attention.cpp)
+QUERY_ROWS = 48  # that a thread attends with at once (native/attention.cpp)
 TABLES_HELD = 2.4  # times the bytes of tokenizer.bpe: mapped, copied, and what is made of them
 TENSOR_OBJECT = 2_000  # bytes: a tensor's place in manifest and program
 

@@ -210,24 +210,35 @@ def request(part: Part, model: str, seed: int) -> dict[str, Any]:
 def take_turns(
     workers: dict[str, Worker], parts: dict[str, Part], reads: ReadBandwidth,
     options: argparse.Namespace,
-) -> tuple[Rounds, list[dict[str, float]]]:  # fmt: skip
-    """Rounds of all parts by every side; the first, which fills memory and caches, is not kept."""
-    names, rounds, bandwidth = list(workers), [], []
+) -> tuple[Rounds, list[dict[str, float]], dict[str, str]]:  # fmt: skip
+    """Rounds of all parts by every side, the read loops of each, and the sides that failed.
+
+    The first round, which fills memory and caches, is not kept; nor is a side that fails in any.
+    """
+    rounds, bandwidth, failed = [], [], {}
     for number in range(options.rounds + 1):
-        first = number % len(names)
+        names = [name for name in workers if name not in failed]
+        first = number % max(1, len(names))
         time.sleep(SETTLE_SECONDS)
         bandwidth.append(reads.measure())
         turns: dict[str, dict[str, Any]] = {}
         for name in names[first:] + names[:first]:
             time.sleep(SETTLE_SECONDS)
-            # a prompt that is to be read from empty is another one in each round
-            turns[name] = {
-                part: workers[name].ask(request(what, options.model, number if what.fresh else 0))
-                for part, what in parts.items()
-            }
-        rounds.append({name: turns[name] for name in names})
+            try:
+                # a prompt that is to be read from empty is another one in each round
+                turns[name] = {
+                    part: workers[name].ask(
+                        request(what, options.model, number if what.fresh else 0)
+                    )
+                    for part, what in parts.items()
+                }
+            except WorkerError as problem:
+                failed[name] = str(problem)
+                say(f"left out: {problem}")
+        rounds.append(turns)
         say(f"round {number}/{options.rounds}")
-    return rounds[1:], bandwidth[1:]
+    kept = [{name: turn[name] for name in workers if name not in failed} for turn in rounds[1:]]
+    return kept, bandwidth[1:], failed
 
 
 def measure_task(
@@ -248,10 +259,11 @@ def measure_task(
                 say(f"left out of {task}: {problem}")
                 continue
             workers[side.name] = stack.enter_context(worker)
-        rounds, bandwidth = take_turns(workers, parts, reads, options)
+        rounds, bandwidth, fell = take_turns(workers, parts, reads, options)
+        failed |= fell
         resident = {name: worker.resident_bytes() for name, worker in workers.items()}
-    ready = {name: worker.ready for name, worker in workers.items()}
-    ours = [s.name for s in sides if s.engine == "chalot" and s.name in workers]
+    ready = {name: worker.ready for name, worker in workers.items() if name not in failed}
+    ours = [s.name for s in sides if s.engine == "chalot" and s.name in ready]
     found = summarise(rounds, bandwidth, {n: vars(p) for n, p in parts.items()}, ready, ours)
     for name, summary in found["sides"].items():
         summary["resident_bytes"] = resident[name]

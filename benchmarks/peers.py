@@ -284,6 +284,7 @@ def measured_losses() -> dict[str, dict[str, Any]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    began = provenance(sys.argv[1:], PATH_OPTIONS)
     sides, missing = prepare(options)
     if not sides:
         raise SystemExit("nothing to measure: no side of --peers can run here")
@@ -304,7 +305,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     losses = measured_losses()
     return {
         "benchmark": "peers",
-        **provenance(sys.argv[1:], PATH_OPTIONS),
+        **began,
         "machine": {**describe_machine(), **others.result},
         "compiler": reads.compiler,
         "model": options.model,

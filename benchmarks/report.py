@@ -213,7 +213,8 @@ def table(result: dict[str, Any]) -> str:
         "KL, twin": lambda s: columns.loss(s, "twin"),
     }
     rows = [[head.strip() for head in wanted]]
-    rows += [[cell(side) for cell in wanted.values()] for side in result["sides"]]
+    took_part = {side for task in result["tasks"].values() for side in task["sides"]}
+    rows += [[cell(s) for cell in wanted.values()] for s in result["sides"] if s in took_part]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rule = ["-" * width if n == 0 else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
     lines = []

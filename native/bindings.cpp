@@ -18,6 +18,7 @@
 
 #include "matrix.h"
 #include "program.h"
+#include "read.h"
 
 namespace nb = nanobind;
 using namespace chalot;
@@ -274,6 +275,14 @@ void exp_all(Machine& machine, In<float> x, Out<float> y) {
   machine.kernels->exp(x.data(), y.data(), x.size());
 }
 
+uint64_t read_numbers(Machine& machine, In<uint64_t> numbers) {
+  const uint64_t* data = numbers.data();
+  const size_t count = numbers.size();
+  nb::gil_scoped_release release;
+  std::scoped_lock lock(machine.busy);
+  return read_all(machine.pool(), data, count);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -289,7 +298,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Machine::threads)
       .def("encode", &encode)
       .def("product", &product)
-      .def("exp", &exp_all);
+      .def("exp", &exp_all)
+      .def("read", &read_numbers);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
                     const std::vector<float>&>())

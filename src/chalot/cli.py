@@ -114,6 +114,12 @@ def build_parser() -> Parser:
     describe.add_argument("model", help="a .myai file, a folder, or a hub id (headers only)")
     describe.add_argument("--context", type=int, help="tokens to say the memory for")
     describe.add_argument("--scheme", help="as which scheme to judge a checkpoint (default: nl4)")
+    bench = verb("bench", "how fast a model runs here, beside what memory allows")
+    bench.add_argument("model", help="a .myai file, a folder, or a hub id (converted once)")
+    bench.add_argument(
+        "--depths", type=int, nargs="+", metavar="TOKENS", help="texts' lengths to measure at"
+    )
+    bench.add_argument("--kv", help="type of the cache, as for run")
     verify = verb("verify", "check every extent and checksum of a .myai file")
     verify.add_argument("file", help="a .myai file")
     verb("doctor", "what this machine has, and what chalot makes of it")
@@ -128,7 +134,7 @@ def table() -> dict[str, Callable[[Arguments], int]]:
 
     return {
         name: getattr(commands, name)
-        for name in ("convert", "run", "chat", "describe", "verify", "doctor", "demo")
+        for name in ("convert", "run", "chat", "describe", "bench", "verify", "doctor", "demo")
     }
 
 

@@ -223,6 +223,19 @@ def describe(arguments: Arguments) -> int:
     return 0
 
 
+def bench(arguments: Arguments) -> int:
+    """chalot bench MODEL"""
+    from chalot.bench import bench as run_it
+    from chalot.bench import render
+
+    path = converted(arguments.model, arguments)
+    options = {"threads": arguments.threads, "depths": arguments.depths, "kv": arguments.kv}
+    with progress(arguments, "measuring") as advance:
+        report = run_it(path, **options, progress=advance)
+    print(as_json(report) if arguments.json else render(report))
+    return 0
+
+
 def verify(arguments: Arguments) -> int:
     """chalot verify FILE"""
     from chalot.verify import render

@@ -26,7 +26,7 @@ def test_bytes_a_token_are_those_of_describe(report: BenchReport, demo_file: Pat
     said = chalot.describe(demo_file)
     assert said.architecture["tied"] and report.weight_bytes_per_token == said.bytes
     assert report.file_bytes == said.file_bytes == demo_file.stat().st_size
-    per_token = 6 * 2 * 2 * 64 * 2  # layers, keys and values, heads, head size, bytes of float16
+    per_token = 6 * 2 * 2 * (64 + 4)  # layers, keys and values, heads, codes and their scale
     for d in report.depths:
         assert d.cache_bytes_per_token == d.depth * per_token
         assert d.bytes_per_token == report.weight_bytes_per_token + d.cache_bytes_per_token

@@ -126,7 +126,9 @@ inline __m256i row_sums(const __m256i* z) {
   return _mm256_add_epi32(even, odd);
 }
 inline __m256i row_tables(const int8_t* tables, const uint8_t* level, int load) {
-  auto one = [&](int lane) { return _mm_loadu_si128((const __m128i*)(tables + level[4 * lane + load] * 16)); };
+  auto one = [&](int lane) {
+    return _mm_loadu_si128((const __m128i*)(tables + (size_t(level[4 * lane + load]) << 4)));
+  };
   return _mm256_inserti128_si256(_mm256_castsi128_si256(one(0)), one(1), 1);
 }
 inline __m256i broadcast(const int8_t* x) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)x)); }

@@ -88,7 +88,9 @@ inline I row_sums(const I* z) {
 }
 // The tables of rows {load, 4 + load, 8 + load, 12 + load}, one to a lane.
 inline I row_tables(const int8_t* tables, const uint8_t* level, int load) {
-  auto one = [&](int lane) { return _mm_loadu_si128((const __m128i*)(tables + level[4 * lane + load] * 16)); };
+  auto one = [&](int lane) {
+    return _mm_loadu_si128((const __m128i*)(tables + (size_t(level[4 * lane + load]) << 4)));
+  };
   I t = _mm512_castsi128_si512(one(0));
   t = _mm512_mask_broadcast_i64x2(t, 0x0c, one(1));
   t = _mm512_mask_broadcast_i64x2(t, 0x30, one(2));

@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Part:
     tokens: int = 0  # decoded after it
     step: int = 1  # of them in one forward pass
     fresh: bool = False  # the prompt is read from empty, and that is what is timed
+    neighbours: int = 0  # processes that want a core meanwhile
 
 
 # task -> its parts. What is compared is in one task: its sides take turns within each round.
@@ -52,6 +54,7 @@ TASKS = {
     "prefill": {"prefill": Part(512, fresh=True)},
     "long": {"short prefill": Part(512, fresh=True), "long prefill": Part(8192, fresh=True)},
     "verify": {"one a step": Part(32, 16), "four a step": Part(32, 64, step=4)},
+    "neighbour": {"decode alone": Part(32, 32), "with a neighbour": Part(32, 32, neighbours=1)},
 }
 COMMON = ("decode", "depth", "prefill")
 ALL = tuple(TASKS)
@@ -83,11 +86,11 @@ F32 = (("INFERENCE_PRECISION_HINT", "f32"),)
 ENGINES = {
     "chalot": Engine("chalot_side", "", "chalot", {
         "nl4": Side("nl4", tasks=ALL),
-        "nl4, int8 embedding": Side("embedding=int8", tasks=ALL),
-        "int8": Side("int8", tasks=ALL),
+        "nl4, int8 embedding": Side("embedding=int8", tasks=(*COMMON, "verify")),
+        "int8": Side("int8", tasks=(*COMMON, "verify")),
     }, ".myai"),
     "llama.cpp": Engine("peers.llamacpp", "peers", "gguf, llama_cpp", {
-        "Q4_0": Side("Q4_0"),
+        "Q4_0": Side("Q4_0", tasks=(*COMMON, "neighbour")),
         "Q4_0-pure": Side("Q4_0-pure"),
         "Q4_K_M": Side("Q4_K_M"),
         "IQ4_NL": Side("IQ4_NL"),
@@ -195,7 +198,7 @@ def scaled(part: Part, options: argparse.Namespace) -> Part:
     """Depths of --quick are an eighth."""
     if not options.quick or part.prompt < 256:
         return part
-    return Part(part.prompt // 8, part.tokens, part.step, part.fresh)
+    return replace(part, prompt=part.prompt // 8)
 
 
 def request(part: Part, model: str, seed: int) -> dict[str, Any]:
@@ -205,6 +208,27 @@ def request(part: Part, model: str, seed: int) -> dict[str, Any]:
     ids = [rng.randrange(usable) for _ in range(part.prompt + part.tokens)]
     prompt, tokens = ids[: part.prompt], ids[part.prompt :]
     return {"prompt": prompt, "tokens": tokens, "step": part.step, "fresh": part.fresh}
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """That many processes spin."""
+    spinning = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
+    ]
+    try:
+        time.sleep(SETTLE_SECONDS if spinning else 0)
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+def ask(worker: Worker, part: Part, model: str, number: int) -> dict[str, Any]:
+    """One part of a round; a prompt that is to be read from empty is another one in each."""
+    with busy(part.neighbours):
+        return worker.ask(request(part, model, number if part.fresh else 0))
 
 
 def take_turns(
@@ -225,11 +249,8 @@ def take_turns(
         for name in names[first:] + names[:first]:
             time.sleep(SETTLE_SECONDS)
             try:
-                # a prompt that is to be read from empty is another one in each round
                 turns[name] = {
-                    part: workers[name].ask(
-                        request(what, options.model, number if what.fresh else 0)
-                    )
+                    part: ask(workers[name], what, options.model, number)
                     for part, what in parts.items()
                 }
             except WorkerError as problem:

@@ -11,9 +11,10 @@ from typing import Any
 
 Rounds = list[dict[str, dict[str, Any]]]  # per round: side -> part -> what its turn gave
 LOOPS = ("plain", "four_streams")
-AGAINST = {  # name -> (part, part): seconds a step, or tokens a second, of one over the other's
-    "four_to_one": ("four a step", "one a step"),
-    "kept": ("long prefill", "short prefill"),
+AGAINST = {  # name -> (part, part, what of the first is divided by that of the second)
+    "four_to_one": ("four a step", "one a step", "step_seconds"),
+    "kept": ("long prefill", "short prefill", "tokens_per_second"),
+    "beside": ("with a neighbour", "decode alone", "tokens_per_second"),
 }
 
 
@@ -80,9 +81,8 @@ def summarise(
         for side, ready in sides.items()
     }
     for summary in found.values():
-        for name, (first, second) in AGAINST.items():
+        for name, (first, second, of) in AGAINST.items():
             if first in parts and second in parts:
-                of = "step_seconds" if parts[first]["tokens"] else "tokens_per_second"
                 pairs = zip(
                     summary[first][of]["rounds"], summary[second][of]["rounds"], strict=True
                 )
@@ -189,6 +189,11 @@ class Columns:
                     s, "long", "long prefill"
                 ),
                 "kept": lambda s: self.percent(self.summary(s, "long").get("kept")),
+            },
+            "neighbour": {
+                "kept beside a busy process": lambda s: self.percent(
+                    self.summary(s, "neighbour").get("beside")
+                )
             },
             "verify": {
                 "4 tokens to 1": lambda s: shown(

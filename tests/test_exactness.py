@@ -38,11 +38,15 @@ def digest(logits: np.ndarray) -> str:
 
 
 def feed(
-    backend: Backend, program: Program, texts: list[np.ndarray], chunks: Iterator[int] | int
+    backend: Backend,
+    program: Program,
+    texts: list[np.ndarray],
+    chunks: Iterator[int] | int,
+    cache: PageCache | None = None,
 ) -> list[np.ndarray]:
     """Logits of every token of every text, all texts going through in one batch a step."""
     runnable = backend.compile(program)
-    cache = PageCache(program.cache, sum(len(t) + PAGE for t in texts))
+    cache = cache or PageCache(program.cache, sum(len(t) + PAGE for t in texts))
     sequences = [Sequence(cache) for _ in texts]
     out: list[list[np.ndarray]] = [[] for _ in texts]
     while any(s.length < len(t) for s, t in zip(sequences, texts, strict=True)):
@@ -66,6 +70,8 @@ def feed(
         logits = runnable.run(batch, cache.arena)
         for i in range(len(texts)):
             out[i].append(logits[where == i])
+    for s in sequences:
+        s.close()
     return [np.concatenate(o) for o in out]
 
 
@@ -112,6 +118,18 @@ def test_batches(expected: dict[str, np.ndarray], isa: str, count: int) -> None:
         assert digest(got[0]) == digest(expected[scheme]), scheme
         alone = feed(open_backend(isa, 1), tiny.program(tiny.config(), scheme), [texts[2]], 7)[0]
         assert digest(got[2]) == digest(alone)
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+def test_pages_that_held_another_text(expected: dict[str, np.ndarray], isa: str) -> None:
+    """Keys and values of a text before, of any size, leave no trace."""
+    for scheme in ("nl4", "mixed"):
+        program = tiny.program(tiny.config(), scheme)
+        cache = PageCache(program.cache, 2 * PAGE)
+        cache.arena[:] = 0x7B  # large finite numbers, as scales and as float16
+        for text in (ids(9, 2 * PAGE), ids(0)):
+            got = feed(open_backend(isa, 2), program, [text], 64, cache)[0]
+        assert digest(got) == digest(expected[scheme]), scheme
 
 
 @pytest.mark.parametrize("cache", ["f16", "f32", "int8"])

@@ -186,6 +186,9 @@ void attend_codes(const Page& page, const Queries& q, Gathered g, void* scratch)
     }
     softmax(row, q.from[r], q.to[r], q.cap, g.largest[r], g.denominator[r]);
     for (int j = begin; j < end; j += 16) store(row + j, mul(load(row + j), load(page.value_scale + j)));
+    // what the page held before may be infinite, and infinite times 0 is not 0
+    for (int j = begin; j < q.from[r]; j++) row[j] = 0;
+    for (int j = q.to[r]; j < end; j++) row[j] = 0;
     quantize_run(row + begin, end - begin, 2, codes + begin, kPage, w.scale + r, w.sums + 2 * r, 1);
   }
   by_panels(

@@ -101,7 +101,9 @@ class Builder:
         for i, op in enumerate(made[:-2]):
             kinds = [o.kind for o in made[i : i + 3]]
             if self.fuse and kinds == ["linear", "gate", "quantize"] and len(op.parts) == 2:
-                if all(p.matrix.scheme.is_coded for p in op.parts):
+                # where both sides of the layer are of one width, its codes would overwrite its input
+                apart = made[i + 2].target != op.source
+                if apart and all(p.matrix.scheme.is_coded for p in op.parts):
                     self.ops[start + i] = replace(op, fused=True)
 
     def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:

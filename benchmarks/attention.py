@@ -151,15 +151,16 @@ def measure_ours(kind: str, tokens: int, rounds: int, threads: int) -> dict[str,
 
 
 def child(side: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One side at one length, in a process of its own."""
+    """One side at one length, in a process of its own; more rounds of what is short."""
     command = [sys.executable, __file__, "--child", side, "--tokens", str(tokens)]
-    command += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
+    rounds = options.rounds * max(1, 8192 // tokens)
+    command += ["--rounds", str(rounds), "--threads", str(options.threads)]
     limits = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(options.threads))
     environment = {**os.environ, **limits}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     row = {"side": side, "tokens": tokens, **found}
-    row["prefill_milliseconds"] = spread([1e3 * s for s in row.pop("prefill")])
+    row["prefill_milliseconds"] = spread([1e3 * s for s in row.pop("prefill")], 2)
     decode = row.pop("decode")
     row["decode_microseconds"] = spread([1e6 * s for s in decode], 1)
     del row["decode_microseconds"]["rounds"]
@@ -202,7 +203,7 @@ def main() -> None:
         for tokens in lengths:
             rows += [child(side, tokens, options) for side in SIDES]
     show(rows)
-    print(f"other processes kept {others.result} busy", file=sys.stderr)
+    print(f"meanwhile {others.result}", file=sys.stderr)
     line = {**provenance(sys.argv[1:], ()), "machine": describe_machine(), **others.result}
     line |= {"numpy": np.__version__, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
     line |= {"threads": options.threads, "rows": rows}

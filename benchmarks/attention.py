@@ -157,9 +157,12 @@ def child(side: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]
     command += ["--rounds", str(rounds), "--threads", str(options.threads)]
     limits = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(options.threads))
     environment = {**os.environ, **limits}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    with OthersWork() as others:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
     found: dict[str, Any] = json.loads(done.stdout)
-    row = {"side": side, "tokens": tokens, **found}
+    row = {"side": side, "tokens": tokens, **found, **others.result}
     row["prefill_milliseconds"] = spread([1e3 * s for s in row.pop("prefill")], 2)
     decode = row.pop("decode")
     row["decode_microseconds"] = spread([1e6 * s for s in decode], 1)
@@ -198,13 +201,11 @@ def main() -> None:
         found = measure_ours(options.child, lengths[0], options.rounds, options.threads)
         print(json.dumps(found))
         return
-    rows = []
-    with OthersWork() as others:
-        for tokens in lengths:
-            rows += [child(side, tokens, options) for side in SIDES]
+    rows = [child(side, tokens, options) for tokens in lengths for side in SIDES]
     show(rows)
-    print(f"meanwhile {others.result}", file=sys.stderr)
-    line = {**provenance(sys.argv[1:], ()), "machine": describe_machine(), **others.result}
+    busy = max(row.get("others_cpus", 0.0) for row in rows)
+    print(f"others kept up to {busy} CPUs busy", file=sys.stderr)
+    line = {**provenance(sys.argv[1:], ()), "machine": describe_machine()}
     line |= {"numpy": np.__version__, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM}
     line |= {"threads": options.threads, "rows": rows}
     if not options.no_save:

@@ -7,7 +7,8 @@ of embed (which hands it queries, keys and values), rope and store, attend, in c
 as prompts are read, then one token more; int8, f16 and f32 caches. Naive is numpy with its BLAS:
 the whole matrix of scores of all heads in float32, softmax in place, times the values; it has no
 rope and no cache to write. Every side and length runs in a process of its own. Memory is the peak
-beyond queries, keys and values: of ours slots, scratch and the cache. Appends a JSON line to
+beyond queries, keys and values: of ours slots, scratch and the cache. A measurement that other
+processes disturbed is tried again; the quietest counts. Appends a JSON line to
 results/attention.jsonl.
 """
 
@@ -30,6 +31,7 @@ from report import spread
 HEADS, KV_HEADS, DIM = 14, 2, 64
 CHUNK = 256
 SIDES = ("naive", "int8", "f16", "f32")
+QUIET = 0.1  # CPUs that others may keep busy
 Floats = NDArray[np.float32]
 
 
@@ -170,6 +172,15 @@ def child(side: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]
     return row
 
 
+def quietest(side: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Of at most `tries` measurements the one that others disturbed least."""
+    tried: list[dict[str, Any]] = []
+    while len(tried) < options.tries and all(t.get("others_cpus", 0) > QUIET for t in tried):
+        time.sleep(5 * len(tried))
+        tried.append(child(side, tokens, options))
+    return min(tried, key=lambda row: row.get("others_cpus", 0.0))
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """The table of docs/performance.md."""
     print("| tokens | attention | prefill, ms | one token, us | peak, MB | error |")
@@ -190,6 +201,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="512,1024,2048,8192", help="lengths")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tries", type=int, default=5, help="while others keep the machine busy")
     parser.add_argument("--no-save", action="store_true", help="only print")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -201,7 +213,7 @@ def main() -> None:
         found = measure_ours(options.child, lengths[0], options.rounds, options.threads)
         print(json.dumps(found))
         return
-    rows = [child(side, tokens, options) for tokens in lengths for side in SIDES]
+    rows = [quietest(side, tokens, options) for tokens in lengths for side in SIDES]
     show(rows)
     busy = max(row.get("others_cpus", 0.0) for row in rows)
     print(f"others kept up to {busy} CPUs busy", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""chalot as a side of the decode benchmark: the only file here that knows chalot's Python names.
+"""chalot as a side of the benchmark: the only file here that knows chalot's Python names.
 
-    python -m chalot_side convert FOLDER OUT.myai nl4     (in benchmarks/)
-    python -m chalot_side serve MODEL.myai --threads 2 --context 64
+    python -m chalot_side make FOLDER OUT.myai nl4     (in benchmarks/)
+    python -m chalot_side serve OUT.myai --threads 2 --context 64 --set kv f32
 
-A token's time is the native call alone, the counterpart of llama_decode; what Python adds around
+A step's time is the native call alone, the counterpart of llama_decode; what Python adds around
 it (the batch, a greedy choice, the session) is given beside it.
 """
 
@@ -11,93 +11,80 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import chalot
-from worker import Message, serve
+from chalot.bench import weight_bytes
+from chalot.engine.generate import Work
+from worker import Message, serve, side_arguments
 
 
-class Timed:
-    """A compiled program that notes how long each run takes."""
-
-    def __init__(self, program: Any) -> None:
-        self.program = program
-        self.seconds: list[float] = []
-
-    def run(self, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        logits = self.program.run(*arguments)
-        self.seconds.append(time.perf_counter() - start)
-        return logits
-
-
-def weights_read(model: "chalot.Model") -> dict[str, int]:
-    """Bytes of weights that one token reads, by scheme; of an untied embedding it is one row."""
+def bytes_by_scheme(model: "chalot.Model") -> dict[str, int]:
+    """Bytes of the file's tensors."""
     by_scheme: Counter[str] = Counter()
-    for name, entry in model.file.manifest.tensors.items():
-        lookup_only = name == "embedding" and not model.config.tied
-        by_scheme[entry.scheme] += entry.extent.bytes // (entry.shape[0] if lookup_only else 1)
+    for entry in model.file.manifest.tensors.values():
+        by_scheme[entry.scheme] += entry.extent.bytes
     return dict(by_scheme)
 
 
-def decoder(model: "chalot.Model") -> Callable[[Message], Message]:
-    timed = model.engine.runnable = Timed(model.engine.runnable)
+class Decoder:
+    """Answers requests; one session keeps the last prompt's keys and values."""
 
-    def answer(request: Message) -> Message:
-        steps = []
-        with model.session(temperature=0, repetition_penalty=1) as session:
-            session.prefill(request["prompt"])
-            session.step()  # chooses from the prompt's logits; the next one runs the program
-            prefill = sum(timed.seconds)
-            timed.seconds.clear()
-            begin = time.perf_counter()
+    def __init__(self, model: "chalot.Model") -> None:
+        self.engine = model.engine
+        self.session = model.session(temperature=0, repetition_penalty=1)
+
+    def timed(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Seconds in the native call, and the others."""
+        native, start = self.engine.native_seconds, time.perf_counter()
+        work()
+        native, wall = self.engine.native_seconds - native, time.perf_counter() - start
+        return native, wall - native
+
+    def answer(self, request: Message) -> Message:
+        session, prompt, prefill = self.session, request["prompt"], None
+        if request["fresh"] or session.tokens[: len(prompt)] != prompt:
+            session.rewind(0)
+            prefill, _ = self.timed(lambda: session.prefill(prompt))
+        session.rewind(len(prompt))
+        tokens, step = request["tokens"], request["step"]
+        if not tokens:
+            return {"prefill_seconds": prefill, "seconds": []}
+        session.step()  # reads the prompt's last token again
+        if step == 1:
             # Its own greedy ids, not the request's: time does not depend on which they are.
-            for _ in request["tokens"]:
-                start = time.perf_counter()
-                session.step()
-                steps.append(time.perf_counter() - start)
-            wall = time.perf_counter() - begin
-        native = list(timed.seconds)
-        timed.seconds.clear()
-        host = [step - run for step, run in zip(steps, native, strict=True)]
+            times = [self.timed(session.step) for _ in tokens]
+        else:
+            parts = [tokens[i : i + step] for i in range(0, len(tokens), step)]
+            works = [[Work(session.sequence, part, "all")] for part in parts]
+            times = [self.timed(lambda w=work: self.engine.step(w)) for work in works]
+        native, host = map(list, zip(*times, strict=True))
         return {
             "prefill_seconds": prefill,
             "seconds": native,
             "host_seconds": host,
-            "wall_seconds": wall,
+            "wall_seconds": sum(native) + sum(host),
         }
-
-    return answer
 
 
 def start(arguments: argparse.Namespace) -> tuple[Message, Callable[[Message], Message]]:
-    model = chalot.load(arguments.model, threads=arguments.threads, context=arguments.context)
-    by_scheme = weights_read(model)
+    limits = {"threads": arguments.threads, "context": arguments.context}
+    model = chalot.load(arguments.model, **limits, **dict(arguments.set))
+    shape = model.engine.cache.shape
     ready = {
         "version": f"chalot {chalot.__version__}",
-        "system_info": f"{model.backend.name}, {model.backend.threads} threads",
+        "system_info": f"{model.backend.name}, {model.backend.threads} threads, {shape.kind} cache",
         "file_bytes": arguments.model.stat().st_size,
-        "bytes_per_token": sum(by_scheme.values()),
-        "bytes_by_type": by_scheme,
+        "bytes_per_token": weight_bytes(model),
+        "bytes_by_type": bytes_by_scheme(model),
+        "cache_bytes_per_token": shape.position_bytes,
     }
-    return ready, decoder(model)
+    return ready, Decoder(model).answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="chalot: convert, or decode on request.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    converting = verbs.add_parser("convert")
-    converting.add_argument("folder", type=Path)
-    converting.add_argument("out", type=Path)
-    converting.add_argument("scheme")
-    serving = verbs.add_parser("serve")
-    serving.add_argument("model", type=Path)
-    serving.add_argument("--threads", type=int, default=2)
-    serving.add_argument("--context", type=int, default=64)
-    arguments = parser.parse_args()
-    if arguments.verb == "convert":
-        chalot.convert(arguments.folder, arguments.out, scheme=arguments.scheme)
+    arguments = side_arguments("chalot: convert, or answer requests.").parse_args()
+    if arguments.verb == "make":
+        chalot.convert(arguments.folder, arguments.out, scheme=arguments.form)
     else:
         serve(lambda: start(arguments))
 

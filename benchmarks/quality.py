@@ -1,25 +1,31 @@
 """What each choice costs in quality on the bundled model and its outlier twin.
 
-    python benchmarks/quality.py [--windows 60]
+    python benchmarks/quality.py [--windows 60] [--peer-python PEERS/bin/python]
 
 Every scheme, the head in 8 bits against 4, activations of 8 and 16 bits, folding and calibration on
-and off; perplexity and KL to the bf16 original on held-out text, one protocol. Appends a JSON line
-to results/quality.jsonl.
+and off; perplexity and KL to the bf16 original on held-out text, one protocol. With --peer-python
+llama.cpp's types as well, by its own logits of the same windows; its "F16" shows what another
+engine's arithmetic alone makes of it. Appends a JSON line to results/quality.jsonl.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from chalot.convert import Conversion, convert
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
-from machine import provenance
+from machine import HERE, provenance
+from worker import Worker
 
 # name -> (scheme, forced activation bits, calibrated)
 FORMS: dict[str, tuple[str, int | None, bool]] = {
@@ -35,6 +41,7 @@ FORMS: dict[str, tuple[str, int | None, bool]] = {
     "nl4, 8-bit activations": ("nl4", 8, True),
     "nl4, not calibrated": ("nl4", None, False),
 }
+PEER_TYPES = ("F16", "Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0", "Q4_0-pure")
 
 
 def make(source: Path, out: Path, scheme: str, calibrated: bool) -> None:
@@ -46,27 +53,75 @@ def make(source: Path, out: Path, scheme: str, calibrated: bool) -> None:
         convert(source, out, scheme)
 
 
-def main() -> None:
-    """Both models, every form."""
+class Peer:
+    """llama.cpp as what `compare` asks of a model: logits of a window."""
+
+    context = 1024
+
+    def __init__(self, worker: Worker, size: int, scratch: Path) -> None:
+        self.worker, self.size, self.scratch = worker, size, scratch
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        path = self.scratch / "logits.npy"
+        self.worker.ask({"prompt": ids, "logits": str(path)})
+        return np.load(path)
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+def peers(source: Path, folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
+    """(type, model) of each of llama.cpp's types of a checkpoint."""
+    folder.mkdir()
+    command = [options.peer_python, "-m", "peers.llamacpp"]
+    for kind in PEER_TYPES:
+        file, log = folder / f"{kind}.gguf", folder / f"{kind}.log"
+        made = [*command, "make", str(source), str(file), kind]
+        subprocess.run(made, cwd=HERE, check=True, capture_output=True)
+        limits = ["--context", str(Peer.context), "--threads", str(options.threads)]
+        worker = Worker(kind, [*command, "serve", str(file), *limits], log)
+        yield kind, Peer(worker, file.stat().st_size, folder)
+
+
+def ours(source: Path, folder: Path, forms: list[str]) -> Iterator[tuple[str, Model]]:
+    """(form, model) of chalot's own forms."""
+    folder.mkdir()
+    for n, form in enumerate(forms):
+        scheme, bits, calibrated = FORMS[form]
+        path = folder / f"{n}.myai"
+        make(source, path, scheme, calibrated)
+        yield form, Model(path, context=1024, activations=bits)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--windows", type=int, default=60, help="of 512 held-out tokens")
-    options = parser.parse_args()
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM",
+                        help=f"of chalot: {'; '.join(FORMS)}")  # fmt: skip
+    parser.add_argument("--peer-python", help="interpreter that has llama-cpp-python and gguf")
+    parser.add_argument("--threads", type=int, default=2, help="of the peers")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Both models, every form."""
+    options = arguments()
+    forms = list(dict.fromkeys(["bf16", *options.forms]))  # bf16 is what all are held against
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_twin(FOLDER, folder / "twin")
         for name, source in (("demo", FOLDER), ("twin", folder / "twin")):
-            models = []
-            for n, (scheme, bits, calibrated) in enumerate(FORMS.values()):
-                path = folder / f"{name}{n}.myai"
-                make(source, path, scheme, calibrated)
-                models.append(Model(path, context=1024, activations=bits))
+            models: dict[str, Any] = dict(ours(source, folder / f"{name}-chalot", forms))
+            if options.peer_python:
+                models |= peers(source, folder / f"{name}-peers", options)
+            base = models["bf16"]
             text = (FOLDER / "heldout.txt").read_text("utf-8")
-            ids = models[0].tokenizer.encode(text)[: options.windows * 512]
-            for form, model, q in zip(
-                FORMS, models, compare(models[0], models, ids)[1:], strict=True
-            ):
-                size = model.file.size
+            ids = base.tokenizer.encode(text)[: options.windows * 512]
+            found = compare(base, list(models.values()), ids)[1:]
+            for (form, model), q in zip(models.items(), found, strict=True):
+                size = model.file.size if isinstance(model, Model) else model.size
                 row = {"model": name, "form": form, "bytes": size, "perplexity": q.perplexity}
                 row |= {"kl": q.kl, "kl_error": q.kl_error, "same_top": q.same_top}
                 rows.append(row)
@@ -77,11 +132,12 @@ def main() -> None:
                 )
                 model.close()
     path = Path(__file__).parent / "results" / "quality.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    line = {**provenance(sys.argv[1:], ()), "protocol": PROTOCOL, "tokens": len(ids), "rows": rows}
-    line["command"] = f"python benchmarks/quality.py --windows {options.windows}"
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    made = provenance(sys.argv[1:], ("--peer-python",))
+    line = {**made, "protocol": PROTOCOL, "tokens": len(ids), "rows": rows}
+    if not options.no_save:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,14 @@ Sides that take turns must not share cores: while one measures, the others sit i
 Messages are JSON lines. A side first says what it is ({"ready": ...}), then answers each request
 with one reply; {"error": ...} ends it. Its stdout belongs to the protocol, and whatever libraries
 print goes to a log file beside the model.
+
+    request  "prompt": ids; "tokens": ids to decode after it, one at a time, or "step" at a time
+             (of sides that know how); "fresh": read the prompt from empty, though it is held
+    reply    "prefill_seconds": of reading the prompt, null where the side held it already;
+             "seconds": of each step; "host_seconds": of each, what is not in it (may be left out)
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -47,6 +53,14 @@ class Worker:
             self.process.stdin.flush()
         return self._reply()
 
+    def resident_bytes(self) -> int | None:
+        """Memory of the side's process that is in RAM now, file pages included."""
+        try:
+            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        except OSError:
+            return None
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self.process.communicate(timeout=60)
@@ -84,3 +98,26 @@ def serve(start: Callable[[], tuple[Message, Callable[[Message], Message]]]) -> 
     except Exception as problem:
         reply({"error": f"{type(problem).__name__}: {problem}"})
         raise
+
+
+def side_arguments(text: str, makes: bool = True) -> argparse.ArgumentParser:
+    """The command line that all sides share; `--context` is the most tokens that will be held."""
+    parser = argparse.ArgumentParser(description=text)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    if makes:
+        making = verbs.add_parser("make")
+        making.add_argument("folder", type=Path, help="a Hugging Face folder")
+        making.add_argument("out", type=Path)
+        making.add_argument("form")
+    serving = verbs.add_parser("serve")
+    serving.add_argument("model", type=Path)
+    serving.add_argument("--threads", type=int, default=2)
+    serving.add_argument("--context", type=int, default=64)
+    serving.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                         help="an option of that side")  # fmt: skip
+    return parser
+
+
+def offline() -> dict[str, str]:
+    """The environment, with downloads switched off: everything is made from the checkpoint."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}

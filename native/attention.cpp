@@ -8,7 +8,7 @@
 namespace chalot {
 namespace {
 
-constexpr int kQueryRows = 64;  // queries that share one look at a page, unless one token has more
+constexpr int kQueryRows = 48;  // queries that share one look at a page, unless one token has more
 
 // Arrays out of a thread's scratch, each at a multiple of 64 bytes.
 struct Room {
@@ -47,8 +47,7 @@ void Program::cut_blocks(const Batch& batch, int threads) {
     most_rows_ = std::max(most_rows_, blocks_.back().tokens * share);
   }
   by_page_ = most_pages_ > 1 && int(blocks_.size()) * cache_.kv_heads < 4 * threads;
-  if (by_page_)
-    partial_.reserve(blocks_.size() * size_t(cache_.kv_heads) * size_t(most_pages_) * partial_floats() * 4);
+  if (by_page_) partial_.reserve(blocks_.size() * size_t(cache_.kv_heads) * size_t(most_pages_) * partial_floats() * 4);
 }
 
 // A page's gifts to the rows of a block: outputs, largest scores, denominators.
@@ -67,7 +66,8 @@ Program::Visible Program::visible(int position, int page, int window) const {
 
 void Program::rope_store(const Op& op, const Run& run) {
   const Batch& batch = run.batch;
-  const int dim = cache_.head_dim, half = dim / 2, share = heads_ / cache_.kv_heads, units = run.count * cache_.kv_heads;
+  const int dim = cache_.head_dim, half = dim / 2, share = heads_ / cache_.kv_heads,
+            units = run.count * cache_.kv_heads;
   alignas(64) float turned[kMaxHead] = {}, value[kMaxHead] = {};
   for (int unit = int(int64_t(units) * run.id / run.threads); unit < int(int64_t(units) * (run.id + 1) / run.threads);
        unit++) {
@@ -85,8 +85,8 @@ void Program::rope_store(const Op& op, const Run& run) {
     }
     turn(all + (heads_ + head) * dim);
     std::memcpy(value, all + (heads_ + cache_.kv_heads + head) * dim, size_t(dim) * 4);
-    const int number = batch.pages[size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence) +
-                                   size_t(batch.positions[t] / kPage)];
+    const int number =
+        batch.pages[size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence) + size_t(batch.positions[t] / kPage)];
     run.k.store(cache_.page(batch.arena, number, op.layer, head), batch.positions[t] % kPage, turned, value);
   }
 }

@@ -18,6 +18,7 @@
 
 #include "matrix.h"
 #include "program.h"
+#include "read.h"
 
 namespace nb = nanobind;
 using namespace chalot;
@@ -105,7 +106,8 @@ struct Model {
     expect(type >= 0 && type <= int(CacheType::int8), "cache: unknown type");
     return {CacheType(type), layers, kv_heads, head_dim};
   }
-  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused); a part: (matrix, bias, column).
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused); a part: (matrix,
+  // bias, column).
   std::vector<Op> ops_of(nb::list ops, const std::vector<std::pair<int, int>>& slots) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
@@ -155,12 +157,11 @@ struct Model {
     std::vector<Candidate> found(best_ids.size());
     b.best = found.data();
     run(machine, b);
-    for (size_t i = 0; i < found.size(); i++)
-      best_ids.data()[i] = found[i].id, best_logits.data()[i] = found[i].logit;
+    for (size_t i = 0; i < found.size(); i++) best_ids.data()[i] = found[i].id, best_logits.data()[i] = found[i].logit;
   }
 
-  Batch batch_of(In<int32_t>& ids, In<int32_t>& positions, In<int32_t>& sequence, In<int32_t>& pages,
-                 In<int32_t>& rows, Out<uint8_t>& arena) const {
+  Batch batch_of(In<int32_t>& ids, In<int32_t>& positions, In<int32_t>& sequence, In<int32_t>& pages, In<int32_t>& rows,
+                 Out<uint8_t>& arena) const {
     expect(ids.ndim() == 1 && positions.size() == ids.size() && sequence.size() == ids.size(), "batch: sizes differ");
     expect(pages.ndim() == 2, "batch: pages must be (sequences, pages)");
     expect(rows.ndim() == 1, "batch: wanted rows must be a vector");
@@ -242,7 +243,7 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
   const size_t stride = size_t(round_up(w.columns, kBlock)), blocks = stride / kBlock, n = size_t(tokens);
   Buffer numbers, codes, scales, sums;
   numbers.reserve(n * stride * 4);
-  codes.reserve(n * stride * planes);
+  codes.reserve(size_t(round_up(tokens * planes, kRowsRead)) * stride);
   scales.reserve(n * blocks * 4);
   sums.reserve(n * blocks * planes * 4);
   std::vector<Buffer> scratch(size_t(machine.threads()));
@@ -274,6 +275,14 @@ void exp_all(Machine& machine, In<float> x, Out<float> y) {
   machine.kernels->exp(x.data(), y.data(), x.size());
 }
 
+uint64_t read_numbers(Machine& machine, In<uint64_t> numbers) {
+  const uint64_t* data = numbers.data();
+  const size_t count = numbers.size();
+  nb::gil_scoped_release release;
+  std::scoped_lock lock(machine.busy);
+  return read_all(machine.pool(), data, count);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -289,7 +298,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Machine::threads)
       .def("encode", &encode)
       .def("product", &product)
-      .def("exp", &exp_all);
+      .def("exp", &exp_all)
+      .def("read", &read_numbers);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
                     const std::vector<float>&>())

@@ -15,7 +15,7 @@ void inherit(Entry& own, const Entry& next) {
 std::vector<Kernels> complete_tables() {
   std::vector<Kernels> tables{
 #if defined(__x86_64__) || defined(_M_X64)
-      avx512vnni_kernels, avx2_kernels,
+      amx_kernels, avx512vnni_kernels, avxvnni_kernels, avx2_kernels,
 #elif defined(__aarch64__)
       neon_kernels,
 #endif

@@ -34,7 +34,9 @@ struct Matrix {
   size_t panel_bytes() const { return size_t(groups()) * group_bytes(); }
 };
 
-// Quantised activations: `planes` rows of codes a token, each with a sum a block.
+// Quantised activations: `planes` rows of codes a token, each with a sum a block. Their memory goes on to a multiple of
+// kRowsRead rows, which may be read and must not matter.
+constexpr int kRowsRead = 32;
 struct Activations {
   int planes;           // 1: 8 bits, 2: 16 bits
   int stride;           // columns padded to 128, with zeros
@@ -127,7 +129,7 @@ constexpr size_t kGridsBytes = 17 << 10;
 inline size_t encode_scratch_bytes(const Matrix& w) { return kGridsBytes + size_t(w.segment_count()) * 4; }
 
 // Best first; a null entry of a table is inherited from the next one in the list.
-extern const Kernels avx512vnni_kernels, avx2_kernels, neon_kernels, scalar_kernels;
+extern const Kernels amx_kernels, avx512vnni_kernels, avxvnni_kernels, avx2_kernels, neon_kernels, scalar_kernels;
 
 const Kernels* find_kernels(const char* name);  // null: not built, or it cannot run here
 const Kernels* best_kernels();

@@ -227,7 +227,7 @@ void Program::reserve(const Batch& batch, int threads) {
     if (!planes) {
       s.numbers.reserve(n * stride * 4);
     } else {
-      s.codes.reserve(n * planes * stride);
+      s.codes.reserve(size_t(round_up(tokens * slots_[i].planes, kRowsRead)) * stride);
       s.scales.reserve(n * stride / kBlock * 4);
       s.sums.reserve(n * planes * stride / kBlock * 4);
     }
@@ -279,8 +279,7 @@ void Program::execute(Run run) {
       apply(op, run);
     if (i + 1 == ops_.size()) break;
     const Op& next = ops_[i + 1];
-    if (!(by_token(op.kind) && by_token(next.kind)))
-      run.pool.barrier([&] { split(run.shares, next, run.threads); });
+    if (!(by_token(op.kind) && by_token(next.kind))) run.pool.barrier([&] { split(run.shares, next, run.threads); });
   }
   if (run.count && run.batch.count) {
     run.pool.barrier();

@@ -55,7 +55,7 @@ struct CacheShape {
     uint8_t* keys = arena + size_t(page) * page_bytes() + (size_t(layer) * 2 * kv_heads + head) * head_bytes();
     uint8_t* values = keys + size_t(kv_heads) * head_bytes();
     const size_t codes = head_bytes() - scale_bytes();
-    return {type,   keys, values, reinterpret_cast<float*>(keys + codes), reinterpret_cast<float*>(values + codes),
+    return {type,    keys, values, reinterpret_cast<float*>(keys + codes), reinterpret_cast<float*>(values + codes),
             stride()};
   }
 };

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from chalot import cli
 from chalot.demo import FOLDER
 
-VERBS = ["convert", "run", "chat", "describe", "verify", "doctor", "demo"]
+VERBS = ["convert", "run", "chat", "describe", "bench", "verify", "doctor", "demo"]
 
 
 def chalot(
@@ -61,6 +62,12 @@ def test_run_streams_text_and_shows_the_seed(demo_file: Path) -> None:
     seed = first.stderr.split("seed ")[1].split()[0]
     again = chalot("run", str(demo_file), "def add(a, b):", "--max-tokens", "12", "--seed", seed)
     assert again.stdout == first.stdout
+
+
+def test_the_seed_is_shown_before_the_text(demo_file: Path) -> None:
+    command = [sys.executable, "-m", "chalot.cli", "run", str(demo_file), "def f(", "--max-tokens"]
+    done = subprocess.run([*command, "3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert re.match(rb"seed \d+\n", done.stdout)
 
 
 def test_run_reads_stdin_and_reports_json(demo_file: Path) -> None:

@@ -314,3 +314,37 @@ def test_configuration_that_contradicts(
     with pytest.raises(kind):
         chalot.convert(tmp_path, out)
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "refused"),
+    [
+        ("model.layers.0.self_attn.o_proj.bias", True),  # the configuration denies it
+        ("model.layers.1.self_attn.q_norm.weight", True),
+        ("model.layers.2.mlp.up_proj.weight", True),  # one layer too many
+        ("rotary_emb.inv_freq.weight", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),  # computed, and once stored
+    ],
+)
+def test_tensors_that_the_configuration_does_not_name(
+    extra: str, refused: bool, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path / "model", tie_word_embeddings=True)
+    plain, out = tmp_path / "plain.myai", tmp_path / "x.myai"
+    chalot.convert(folder, plain)
+    source = SafetensorsFolder(folder)
+    tensors = [(n, "f32", i.shape, source.raw(n)) for n, i in source.tensors.items()]
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "config.json").write_bytes((folder / "config.json").read_bytes())
+    added = (extra, "f32", (8,), np.ones(8, np.float32))
+    safetensors.write(more / "model.safetensors", [*tensors, added])
+    source.close()
+    if refused:
+        with pytest.raises(FormatError, match="1 tensors are not in the model") as error:
+            chalot.convert(more, out)
+        assert extra in str(error.value) and not out.exists()
+    else:
+        chalot.convert(more, out)
+        with chalot.load(plain) as expected, chalot.load(out) as found:
+            assert np.array_equal(found.logits([1, 2]), expected.logits([1, 2]))

@@ -1,12 +1,14 @@
-"""llama.cpp as a side of the decode benchmark, through llama-cpp-python's low-level calls.
+"""llama.cpp as a side of the benchmark, through llama-cpp-python's low-level calls.
 
-    python -m peers.llamacpp quantize F16.gguf OUT.gguf Q4_K_M     (in benchmarks/)
-    python -m peers.llamacpp serve MODEL.gguf --threads 2 --context 64
+    python -m peers.llamacpp make FOLDER OUT.gguf Q4_K_M     (in benchmarks/)
+    python -m peers.llamacpp serve OUT.gguf --threads 2 --context 64 --set flash off
 
-Stock settings: nothing but the context's length and the number of threads is set, and types are
-made by llama_model_quantize as the `llama-quantize` tool would. "Q4_0-pure" is that tool's --pure:
-no tensor gets a better type than the named one. The clock runs around llama_decode alone: tokens
-are given, none is sampled, no text is made.
+Stock settings: nothing but the context's length and the number of threads is set, unless `flash`
+(auto, on, off) or `kv` (f16, q8_0) is given. Types are made from one f16 file beside OUT by
+llama_model_quantize, as the `llama-quantize` tool would; "Q4_0-pure" is that tool's --pure: no
+tensor gets a better type than the named one. The clock runs around llama_decode alone: tokens are
+given, none is sampled, no text is made. A request with "logits" gives every token's logits instead,
+saved under that path, for quality.py.
 """
 
 import argparse
@@ -20,10 +22,13 @@ from pathlib import Path
 
 import gguf
 import llama_cpp
+import numpy as np
 
-from worker import Message, serve
+from peers.gguf_export import export
+from worker import Message, serve, side_arguments
 
 FLASH = {"auto": -1, "off": 0, "on": 1}
+CACHE_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 MODEL_BUFFER = re.compile(r"(\S+) model buffer size = +([\d.]+) MiB")
 KEPT: list[object] = []  # what llama.cpp points at must outlive the call that gave it
 
@@ -53,6 +58,29 @@ def quantize(source: Path, out: Path, kind: str) -> None:
     if status:
         raise SystemExit(f"llama_model_quantize failed with status {status}; see above")
     partial.replace(out)
+
+
+def make(folder: Path, out: Path, kind: str) -> None:
+    """`out` in type `kind`, by way of an f16 file that is kept beside it; "F16" is that file."""
+    plain = out.with_name("F16.gguf")
+    if not plain.exists():
+        export(folder, plain)
+    if out != plain:
+        quantize(plain, out, kind)
+
+
+def cache_bytes(path: Path, kind: str) -> int:
+    """Bytes of keys and values of one token."""
+    fields = gguf.GGUFReader(path).fields
+    family = fields["general.architecture"].contents()
+
+    def number(name: str) -> int:
+        return int(fields[f"{family}.{name}"].contents())
+
+    heads = number("attention.head_count")
+    kv_width = number("embedding_length") // heads * number("attention.head_count_kv")
+    block, size = gguf.GGML_QUANT_SIZES[CACHE_TYPES[kind]]
+    return 2 * number("block_count") * kv_width * size // block
 
 
 def weights_read(path: Path) -> tuple[int, dict[str, int]]:
@@ -87,46 +115,83 @@ def collect_buffers() -> dict[str, float]:
     return buffers
 
 
-def llama_context(arguments: argparse.Namespace) -> ctypes.c_void_p:
+def llama_context(arguments: argparse.Namespace, settings: dict[str, str]) -> ctypes.c_void_p:
     model_options = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(str(arguments.model).encode(), model_options)
     options = llama_cpp.llama_context_default_params()
     options.n_ctx = arguments.context
     options.n_threads = options.n_threads_batch = arguments.threads
-    options.flash_attn_type = FLASH[arguments.flash]
+    options.flash_attn_type = FLASH[settings["flash"]]
+    options.type_k = options.type_v = CACHE_TYPES[settings["kv"]]
     context = model and llama_cpp.llama_init_from_model(model, options)
     if not context:
-        raise RuntimeError(f"llama.cpp cannot open {arguments.model}")
+        raise RuntimeError(f"llama.cpp cannot open {arguments.model} with {settings}")
     return context
 
 
-def decoder(context: ctypes.c_void_p) -> Callable[[Message], Message]:
-    def decode(ids: list[int]) -> float:
+class Decoder:
+    """Answers requests; keeps the last prompt's keys and values."""
+
+    def __init__(self, context: ctypes.c_void_p) -> None:
+        self.context = context
+        self.memory = llama_cpp.llama_get_memory(context)
+        self.most = llama_cpp.llama_n_batch(context)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(context))
+        )
+        self.prompt: list[int] = []
+
+    def decode(self, ids: list[int]) -> float:
         """Seconds that llama_decode takes to append `ids` and give the last one's logits."""
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
-        start = time.perf_counter()
-        status = llama_cpp.llama_decode(context, batch)
-        seconds = time.perf_counter() - start
-        if status:
-            raise RuntimeError(f"llama_decode gave status {status}")
+        seconds = 0.0
+        for first in range(0, len(ids), self.most):
+            part = ids[first : first + self.most]
+            tokens = (llama_cpp.llama_token * len(part))(*part)
+            batch = llama_cpp.llama_batch_get_one(tokens, len(part))
+            start = time.perf_counter()
+            status = llama_cpp.llama_decode(self.context, batch)
+            seconds += time.perf_counter() - start
+            if status:
+                raise RuntimeError(f"llama_decode gave status {status}")
         return seconds
 
-    def answer(request: Message) -> Message:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        prefill = decode(request["prompt"])
-        start = time.perf_counter()
-        seconds = [decode([token]) for token in request["tokens"]]
-        wall = time.perf_counter() - start
-        return {"prefill_seconds": prefill, "seconds": seconds, "wall_seconds": wall}
+    def save_logits(self, ids: list[int], path: str) -> Message:
+        """(tokens, vocabulary) float32 as an .npy file."""
+        llama_cpp.llama_memory_clear(self.memory, True)
+        self.prompt = []
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        status = llama_cpp.llama_decode(self.context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode gave status {status}")
+        found = llama_cpp.llama_get_logits(self.context)
+        np.save(path, np.ctypeslib.as_array(found, (len(ids), self.vocabulary)))
+        return {}
 
-    return answer
+    def answer(self, request: Message) -> Message:
+        prompt, prefill = request["prompt"], None
+        if "logits" in request:
+            return self.save_logits(prompt, request["logits"])
+        if request["fresh"] or self.prompt != prompt:
+            llama_cpp.llama_memory_clear(self.memory, True)
+            prefill = self.decode(prompt)
+            self.prompt = prompt
+        start = time.perf_counter()
+        seconds = [self.decode([token]) for token in request["tokens"]]
+        wall = time.perf_counter() - start
+        llama_cpp.llama_memory_seq_rm(self.memory, -1, len(prompt), -1)
+        return {"prefill_seconds": prefill, "seconds": seconds, "wall_seconds": wall}
 
 
 def start(arguments: argparse.Namespace) -> tuple[Message, Callable[[Message], Message]]:
+    settings = {"flash": "auto", "kv": "f16", **dict(arguments.set)}
     size, by_type = weights_read(arguments.model)
     buffers = collect_buffers()
-    context = llama_context(arguments)
+    context = llama_context(arguments, settings)
     ready = {
         "version": f"llama-cpp-python {llama_cpp.__version__}, ggml {ggml_version()}",
         "system_info": llama_cpp.llama_print_system_info().decode().strip(" |"),
@@ -134,26 +199,16 @@ def start(arguments: argparse.Namespace) -> tuple[Message, Callable[[Message], M
         "file_bytes": arguments.model.stat().st_size,
         "bytes_per_token": size,
         "bytes_by_type": by_type,
+        "cache_bytes_per_token": cache_bytes(arguments.model, settings["kv"]),
     }
     print("system_info:", ready["system_info"], file=sys.stderr, flush=True)
-    return ready, decoder(context)
+    return ready, Decoder(context).answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="llama.cpp: make a type, or decode on request.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    making = verbs.add_parser("quantize")
-    making.add_argument("source", type=Path)
-    making.add_argument("out", type=Path)
-    making.add_argument("kind")
-    serving = verbs.add_parser("serve")
-    serving.add_argument("model", type=Path)
-    serving.add_argument("--threads", type=int, default=2)
-    serving.add_argument("--context", type=int, default=64)
-    serving.add_argument("--flash", choices=FLASH, default="auto")
-    arguments = parser.parse_args()
-    if arguments.verb == "quantize":
-        quantize(arguments.source, arguments.out, arguments.kind)
+    arguments = side_arguments("llama.cpp: make a type, or answer requests.").parse_args()
+    if arguments.verb == "make":
+        make(arguments.folder, arguments.out, arguments.form)
     else:
         serve(lambda: start(arguments))
 

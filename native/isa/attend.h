@@ -63,9 +63,10 @@ inline F soft_cap(F score, float cap) {
   return mul(set(cap), sub(set(1.0f), div(set(2.0f), add(e, set(1.0f)))));
 }
 
-// Scores of one row, read and written at [from, to), become weights; their largest and their sum. What lies around them
-// in their sixteens becomes 0.
-inline void softmax(float* scores, int from, int to, float cap, float& high, float& total) {
+// Scores of one row, read at [from, to), become weights; their largest, their sum. With `factor`, what is written are
+// the weights times it, and `most` is the largest of those. What lies around them in their sixteens becomes 0.
+inline void softmax(float* scores, int from, int to, float cap, const float* factor, float& high, float& total,
+                    float& most) {
   const int first = from / 16 * 16, last = round_up(to, 16);
   if (cap != 0)
     for (int j = first; j < last; j += 16) store(scores + j, soft_cap(load(scores + j), cap));
@@ -74,13 +75,18 @@ inline void softmax(float* scores, int from, int to, float cap, float& high, flo
   F top = load(scores + first);
   for (int j = first + 16; j < last; j += 16) top = max(top, load(scores + j));
   high = largest(top);
-  F sums = zero();
+  F sums = zero(), largest_weight = zero();
   for (int j = first; j < last; j += 16) {
-    F e = exponential(sub(load(scores + j), set(high)));
-    store(scores + j, e);
+    F below = sub(load(scores + j), set(high)), e = exponential(below);
     sums = add(sums, e);
+    if (factor) {  // around the row it may be infinite, from what the page held before; and that times 0 is not 0
+      e = zero_below(mul(e, load(factor + j)), below, set(-87.0f));
+      largest_weight = max(largest_weight, e);
+    }
+    store(scores + j, e);
   }
   total = sum(sums);
+  most = largest(largest_weight);
 }
 
 template <CacheType C>
@@ -102,11 +108,11 @@ void attend_numbers(const Page& page, const Queries& q, Gathered g) {
         lanes = fma(load(query + d), load_cached<C>(page.keys, size_t(j) * page.stride + d), lanes);
       p[j] = sum(lanes);
     }
-    softmax(p, from, to, q.cap, g.largest[r], g.denominator[r]);
+    float unused;
+    softmax(p, from, to, q.cap, nullptr, g.largest[r], g.denominator[r], unused);
     for (int d = 0; d < page.stride; d += 16) {
       F o = zero();
-      for (int j = from; j < to; j++)
-        o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
+      for (int j = from; j < to; j++) o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
       store(g.out + size_t(r) * page.stride + d, o);
     }
   }
@@ -184,12 +190,9 @@ void attend_codes(const Page& page, const Queries& q, Gathered g, void* scratch)
       w.sums[2 * r] = w.sums[2 * r + 1] = 0, w.scale[r] = 0;
       continue;
     }
-    softmax(row, q.from[r], q.to[r], q.cap, g.largest[r], g.denominator[r]);
-    for (int j = begin; j < end; j += 16) store(row + j, mul(load(row + j), load(page.value_scale + j)));
-    // what the page held before may be infinite, and infinite times 0 is not 0
-    for (int j = begin; j < q.from[r]; j++) row[j] = 0;
-    for (int j = q.to[r]; j < end; j++) row[j] = 0;
-    quantize_run(row + begin, end - begin, 2, codes + begin, kPage, w.scale + r, w.sums + 2 * r, 1);
+    float most;
+    softmax(row, q.from[r], q.to[r], q.cap, page.value_scale, g.largest[r], g.denominator[r], most);
+    quantize_below(row + begin, end - begin, 2, most, codes + begin, kPage, w.scale + r, w.sums + 2 * r, 1);
   }
   by_panels(
       0, page.stride / 16, [&](int p) { gather_panels<1>(page, q.rows, first, last, w, p, g.out); },
@@ -207,10 +210,8 @@ void attend(const Page& page, const Queries& q, Gathered g, void* scratch) {
 void merge(float* out, float& top, float& denominator, const float* page_out, float page_top, float page_denominator,
            int n) {
   const float high = top > page_top ? top : page_top;
-  float change[16] = {top - high, page_top - high};
-  store(change, exponential(load(change)));
-  F before = set(change[0]), here = set(change[1]);
-  denominator = __builtin_fmaf(denominator, change[0], page_denominator * change[1]);
+  const F before = exponential(set(top - high)), here = exponential(set(page_top - high));
+  denominator = __builtin_fmaf(denominator, lowest(before), page_denominator * lowest(here));
   top = high;
   for (int d = 0; d < n; d += 16) store(out + d, fma(load(out + d), before, mul(load(page_out + d), here)));
 }

@@ -61,6 +61,7 @@ inline float tree(__m256 e) {
 }
 inline float sum(F x) { return tree(_mm256_add_ps(x.a, x.b)); }
 inline float sum(F x, F y) { return tree(_mm256_add_ps(_mm256_add_ps(_mm256_add_ps(x.a, x.b), y.a), y.b)); }
+inline float lowest(F x) { return _mm256_cvtss_f32(x.a); }
 inline float largest(F x) {
   __m256 e = _mm256_max_ps(x.a, x.b);
   __m128 q = _mm_max_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
@@ -125,11 +126,16 @@ inline __m256i row_sums(const __m256i* z) {
   return _mm256_add_epi32(even, odd);
 }
 inline __m256i row_tables(const int8_t* tables, const uint8_t* level, int load) {
-  auto one = [&](int lane) { return _mm_loadu_si128((const __m128i*)(tables + level[4 * lane + load] * 16)); };
+  auto one = [&](int lane) {
+    return _mm_loadu_si128((const __m128i*)(tables + (size_t(level[4 * lane + load]) << 4)));
+  };
   return _mm256_inserti128_si256(_mm256_castsi128_si256(one(0)), one(1), 1);
 }
 inline __m256i broadcast(const int8_t* x) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)x)); }
 inline __m256i add_product(__m256i acc, __m256i size, __m256i w, __m256i x) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(acc, size, _mm256_sign_epi8(x, w));
+#endif
   __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -226,11 +232,14 @@ inline void dot(const uint8_t* block, int groups, const int8_t* tables, const in
   }
 }
 
-bool runs() { return has_avx2(); }
 }  // namespace
 
 #include "loops.h"
 
 namespace chalot {
-extern const Kernels avx2_kernels = table("avx2", runs);
-}
+#ifdef __AVXVNNI__
+extern const Kernels avxvnni_kernels = table("avxvnni", has_avxvnni);
+#else
+extern const Kernels avx2_kernels = table("avx2", has_avx2);
+#endif
+}  // namespace chalot

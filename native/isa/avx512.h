@@ -24,10 +24,7 @@ inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline I to_int(F a) { return _mm512_cvttps_epi32(a); }
 inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-inline F scale2(F a, F n) {
-  I power = _mm512_slli_epi32(_mm512_add_epi32(to_int(n), _mm512_set1_epi32(127)), 23);
-  return mul(a, _mm512_castsi512_ps(power));
-}
+inline F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
 inline F zero_below(F a, F x, F bound) {
   return _mm512_maskz_mov_ps(_knot_mask16(_mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ)), a);
 }
@@ -50,6 +47,7 @@ inline float sum(F a) { return tree(_mm256_add_ps(low(a), high(a))); }
 inline float sum(F a, F b) {
   return tree(_mm256_add_ps(_mm256_add_ps(_mm256_add_ps(low(a), high(a)), low(b)), high(b)));
 }
+inline float lowest(F a) { return _mm512_cvtss_f32(a); }
 inline float largest(F a) { return _mm512_reduce_max_ps(a); }
 inline F look_up(const float* table, I index) {
   return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(table)));
@@ -90,7 +88,9 @@ inline I row_sums(const I* z) {
 }
 // The tables of rows {load, 4 + load, 8 + load, 12 + load}, one to a lane.
 inline I row_tables(const int8_t* tables, const uint8_t* level, int load) {
-  auto one = [&](int lane) { return _mm_loadu_si128((const __m128i*)(tables + level[4 * lane + load] * 16)); };
+  auto one = [&](int lane) {
+    return _mm_loadu_si128((const __m128i*)(tables + (size_t(level[4 * lane + load]) << 4)));
+  };
   I t = _mm512_castsi128_si512(one(0));
   t = _mm512_mask_broadcast_i64x2(t, 0x0c, one(1));
   t = _mm512_mask_broadcast_i64x2(t, 0x30, one(2));

@@ -4,6 +4,8 @@
 
 namespace chalot {
 bool has_avx2();
+bool has_avxvnni();
 bool has_avx512vnni();
+bool has_amx();
 bool has_neon_dot_product();
 }  // namespace chalot

@@ -6,6 +6,10 @@
 #else
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace chalot {
 namespace {
@@ -51,10 +55,30 @@ bool find_avx512vnni() {
   return f_dq_bw_vl && bit(seven.c, 11);
 }
 
+// Tiles are the one state that Linux hands out on request only; the request holds for the whole process.
+bool find_amx() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  if (!find_avx512vnni() || (saved_state() >> 17 & 3) != 3) return false;
+  Leaf seven = cpuid(7, 0);
+  return bit(seven.d, 24) && bit(seven.d, 25) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 bool has_avx2() {
   static const bool found = find_avx2();
+  return found;
+}
+bool has_avxvnni() {
+  static const bool found = find_avx2() && cpuid(7, 0).a >= 1 && bit(cpuid(7, 1).a, 4);
+  return found;
+}
+bool has_amx() {
+  static const bool found = find_amx();
   return found;
 }
 bool has_avx512vnni() {

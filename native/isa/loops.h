@@ -1,7 +1,7 @@
 // The loop nests, written once over the sixteen-lane primitives that each instruction set defines before
 // including this file; scalar.cpp says what each must give:
 //   F, I            sixteen float32 / int32      zero set load store add sub mul div fma max min round flip
-//   of both         to_int to_float scale2 zero_below load_f16 load_bf16 store_f16 sum largest
+//   of both         to_int to_float scale2 zero_below load_f16 load_bf16 store_f16 sum largest lowest
 //                   look_up count_below
 //   of whole ones   clamp split join store_codes
 //   dot<N, Coder>   to_tiles<Coder>              tile_product<Rows, Panels>
@@ -73,17 +73,11 @@ void gate(Gate kind, const float* gate, const float* up, int n, float* y) {
   }
 }
 
-// `n` numbers (a multiple of 16) under one scale, as one plane of codes or two. Where the largest is below 2^-100 all
-// count as zero, so that no reciprocal overflows; not a number becomes the least code.
-void quantize_run(const float* x, int n, int planes, int8_t* codes, size_t plane_stride, float* scale, int32_t* sums,
-                  size_t sums_stride) {
+// `n` numbers (a multiple of 16) under one scale, as one plane of codes or two; none is larger than `high`. Where that
+// is below 2^-100 all count as zero, so that no reciprocal overflows; not a number becomes the least code.
+inline void quantize_below(const float* x, int n, int planes, float high, int8_t* codes, size_t plane_stride,
+                           float* scale, int32_t* sums, size_t sums_stride) {
   const float top = planes == 1 ? 127.0f : 127.0f * kPlaneStep;
-  F size = zero();
-  for (int i = 0; i < n; i += 16) {
-    F v = load(x + i);
-    size = max(size, max(v, sub(zero(), v)));
-  }
-  const float high = largest(size);
   const bool some = high > 0x1p-100f;
   const F inverse = set(some ? top / high : 0.0f);
   *scale = some ? high / top : 0.0f;
@@ -101,6 +95,16 @@ void quantize_run(const float* x, int n, int planes, int8_t* codes, size_t plane
   }
   sums[0] = sum(first);
   if (planes == 2) sums[sums_stride] = sum(second);
+}
+
+void quantize_run(const float* x, int n, int planes, int8_t* codes, size_t plane_stride, float* scale, int32_t* sums,
+                  size_t sums_stride) {
+  F size = zero();
+  for (int i = 0; i < n; i += 16) {
+    F v = load(x + i);
+    size = max(size, max(v, sub(zero(), v)));
+  }
+  quantize_below(x, n, planes, largest(size), codes, plane_stride, scale, sums, sums_stride);
 }
 
 // The `count` best of a part of the vocabulary. Compared in sixty-fours, so that few are looked at one by one.
@@ -124,6 +128,7 @@ int top(const float* logits, int n, int first, int count, Candidate* best, int h
   return sum(strange) == 0 && rest == 0 ? held : -1;
 }
 
+#include "panels.h"
 #include "product.h"
 
 // ---- one row as numbers: row_scale * segment * value, each product rounded once
@@ -172,8 +177,8 @@ void row(const Matrix& w, int row, float* out) {
 #include "encode.h"
 
 constexpr Kernels table(const char* name, bool (*runs_here)()) {
-  return {name, runs_here, exp_all, rms_norm, rotate, spread, gate, quantize_run, row,
-          product, dense, top, store_cached, attend, merge, encode};
+  return {name, runs_here, exp_all, rms_norm, rotate,       spread, gate,  quantize_run,
+          row,  product,   dense,   top,      store_cached, attend, merge, encode};
 }
 
 }  // namespace

@@ -98,6 +98,7 @@ inline float tree(F a, Operation f) {
 inline float sum(F a) {
   return tree(a, [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); });
 }
+inline float lowest(F a) { return vgetq_lane_f32(a.v[0], 0); }
 inline float largest(F a) { return tree(a, larger); }
 inline float sum(F a, F b) {
   const float32x4_t low = vaddq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[2]), b.v[0]), b.v[2]);
@@ -126,9 +127,7 @@ inline I count_below(F x, const float* bounds) {
 inline I add(I a, I b) {
   return each_int([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });
 }
-inline int32_t sum(I a) {
-  return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
-}
+inline int32_t sum(I a) { return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3]))); }
 inline I clamp(I a) {
   return each_int([&](int i) { return vmaxq_s32(vminq_s32(a.v[i], vdupq_n_s32(127)), vdupq_n_s32(-127)); });
 }
@@ -205,8 +204,8 @@ inline void add_quad(const int8_t* tiles, const int8x16_t* x, I* acc) {
 }
 
 template <int Rows, int Panels>
-inline void tile_product(const int8_t* tiles, size_t, int quads, const int8_t* x, size_t stride, const int32_t*,
-                         size_t, I (*out)[Panels]) {
+inline void tile_product(const int8_t* tiles, size_t, int quads, const int8_t* x, size_t stride, const int32_t*, size_t,
+                         I (*out)[Panels]) {
   static_assert(Panels == 1);
   I acc[Rows];
   for (I& a : acc) a = each_int([](int) { return vdupq_n_s32(0); });

@@ -1,30 +1,5 @@
 // Products of matrices with coded or plain activations. Included by loops.h inside its anonymous namespace.
 
-// ---- products of codes
-
-template <class Coder>
-const uint8_t* panel_of(const Matrix& w, int p) {
-  return w.data + size_t(p) * w.groups() * Coder::group_bytes;
-}
-
-// Sixteen sums of one token to their rows: times the row's scale, with bias, added or not.
-inline void put(const Matrix& w, int p, F total, Output out, int t) {
-  float* y = out.y + size_t(t) * out.stride + p * kPanel - out.origin;
-  F v = mul(total, load(w.row_scale + p * kPanel));
-  const int rows = w.rows - p * kPanel;
-  if (rows >= kPanel) {
-    if (out.bias) v = add(v, load(out.bias + p * kPanel));
-    store(y, out.add ? add(load(y), v) : v);
-    return;
-  }
-  float some[16];
-  store(some, v);
-  for (int r = 0; r < rows; r++) {
-    float one = out.bias ? some[r] + out.bias[p * kPanel + r] : some[r];
-    y[r] = out.add ? y[r] + one : one;
-  }
-}
-
 // One panel times `Tokens` tokens of `Planes` planes.
 template <class Coder, int Tokens, int Planes>
 void panel_product(const Matrix& w, int p, const uint8_t* panel, const Activations& x, int t, Output out) {
@@ -58,7 +33,8 @@ void panel_times_tokens(const Matrix& w, int p, const uint8_t* panel, const Acti
   for (; t < tokens; t++) panel_product<Coder, 1, Planes>(w, p, panel, x, t, out);
 }
 
-// Tiles of `Panels` panels times `Tokens` tokens of `Planes` planes.
+// Tiles of `Panels` panels times `Tokens` tokens of `Planes` planes. Meanwhile the first tokens fetch the panels behind
+// them from memory, which would rest while there is nothing but products.
 template <int Tokens, int Planes, int Panels>
 void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activations& x, int t, Output out) {
   const int blocks = w.blocks(), all_blocks = x.stride / kBlock, quads = w.groups() * kGroup / 4;
@@ -66,11 +42,14 @@ void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activation
   const int8_t* codes = x.codes + size_t(t) * Planes * x.stride;
   const int32_t* sums = x.sums + size_t(t) * Planes * all_blocks;
   const float* scale = x.scale + size_t(t) * all_blocks;
+  const uint8_t* next = w.data + size_t(p + Panels) * w.panel_bytes();
+  const size_t share = w.panel_bytes() * Panels / size_t(blocks);
   F total[Tokens][Panels];
   for (auto& of_token : total)
     for (F& f : of_token) f = zero();
   for (int b = 0; b < blocks; b++) {
     const int here = quads - b * kBlock / 4 < kBlock / 4 ? quads - b * kBlock / 4 : kBlock / 4;
+    if (t == 0 && p + 2 * Panels <= w.panels()) fetch(next + size_t(b) * share, share);
     I part[Tokens * Planes][Panels];
     tile_product<Tokens * Planes, Panels>(tiles + size_t(b) * kBlock * kPanel, panel_bytes, here, codes + b * kBlock,
                                           size_t(x.stride), sums + b, size_t(all_blocks), part);
@@ -91,18 +70,7 @@ void tiled_product(const Matrix& w, int p, const int8_t* tiles, const Activation
 
 template <int Planes, int Panels>
 void tiles_times_tokens(const Matrix& w, int p, const int8_t* tiles, const Activations& x, int tokens, Output out) {
-  in_turns<kRows / Planes>(
-      tokens, [&]<int N>(int t) { tiled_product<N, Planes, Panels>(w, p, tiles, x, t, out); });
-}
-
-template <class Coder>
-void panel_to_tiles(const Matrix& w, int p, int8_t* tiles) {
-  const uint8_t* panel = panel_of<Coder>(w, p);
-  for (int g = 0; g < w.groups(); g += 4) {
-    int n = w.groups() - g < 4 ? w.groups() - g : 4;
-    to_tiles<Coder>(panel, n, w.tables, tiles + size_t(g) * kGroup * kPanel);
-    panel += size_t(n) * Coder::group_bytes;
-  }
+  in_turns<kRows / Planes>(tokens, [&]<int N>(int t) { tiled_product<N, Planes, Panels>(w, p, tiles, x, t, out); });
 }
 
 // Few tokens: codes are decoded on their way into the product. Many: panels become tiles once, for all tokens.
@@ -119,8 +87,7 @@ void product_of(const Matrix& w, const Activations& x, int tokens, int first, in
     if (n == kPanels)
       tiles_times_tokens<Planes, kPanels>(w, p, tiles, x, tokens, out);
     else
-      for (int i = 0; i < n; i++)
-        tiles_times_tokens<Planes, 1>(w, p + i, tiles + i * tile_bytes(w), x, tokens, out);
+      for (int i = 0; i < n; i++) tiles_times_tokens<Planes, 1>(w, p + i, tiles + i * tile_bytes(w), x, tokens, out);
   }
 }
 

@@ -94,6 +94,7 @@ inline float sum(F a) { return tree(a, 8); }
 inline float sum(F a, F b) {  // of 32 numbers: eight lanes of four each, one after another, then their tree
   return tree(each([&](int i) { return ((a.v[i % 8] + a.v[i % 8 + 8]) + b.v[i % 8]) + b.v[i % 8 + 8]; }), 4);
 }
+inline float lowest(F a) { return a.v[0]; }  // the first lane
 inline float largest(F a) {
   float high = a.v[0];
   for (int i = 1; i < 16; i++) high = a.v[i] > high ? a.v[i] : high;
@@ -175,8 +176,8 @@ inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int
     }
 }
 
-// out[r][p] = sixteen sums over 4 * quads columns, a multiple of 16: the tiles of panel p, `panel_bytes` apart, times code row r. The
-// sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights.
+// out[r][p] = sixteen sums over 4 * quads columns, a multiple of 16: the tiles of panel p, `panel_bytes` apart, times
+// code row r. The sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights.
 template <int Rows, int Panels>
 inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
                          const int32_t*, size_t, I (*out)[Panels]) {

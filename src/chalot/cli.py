@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupte
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     for flag, settings in option_table().items():
         parser.add_argument(flag, **settings)
     parser.add_argument("--context", type=int, help="most tokens of prompt and answer")
+    parser.add_argument("--mlock", action="store_true", help="keep the model's file in memory")
+    parser.add_argument(
+        "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
+    )
     kinds = ("int8", "f16", "f32")
     parser.add_argument("--kv", choices=kinds, default="int8", help="type of the cache")
     parser.add_argument(
@@ -109,6 +114,12 @@ def build_parser() -> Parser:
     describe.add_argument("model", help="a .myai file, a folder, or a hub id (headers only)")
     describe.add_argument("--context", type=int, help="tokens to say the memory for")
     describe.add_argument("--scheme", help="as which scheme to judge a checkpoint (default: nl4)")
+    bench = verb("bench", "how fast a model runs here, beside what memory allows")
+    bench.add_argument("model", help="a .myai file, a folder, or a hub id (converted once)")
+    bench.add_argument(
+        "--depths", type=int, nargs="+", metavar="TOKENS", help="texts' lengths to measure at"
+    )
+    bench.add_argument("--kv", help="type of the cache, as for run")
     verify = verb("verify", "check every extent and checksum of a .myai file")
     verify.add_argument("file", help="a .myai file")
     verb("doctor", "what this machine has, and what chalot makes of it")
@@ -123,7 +134,7 @@ def table() -> dict[str, Callable[[Arguments], int]]:
 
     return {
         name: getattr(commands, name)
-        for name in ("convert", "run", "chat", "describe", "verify", "doctor", "demo")
+        for name in ("convert", "run", "chat", "describe", "bench", "verify", "doctor", "demo")
     }
 
 
@@ -134,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.verb is None:
         sys.stdout.write(NEXT)
         return 0
+    # numpy's BLAS, which only the oracle uses, else starts threads: 60 ms
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         return table()[arguments.verb](arguments)
     except ChalotError as error:

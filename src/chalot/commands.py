@@ -154,7 +154,7 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    options = ("threads", "context", "kv", "kv_budget")
+    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
     return load(path, **{name: getattr(arguments, name) for name in options})
 
 
@@ -176,8 +176,11 @@ def run(arguments: Arguments) -> int:
         raise FormatError("the prompt is not valid text; expected UTF-8") from None
     with open_model(arguments) as model:
         options = sampling_of(arguments) | {"max_tokens": arguments.max_tokens}
-        pieces = []
+        silent = arguments.quiet or arguments.json
+        pieces: list[str] = []
         for piece in model.stream(prompt, stop=arguments.stop, **options):
+            if not (pieces or silent):  # before the text, which Ctrl-C may end
+                say(f"seed {model.last_stats.seed}")
             pieces.append(piece)
             if not arguments.json:
                 sys.stdout.write(piece)
@@ -189,7 +192,7 @@ def run(arguments: Arguments) -> int:
             print(as_json(answer | {"options": said, "stats": stats}))
             return 0
         sys.stdout.write("\n")
-        if not arguments.quiet:
+        if not (pieces or silent):
             say(f"seed {stats.seed}")
         if arguments.verbose:
             say(
@@ -217,6 +220,19 @@ def describe(arguments: Arguments) -> int:
 
     report = run_it(arguments.model, scheme=arguments.scheme, context=arguments.context)
     print(as_json(report) if arguments.json else render(report, verbose=arguments.verbose))
+    return 0
+
+
+def bench(arguments: Arguments) -> int:
+    """chalot bench MODEL"""
+    from chalot.bench import bench as run_it
+    from chalot.bench import render
+
+    path = converted(arguments.model, arguments)
+    options = {"threads": arguments.threads, "depths": arguments.depths, "kv": arguments.kv}
+    with progress(arguments, "measuring") as advance:
+        report = run_it(path, **options, progress=advance)
+    print(as_json(report) if arguments.json else render(report))
     return 0
 
 

@@ -20,6 +20,7 @@ from chalot import __version__, machine
 from chalot.errors import FormatError, LimitError, SchemeError, WeightError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.documents import parse_json
+from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
@@ -42,6 +43,7 @@ DOCUMENTS = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
+COMPUTED = ".rotary_emb.inv_freq"  # of older checkpoints: follows from config.json
 RUN = 4 << 20  # numbers in memory at once
 CALIBRATION_TOKENS = 128
 CALIBRATION_TEXT = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
@@ -107,9 +109,11 @@ def read_config(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def check_shapes(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Raise FormatError where tensors are missing or contradict the configuration."""
+    """Raise FormatError where tensors are missing, too many, or contradict the configuration."""
+    known = {hugging_face("head")} if config.tied else set()
     for spec in model_tensors(config):
         name = hugging_face(spec.name)
+        known.add(name)
         found = checkpoint.tensors.get(name)
         if found is None:
             raise FormatError(
@@ -120,6 +124,15 @@ def check_shapes(config: ModelConfig, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: tensor {name} has shape {found.shape}, "
                 f"config.json asks for {spec.shape}"
             )
+    unknown = sorted(
+        name for name in checkpoint.tensors.keys() - known if not name.endswith(COMPUTED)
+    )
+    if unknown:
+        shown = ", ".join(map(quoted, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        raise FormatError(
+            f"{checkpoint.path}: {len(unknown)} tensors are not in the model that config.json "
+            f"describes ({shown}); take the config.json that belongs to these weights"
+        )
     if config.tied and hugging_face("head") in checkpoint.tensors:
         check_tied_head(checkpoint)
 
@@ -225,7 +238,19 @@ class Conversion:
             raw = self.checkpoint.document(name)
             if raw is not None:
                 writer.documents[name] = writer.extent([raw])
+        self._tokenizer_tables(writer)
         self.checkpoint.check_unchanged()
+
+    def _tokenizer_tables(self, writer: MyaiWriter) -> None:
+        """What opens faster than tokenizer.json, where there is such a thing."""
+        raw = self.checkpoint.document("tokenizer.json")
+        if raw is not None:
+            from chalot.text.byte_pairs import TABLES
+            from chalot.text.tokenizer import compiled
+
+            tables = compiled(raw)
+            if tables is not None:
+                writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
         if not any(s.is_coded for s in self.schemes.values()):
@@ -390,11 +415,12 @@ def convert(
 
 def check_text(checkpoint: Checkpoint, partial: Path) -> None:
     """Open what was written, and raise TokenizerError if its tokenizer or template changed."""
+    from chalot.text.byte_pairs import TABLES
     from chalot.text.tokenizer import check_same, from_source
 
     file = MyaiFile(partial)
     try:
         if checkpoint.document("tokenizer.json") is not None:
-            check_same(from_source(checkpoint), from_source(file))
+            check_same(from_source(checkpoint), from_source(file, file.document(TABLES)))
     finally:
         file.close()

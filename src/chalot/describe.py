@@ -33,6 +33,7 @@ from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
 from chalot.sources import resolve
 from chalot.table import pairs, rows, size
+from chalot.text.byte_pairs import TABLES
 
 USUAL_CONTEXT = 1000  # tokens of a short conversation
 VECTOR = "f32"  # what vectors are stored as
@@ -74,6 +75,7 @@ class Origin:
     bytes: int
     download_bytes: int | None = None  # of a hub id: weights and documents
     documents: tuple[str, ...] | None = None  # None: not known before a download
+    tables: int = 0  # bytes of tokenizer.bpe
     unused: tuple[str, ...] = ()  # tensors that the model does not need
     made_from: str | None = None  # of a .myai file: the source's name, its digest, the command
     digest: str | None = None
@@ -108,10 +110,11 @@ class Description:
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
 
-    def memory(self, context: int, kv: str = CACHE) -> Memory:
+    def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
 
-        `kv` is the type of cached keys and values. Raises ContextError beyond the model's context.
+        `kv` is the type of cached keys and values, `whole` whether the file is locked in memory or
+        not mapped (--mlock, --no-mmap). Raises ContextError beyond the model's context.
         """
         config = msgspec.convert(self.architecture, ModelConfig)
         stored = {
@@ -122,7 +125,17 @@ class Description:
         embedding = next(t.bytes for t in self.tensors if t.name == "embedding")
         documents = self.origin.documents
         text = documents is None or "tokenizer.json" in documents
-        return memory.estimate(config, stored, self.bytes, embedding, context, kv, text)
+        return memory.estimate(
+            config,
+            stored,
+            self.bytes,
+            embedding,
+            context,
+            kv,
+            text,
+            self.origin.tables,
+            self.file_bytes if whole else 0,
+        )
 
     def fits(self, context: int) -> bool | None:
         """Whether that fits what is free now, with the tokenizer; None where nobody knows."""
@@ -180,6 +193,7 @@ def _of_myai(path: Path) -> Description:
             ".myai",
             file.size,
             documents=tuple(manifest.documents),
+            tables=manifest.documents[TABLES].bytes if TABLES in manifest.documents else 0,
             unused=tuple(manifest.tensors.keys() - {t.name for t in tensors}),
             made_from=manifest.source.name,
             digest=manifest.source.digest,
@@ -348,5 +362,5 @@ def _memory_table(report: Description) -> str:
     known = "unknown" if free is None else f"{size(free)} are free"
     return (
         f"{rows(table)}\n{known}. Weights are mapped: other processes share them. Token ids alone "
-        "need no tokenizer."
+        f"need no tokenizer. --mlock and --no-mmap take all of the file, {size(report.file_bytes)}."
     )

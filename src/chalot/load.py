@@ -21,6 +21,7 @@ from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
+from chalot.formats.residency import lock, read_ahead
 from chalot.kernels.backend import open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
@@ -88,26 +89,33 @@ class Model:
         kv: str = CACHE,
         kv_budget: int | None = None,
         activations: int | None = None,
+        mmap: bool = True,
+        mlock: bool = False,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
         `context` is in tokens (default: the model's own, or what half of the free memory holds),
         `kv` the type of cached keys and values, "int8", "f16" or "f32", `kv_budget` the most bytes
         they may take (a context that does not fit is then an error when it is reached, and the
-        default context is what fits). `activations` (8 or 16 bits)
-        overrides what the file asks for, for dense matrices too: for measuring. Raises
-        FormatError, ContextError, KernelError.
+        default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
+        for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
+        this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        Raises FormatError, ContextError, KernelError, LimitError.
         """
-        self.file = MyaiFile(Path(path).expanduser())
+        self.file = MyaiFile(Path(path).expanduser(), mmap)
+        if mlock:
+            lock(self.file)
+        elif mmap:
+            read_ahead(self.file)
         self.config = read_model_config(self.file)
         if kv not in CACHE_TYPES:
             raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
         if activations not in (None, 8, 16):
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
-        self.context = context
         if context is None:
-            self.context = default_context(self.config, shape.position_bytes, kv_budget)
+            context = default_context(self.config, shape.position_bytes, kv_budget)
+        self.context = context
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
@@ -135,13 +143,14 @@ class Model:
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer, opened on first use. Raises TokenizerError if there is none."""
         if self._tokenizer is None:
-            if self.file.document("tokenizer.json") is None:
+            if "tokenizer.json" not in self.file.manifest.documents:
                 raise TokenizerError(
                     f"{self.file.path}: has no tokenizer; give token ids instead of text"
                 )
+            from chalot.text.byte_pairs import TABLES
             from chalot.text.tokenizer import from_source
 
-            self._tokenizer = from_source(self.file)
+            self._tokenizer = from_source(self.file, self.file.document(TABLES))
         return self._tokenizer
 
     def generation_defaults(self) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cpu_quota() -> float | None:
@@ -50,15 +54,30 @@ def default_threads() -> int:
 
 
 def memory_limit() -> int | None:
-    """The control group's limit in bytes, None if there is none."""
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = int(Path(name).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit < 1 << 60:
-            return limit
-    return None
+    """The least limit in bytes of this process's control group and those above it, or None."""
+    limits = []
+    for file in _memory_limit_files():
+        with suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(file.read_text()))
+    return min((limit for limit in limits if limit < 1 << 60), default=None)
+
+
+def _memory_limit_files() -> Iterator[Path]:
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:  # number:controllers:path, of version 2 without controllers
+        _, controllers, path = line.split(":", 2)
+        root, name = GROUPS, "memory.max"
+        if controllers:
+            root, name = root / "memory", "memory.limit_in_bytes"
+            if "memory" not in controllers.split(","):
+                continue
+        group = root / path.lstrip("/")  # in a container it may not be there, but its root is
+        for place in (group, *group.parents):
+            if place.is_relative_to(root):
+                yield place / name
 
 
 def memory_available() -> int | None:

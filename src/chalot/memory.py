@@ -4,9 +4,10 @@
 
 `weights` are the mapped bytes of the file, resident once the first token has been computed. The
 rows of an embedding are read by token; of one that is no head too, `unread` is what a text of that
-length is not expected to touch. `buffers` are the slots of the forward pass, scratch of each
-thread, and logits. `baseline` is Python, numpy and chalot: measured here, in a process of its own.
-benchmarks/memory.py holds all this against what a process really takes.
+length is not expected to touch. With --mlock or --no-mmap they are the whole file. `buffers` are
+the slots of the forward pass, scratch of each thread, and logits. `baseline` is Python, numpy and
+chalot: measured here, in a process of its own. benchmarks/memory.py holds all this against what a
+process really takes.
 
 Not known here: huge pages, which round the cache up to whole pages of 256 positions where the
 system grants them to shared memory, and what a program that embeds chalot needs for itself.
@@ -39,7 +40,8 @@ FIRST_STEP = 3_500_000  # bytes of code and objects that the first token brings 
 LOGIT_BYTES = 4  # of each token of the vocabulary
 TOKENIZER = 7_000_000  # bytes of the library
 TOKENIZER_ENTRY = 620  # bytes of a token with its merge: 94 MB for 151,936
-QUERY_ROWS = 64  # that a thread attends with at once (native/attention.cpp)
+QUERY_ROWS = 48  # that a thread attends with at once (native/attention.cpp)
+TABLES_HELD = 2.4  # times the bytes of tokenizer.bpe: mapped, copied, and what is made of them
 TENSOR_OBJECT = 2_000  # bytes: a tensor's place in manifest and program
 
 
@@ -74,23 +76,29 @@ def estimate(
     context: int,
     kv: str = CACHE,
     text: bool = True,
+    tables: int = 0,
+    whole: int = 0,
 ) -> Memory:
     """What a process takes that has loaded the model and filled `context` positions.
 
     `stored` has every matrix by name; `weights` and `embedding` are bytes of all tensors and of the
-    embedding; `text` is whether there is a tokenizer. Raises ContextError for a context that the
-    model does not have.
+    embedding; `text` is whether there is a tokenizer, `tables` the bytes of its tables, if it has
+    them; `whole` the bytes of the file if all of it is resident. Raises ContextError for a context
+    that the model does not have.
     """
     if not 0 <= context <= config.context:
         raise ContextError(f"--context {context}: this model was made for 0 to {config.context}")
     unread = 0
-    if not config.tied:
+    if whole:
+        weights = whole
+    elif not config.tied:
         runs = max(1, embedding // NEIGHBOURS)
         unread = int(embedding * (1 - 1 / runs) ** max(context, 1))
     cached = cache_bytes(config, context, kv)
     tokens = min(max(context, 1), CHUNK)
     buffers = buffer_bytes(config, stored, tokens)
-    tokenizer = TOKENIZER + config.vocabulary * TOKENIZER_ENTRY if text else 0
+    opened = int(tables * TABLES_HELD) or config.vocabulary * TOKENIZER_ENTRY
+    tokenizer = TOKENIZER + opened if text else 0
     total = weights - unread + cached + buffers + baseline()
     return Memory(
         context,

@@ -186,9 +186,7 @@ class Session:
         self._feed()
         if self.next is None:
             raise ContextError("nothing was read yet; call prefill(ids) with at least one token")
-        token = choose(
-            *self.next, self.tokens, self.sampling, len(self.tokens), self.engine.exp
-        )
+        token = choose(*self.next, self.tokens, self.sampling, len(self.tokens), self.engine.exp)
         self.tokens.append(token)
         self.stats.new_tokens += 1
         self.stats.native_seconds += self.engine.native_seconds - native

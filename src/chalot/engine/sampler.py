@@ -62,7 +62,7 @@ def penalized(
     before: Sequence[int],
     sampling: Sampling,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Candidates with tokens of the recent text made less likely, each once (arXiv 1909.05858, 4.1)."""
+    """Candidates, with tokens of the recent text made less likely, each once (arXiv 1909.05858)."""
     if not repeats(before, sampling):
         return ids, logits
     seen = np.isin(ids, list(repeats(before, sampling)))

@@ -14,6 +14,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import ChalotError, FormatError, SchemeError, UnsupportedError, WeightError
+from chalot import machine
+from chalot.errors import (
+    ChalotError,
+    FormatError,
+    LimitError,
+    SchemeError,
+    UnsupportedError,
+    WeightError,
+)
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
 from chalot.quant.packing import ALIGNMENT, Layout, Matrix, stored_bytes
@@ -29,6 +38,10 @@ from chalot.quant.scheme import SCHEMES
 
 MAGIC, VERSION, HEADER = 0x4D594149, 3, 256
 MAX_MANIFEST = 64_000_000  # bytes
+READ = 1 << 26  # bytes at once
+PRIVATE: dict[str, int] = (  # Windows has no flags, and all anonymous memory is private there
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 FIELDS = struct.Struct(
     "<8I"
 )  # magic, version, hidden, feed-forward, layers, heads, vocabulary, flags
@@ -91,11 +104,15 @@ def header_bytes(config: dict[str, Any], where: tuple[int, int, int, bytes]) -> 
 
 
 class MyaiFile:
-    """An opened file: its manifest, and its tensors as views of the mapping."""
+    """An opened file: its manifest, and its tensors as views of the mapping.
 
-    def __init__(self, path: Path) -> None:
+    If it is not `mapped`, of a copy in memory of its own, in huge pages where the system has them.
+    """
+
+    def __init__(self, path: Path, mapped: bool = True) -> None:
         """Raises FormatError for anything that is not a whole, consistent file."""
         self.path = path
+        self.mapped = mapped
         try:
             # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -110,7 +127,10 @@ class MyaiFile:
                 raise FormatError(
                     f"{path}: found {self.size} bytes, expected at least {HEADER}; truncated?"
                 )
-            self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+            if mapped:
+                self.map = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
+            else:
+                self.map = self._copy()
             self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
             self.manifest, self.digest = self._manifest()
             self._check_extents()
@@ -119,6 +139,26 @@ class MyaiFile:
             if isinstance(error, ChalotError) or not isinstance(error, (OSError, ValueError)):
                 raise
             raise self._unusable(error) from None
+
+    def _copy(self) -> mmap.mmap:
+        free = machine.memory_available()
+        if free is not None and self.size > free:
+            raise LimitError(
+                f"{self.path}: {self.size:,} bytes do not fit the {free:,} that are free; "
+                "leave out --no-mmap, and it is read as it is needed"
+            )
+        memory = mmap.mmap(-1, self.size, **PRIVATE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        with open(self.descriptor, "rb", buffering=0, closefd=False) as file:
+            view = memoryview(memory)
+            while view:
+                done = file.readinto(view[:READ])
+                if not done:
+                    raise FormatError(f"{self.path}: was cut while it was read; start again")
+                view = view[done:]
+        return memory
 
     def _unusable(self, error: Exception) -> FormatError:
         reason = getattr(error, "strerror", None) or error
@@ -260,7 +300,7 @@ class MyaiFile:
 
     def check_length(self) -> None:
         """Raise FormatError if the file was cut since it was opened."""
-        size = os.fstat(self.descriptor).st_size
+        size = os.fstat(self.descriptor).st_size if self.mapped else self.size
         if size < self.size:
             raise FormatError(
                 f"{self.path}: was cut from {self.size} to {size} bytes while in use; restore it"

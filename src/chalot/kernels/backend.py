@@ -70,6 +70,9 @@ class Backend(Protocol):
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """e^x by the project's polynomial."""
 
+    def read(self, numbers: NDArray[np.uint64]) -> int:
+        """The sum, modulo 2^64, of an array: how fast the threads read memory."""
+
 
 class ReferenceBackend:
     """The numpy oracle as a backend."""
@@ -94,6 +97,10 @@ class ReferenceBackend:
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Backend."""
         return reference.exp(x)
+
+    def read(self, numbers: NDArray[np.uint64]) -> int:
+        """See Backend."""
+        return int(numbers.sum())
 
 
 def instruction_sets() -> list[tuple[str, bool]]:

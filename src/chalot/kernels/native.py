@@ -153,3 +153,7 @@ class NativeBackend:
         y = np.empty_like(x)
         self.machine.exp(x, y)
         return y
+
+    def read(self, numbers: NDArray[np.uint64]) -> int:
+        """See Backend."""
+        return int(self.machine.read(numbers))

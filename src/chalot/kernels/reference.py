@@ -203,7 +203,7 @@ def soft_cap(scores: Floats, cap: float) -> Floats:
     return F32(cap) * (F32(1) - F32(2) / (e + F32(1)))
 
 
-def softmax(scores: Floats, start: int) -> tuple[Floats, np.float32, np.float32]:
+def softmax(scores: Floats, start: int) -> "Gathered":
     """e^(score - largest), the largest, and the sum in sixteen lanes; the first is at `start`."""
     high = scores.max()
     p = exp(scores - high)
@@ -213,7 +213,8 @@ def softmax(scores: Floats, start: int) -> tuple[Floats, np.float32, np.float32]
     return p, high, tree(total)
 
 
-Gathered = tuple[Floats, np.float32, np.float32]  # output, largest score, denominator
+Scalar = np.float32 | Floats
+Gathered = tuple[Floats, Scalar, Scalar]  # output, largest score, denominator
 
 
 def attend_numbers(query: Floats, keys: Floats, held: Floats, start: int, cap: float) -> Gathered:
@@ -229,7 +230,7 @@ def attend_numbers(query: Floats, keys: Floats, held: Floats, start: int, cap: f
 
 
 def attend_codes(
-    query: tuple[NDArray[np.int32], np.float32],
+    query: tuple[NDArray[np.int32], Scalar],
     keys: tuple[NDArray[np.int8], Floats],
     held: tuple[NDArray[np.int8], Floats],
     start: int,

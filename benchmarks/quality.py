@@ -5,7 +5,8 @@
 Every scheme, the head in 8 bits against 4, activations of 8 and 16 bits, folding and calibration on
 and off; perplexity and KL to the bf16 original, which alone has a float32 cache, on held-out text,
 one protocol. With --peer-python llama.cpp's types as well, by its own logits of the same windows;
-its "F16" shows what another engine's arithmetic alone makes of it. Appends a JSON line to results/quality.jsonl.
+its "F16" shows what another engine's arithmetic alone makes of it. Appends a JSON line to
+results/quality.jsonl.
 """
 
 import argparse

@@ -3,9 +3,10 @@
     python benchmarks/quality.py [--windows 60] [--peer-python PEERS/bin/python]
 
 Every scheme, the head in 8 bits against 4, activations of 8 and 16 bits, folding and calibration on
-and off; perplexity and KL to the bf16 original on held-out text, one protocol. With --peer-python
-llama.cpp's types as well, by its own logits of the same windows; its "F16" shows what another
-engine's arithmetic alone makes of it. Appends a JSON line to results/quality.jsonl.
+and off; perplexity and KL to the bf16 original, which alone has a float32 cache, on held-out text,
+one protocol. With --peer-python llama.cpp's types as well, by its own logits of the same windows;
+its "F16" shows what another engine's arithmetic alone makes of it. Appends a JSON line to
+results/quality.jsonl.
 """
 
 import argparse
@@ -116,10 +117,11 @@ def main() -> None:
             models: dict[str, Any] = dict(ours(source, folder / f"{name}-chalot", forms))
             if options.peer_python:
                 models |= peers(source, folder / f"{name}-peers", options)
-            base = models["bf16"]
+            base = Model(models["bf16"].file.path, context=1024, kv="f32")
             text = (FOLDER / "heldout.txt").read_text("utf-8")
             ids = base.tokenizer.encode(text)[: options.windows * 512]
             found = compare(base, list(models.values()), ids)[1:]
+            base.close()
             for (form, model), q in zip(models.items(), found, strict=True):
                 size = model.file.size if isinstance(model, Model) else model.size
                 row = {"model": name, "form": form, "bytes": size, "perplexity": q.perplexity}

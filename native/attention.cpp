@@ -35,7 +35,7 @@ size_t Program::attention_scratch_bytes() const {
 void Program::cut_blocks(const Batch& batch, int threads) {
   const int share = heads_ / cache_.kv_heads, most = std::max(1, kQueryRows / share);
   blocks_.clear();
-  most_pages_ = 1;
+  most_pages_ = 1, most_rows_ = 0;
   for (int t = 0; t < batch.tokens; t++) {
     most_pages_ = std::max(most_pages_, batch.positions[t] / kPage + 1);
     const bool goes_on = t && batch.sequence[t] == batch.sequence[t - 1] &&
@@ -44,19 +44,17 @@ void Program::cut_blocks(const Batch& batch, int threads) {
       blocks_.back().tokens++;
     else
       blocks_.push_back({t, 1, batch.pages + size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence)});
+    most_rows_ = std::max(most_rows_, blocks_.back().tokens * share);
   }
   by_page_ = most_pages_ > 1 && int(blocks_.size()) * cache_.kv_heads < 4 * threads;
   if (by_page_) partial_.reserve(blocks_.size() * size_t(cache_.kv_heads) * size_t(most_pages_) * partial_floats() * 4);
 }
 
 // A page's gifts to the rows of a block: outputs, largest scores, denominators.
-size_t Program::partial_floats() const {
-  const size_t rows = size_t(std::max(kQueryRows, heads_ / cache_.kv_heads));
-  return rows * size_t(cache_.stride() + 2);
-}
+size_t Program::partial_floats() const { return (size_t(most_rows_) * size_t(cache_.stride() + 2) + 15) / 16 * 16; }
 
 Gathered Program::partial(int unit) const {
-  const size_t rows = size_t(std::max(kQueryRows, heads_ / cache_.kv_heads));
+  const size_t rows = size_t(most_rows_);
   float* at = partial_.as<float>() + size_t(unit) * partial_floats();
   return {at, at + rows * size_t(cache_.stride()), at + rows * size_t(cache_.stride() + 1)};
 }

@@ -10,6 +10,7 @@
 namespace chalot {
 namespace {
 
+constexpr int kMostHeads = 1 << 18;            // 3 * heads * head size stays an int
 constexpr int kFusedPanels = kBlock / kPanel;  // of gate and of up: one block of what they make
 
 [[noreturn]] void invalid(size_t op, const char* what) {
@@ -97,6 +98,7 @@ void Program::check_fused(size_t i) const {
   if (linear.kind != OpKind::linear || gate.kind != OpKind::gate || quantize.kind != OpKind::quantize ||
       linear.out != gate.in || gate.out != quantize.in || linear.parts.size() != 2 || linear.add)
     invalid(i, "a fused product needs gate and quantize behind it");
+  if (linear.in == quantize.out) invalid(i, "a fused product would write over what it reads");
   const int width = slots_[size_t(gate.out)].width;
   for (int half = 0; half < 2; half++) {
     const Part& part = linear.parts[size_t(half)];
@@ -106,7 +108,7 @@ void Program::check_fused(size_t i) const {
 }
 
 void Program::check() {
-  const bool heads_fit = cache_.kv_heads > 0 && heads_ > 0 && heads_ % cache_.kv_heads == 0;
+  const bool heads_fit = cache_.kv_heads > 0 && heads_ > 0 && heads_ % cache_.kv_heads == 0 && heads_ <= kMostHeads;
   const bool size_fits = cache_.head_dim > 0 && cache_.stride() <= kMaxHead && cache_.head_dim % 2 == 0;
   if (!heads_fit || !size_fits || cache_.layers <= 0)
     throw std::invalid_argument("cache: heads must be a multiple of key/value heads, the head size even and <= 1024");
@@ -115,6 +117,7 @@ void Program::check() {
   for (const Slot& s : slots_)
     if (s.width <= 0 || s.width > 1 << 24 || s.planes < 0 || s.planes > 2) throw std::invalid_argument("slot: size");
   bool gathered = false;
+  std::vector<bool> filled(slots_.size());
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
     auto slot = [&](int s) -> const Slot& {
@@ -125,6 +128,13 @@ void Program::check() {
       if (slot(s).planes || slot(s).width != width) invalid(i, "slot has another width or holds codes");
     };
     const int queries = heads_ * cache_.head_dim, keys = cache_.kv_heads * cache_.head_dim;
+    const bool all_tokens = op.kind == OpKind::embed || op.kind == OpKind::rope_store || op.kind == OpKind::attend ||
+                            op.kind == OpKind::gather;
+    if (gathered && all_tokens) invalid(i, "after gather only the wanted tokens are there");
+    if (op.kind != OpKind::embed) {
+      slot(op.in);
+      if (!filled[size_t(op.in)]) invalid(i, "nothing has written what it reads");
+    }
     switch (op.kind) {
       case OpKind::embed:
         if (op.parts.size() != 1) invalid(i, "embed takes one matrix");
@@ -174,6 +184,10 @@ void Program::check() {
         gathered = true;
         break;
     }
+    if (op.out >= 0) filled[size_t(op.out)] = true;
+    if (i >= 2 && ops_[i - 2].fused)
+      for (size_t inside : {i - 2, i - 1})
+        if (ops_[inside].out >= 0) filled[size_t(ops_[inside].out)] = false;
   }
   for (size_t i = 0; i < ops_.size(); i++)
     if (ops_[i].fused) check_fused(i);
@@ -198,13 +212,14 @@ void Program::reserve(const Batch& batch, int threads) {
   const int tokens = std::max(batch.tokens, batch.wanted);
   size_t each = scratch_bytes_;
   for (const Op& op : ops_)
-    if (op.fused) each = scratch_bytes_ + size_t(batch.tokens) * 2 * kBlock * 4;  // behind what `product` needs
+    if (op.fused) each = scratch_bytes_ + size_t(tokens) * 2 * kBlock * 4;  // behind what `product` needs
   while (int(scratch_.size()) < threads) scratch_.emplace_back();
   for (Buffer& b : scratch_) b.reserve(each);
   if (!batch.logits) logits_.reserve(size_t(batch.wanted) * size_t(vocabulary_) * 4);
   best_.reserve(size_t(threads) * size_t(batch.wanted) * size_t(batch.count) * sizeof(Candidate));
   held_.assign(size_t(threads) * size_t(batch.wanted), 0);
   if (tokens <= room_) return;
+  room_ = 0;  // until all of it is there
   for (size_t i = 0; i < slots_.size(); i++) {
     const size_t stride = size_t(slots_[i].stride()), n = size_t(tokens), planes = size_t(slots_[i].planes);
     Storage& s = storage_[i];
@@ -232,8 +247,8 @@ void Program::angles(const Run& run) {
 }
 
 void Program::run(const Kernels& kernels, Pool& pool, const Batch& batch) {
-  if (batch.tokens <= 0) return;
   check(batch);
+  if (batch.tokens <= 0) return;
   reserve(batch, pool.size());
   cut_blocks(batch, pool.size());
   Shares shares(pool.size());

@@ -166,6 +166,7 @@ class Program {
   std::vector<Block> blocks_;
   std::vector<int> held_;  // by thread and wanted row
   int most_pages_ = 0;
+  int most_rows_ = 0;     // of a block, with the heads that share a key/value head
   bool by_page_ = false;  // attention's work is cut at pages, which are merged afterwards
   std::vector<Buffer> scratch_;
   size_t scratch_bytes_ = 0;

@@ -221,6 +221,32 @@ def test_fused_operations_change_nothing(expected: dict[str, np.ndarray], isa: s
         assert digest(got) == digest(expected[scheme]), scheme
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_layer_of_one_width_agrees(planes: int) -> None:
+    """What a fused product makes must not go where its input lies."""
+    program = tiny.program(tiny.config(hidden=160, feed_forward=160), "nl4", planes)
+    oracle = digest(feed(open_backend("reference"), program, [ids(5, 9)], 9)[0])
+    for isa in NATIVE:
+        assert digest(feed(open_backend(isa, 2), program, [ids(5, 9)], 9)[0]) == oracle, isa
+
+
+@pytest.mark.parametrize("cache", ["f16", "f32", "int8"])
+def test_what_a_page_held_before_is_gone(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that nothing wrote since may hold anything: NaN in every number here."""
+    program = tiny.program(tiny.config(), "nl4", cache=cache)
+    clean = {isa: digest(feed(open_backend(isa, 2), program, [ids(5, 40)], 7)[0]) for isa in NATIVE}
+    made = PageCache.__init__
+
+    def dirty(self: PageCache, *arguments: object) -> None:
+        made(self, *arguments)  # type: ignore[arg-type]
+        self.arena[:] = 0xFF
+
+    monkeypatch.setattr(PageCache, "__init__", dirty)
+    for isa in NATIVE:
+        got = digest(feed(open_backend(isa, 2), program, [ids(5, 40)], 7)[0])
+        assert got == clean[isa], isa
+
+
 @pytest.mark.parametrize("isa", NATIVE)
 def test_the_best_are_those_of_all_logits(isa: str) -> None:
     """Chosen by threads in parts of the vocabulary, ties and all."""

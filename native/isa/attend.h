@@ -77,10 +77,10 @@ inline void softmax(float* scores, int from, int to, float cap, const float* fac
   high = largest(top);
   F sums = zero(), largest_weight = zero();
   for (int j = first; j < last; j += 16) {
-    F e = exponential(sub(load(scores + j), set(high)));
+    F below = sub(load(scores + j), set(high)), e = exponential(below);
     sums = add(sums, e);
-    if (factor) {
-      e = mul(e, load(factor + j));
+    if (factor) {  // around the row it may be infinite, from what the page held before; and that times 0 is not 0
+      e = zero_below(mul(e, load(factor + j)), below, set(-87.0f));
       largest_weight = max(largest_weight, e);
     }
     store(scores + j, e);

@@ -68,9 +68,13 @@ def compare(
     others: Sequence[Model],
     ids: Sequence[int],
     progress: Callable[[int, int], None] = lambda *_: None,
+    window: int = WINDOW,
 ) -> list[Quality]:
-    """The base's quality, then that of each other model against it, on the same tokens."""
-    size = min(WINDOW, *(m.context for m in (base, *others)))
+    """The base's quality, then that of each other model against it, on the same tokens.
+
+    With another `window` it is another protocol.
+    """
+    size = min(window, *(m.context for m in (base, *others)))
     parts = list(windows(ids, size))
     losses: list[list[float]] = [[] for _ in range(len(others) + 1)]
     divergences: list[list[NDArray[np.float64]]] = [[] for _ in others]

@@ -134,7 +134,7 @@ def demo(
         plain = forms(folder, FOLDER, "demo", threads)
         write_twin(FOLDER, folder / "twin")
         twin = forms(folder, folder / "twin", "twin", threads)
-        base = Model(plain["bf16"], threads=threads, context=1024)
+        base = Model(plain["bf16"], threads=threads, context=1024, kv="f32")
         text = (FOLDER / "heldout.txt").read_text("utf-8")
         ids = base.tokenizer.encode(text)[: WINDOWS * 512]
         rows = measure("demo", plain, ids, base, threads, say)

@@ -101,7 +101,8 @@ class Builder:
         for i, op in enumerate(made[:-2]):
             in_a_row = [o.kind for o in made[i : i + 3]] == ["linear", "gate", "quantize"]
             coded = len(op.parts) == 2 and all(p.matrix.scheme.is_coded for p in op.parts)
-            if self.fuse and in_a_row and coded:
+            # where hidden and inner are of one width, its codes would overwrite its input
+            if self.fuse and in_a_row and coded and made[i + 2].target != op.source:
                 self.ops[start + i] = replace(op, fused=True)
 
     def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:

@@ -173,7 +173,7 @@ inline void dot(const uint8_t* block, int groups, const int8_t* tables, const in
   for (int g = 0; g < groups; g++) {
     const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
     for (int line = 0; line < Coder::group_bytes; line += 64)
-      _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_T0);
+      _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_NTA);
     I x0[N], x1[N];
     for (int s = 0; s < N; s++) {
       x0[s] = broadcast(x + size_t(s) * stride + g * kGroup);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Process start to first token, and resident memory at a filled context, beside llama.cpp.
 
-    python benchmarks/startup.py --peer-python PEERS/bin/python
+    python benchmarks/startup.py --envs FOLDER
 
 Each turn is a process of its own, sides in turn, files in the page cache. The clock starts before
 the process does and stops when its first token arrives here: `chalot run`, the Python API
@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from decode import PATH_OPTIONS, chalot_sides, peer_sides
 from machine import HERE, OthersWork, describe_machine, provenance
-from make_models import SHAPES, make
+from make_models import SHAPES
 from report import spread
+from sides import PATH_OPTIONS, prepare
 
 PROMPT = "Once upon a time"  # 16 letters: two tokens or more, of any of these tokenizers
 
@@ -58,21 +58,18 @@ def read_whole(path: Path) -> None:
 
 def sides(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, Path]]:
     """Commands, without the fill, and the file of each side."""
-    folder = make(options.model, options.work / "models")
     commands, files = {}, {}
     limits = [str(options.threads), str(options.context)]
-    for side in chalot_sides(options, folder):
-        file = side.command[-1]
-        one = ["--max-tokens", "1", "--temperature", "0", "--threads", limits[0]]
-        verb = [sys.executable, "-m", "chalot.cli", "run", file, PROMPT, *one]
-        commands[f"{side.name}, chalot run"] = [*verb, "--context", limits[1]]
-        commands[side.name] = [sys.executable, "chalot_start.py", file, PROMPT, *limits]
-        files |= dict.fromkeys((side.name, f"{side.name}, chalot run"), Path(file))
-    for side in peer_sides(options, folder):
-        file = str(options.work / "gguf" / f"{options.model}-{side.name}.gguf")
-        script = str(HERE / "peers" / "llamacpp_start.py")
-        commands[side.name] = [options.peer_python, script, file, PROMPT, *limits]
-        files[side.name] = Path(file)
+    for side in prepare(options)[0]:
+        file = str(side.file)
+        files[side.name] = side.file
+        if side.engine == "chalot":
+            one = ["--max-tokens", "1", "--temperature", "0", "--threads", limits[0]]
+            verb = [side.python, "-m", "chalot.cli", "run", file, PROMPT, *one]
+            commands[f"{side.name}, chalot run"] = [*verb, "--context", limits[1]]
+            files[f"{side.name}, chalot run"] = side.file
+        script = "chalot_start.py" if side.engine == "chalot" else "peers/llamacpp_start.py"
+        commands[side.name] = [side.python, str(HERE / script), file, PROMPT, *limits]
     return commands, files
 
 
@@ -135,18 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", choices=SHAPES, default="qwen2.5-0.5b")
-    add("--schemes", nargs="*", default=["nl4"])
-    add("--peers", nargs="*", default=["Q4_0"], metavar="TYPE")
+    add("--envs", type=Path, default=Path("envs"), help="as for peers.py; llama.cpp's is read")
+    add("--peers", nargs="*", default=["nl4", "Q4_0"], metavar="SIDE", help="default: nl4 Q4_0")
     add("--rounds", type=int, default=7)
     add("--threads", type=int, default=2)
     add("--context", type=int, default=4096, help="tokens that are filled for the memory")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "chalot-benchmarks")
     add("--reuse", action="store_true", help="keep chalot's converted files of the last run too")
-    add("--peer-python", default=sys.executable)
     add("--results", type=Path, default=HERE / "results" / "startup.jsonl")
     add("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
-    options.work, options.flash = options.work.resolve(), "auto"
+    options.work, options.envs = options.work.resolve(), options.envs.absolute()
     result = measure(options)
     print(table(result))
     if not options.no_save:

@@ -221,6 +221,8 @@ def tabulate(file: Path, page: Path | None) -> str:
     last = {}
     for line in file.read_text().splitlines():
         result = json.loads(line)
+        losses = measured_losses()  # those measured since too
+        result["loss"] = {side: losses[side] for side in result["sides"] if side in losses}
         last[result["model"]] = result
     text = "\n\n".join(table(result) for result in last.values())
     if page:

@@ -9,9 +9,9 @@ namespace {
 
 // A pause takes 40 to 140 cycles, some 15 to 50 ns.
 constexpr int kSpins = 6000;  // 0.1 to 0.3 ms: longer than what lies between two tokens
-// At a barrier: 0.6 to 2 ms. Who gives a core away earlier gets it back only when another process has had its turn,
-// some 3 ms; who never does starves threads of its own where they have to share a core.
-constexpr int kPatience = 40000;
+// At a barrier: 0.1 to 0.2 ms. Who gives a core away sooner gets it back only when another process has had its turn,
+// some 3 ms; but where two threads have to share a core, each barrier costs them this.
+constexpr int kPatience = 4000;
 constexpr uint32_t kMxcsr = 0x1f80;
 
 inline void relax() {

@@ -119,7 +119,8 @@ def build_parser() -> Parser:
     bench.add_argument(
         "--depths", type=int, nargs="+", metavar="TOKENS", help="texts' lengths to measure at"
     )
-    bench.add_argument("--kv", help="type of the cache, as for run")
+    kinds = ("int8", "f16", "f32")
+    bench.add_argument("--kv", choices=kinds, help="type of the cache, as for run")
     verify = verb("verify", "check every extent and checksum of a .myai file")
     verify.add_argument("file", help="a .myai file")
     verb("doctor", "what this machine has, and what chalot makes of it")

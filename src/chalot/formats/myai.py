@@ -167,7 +167,10 @@ class MyaiFile:
     def _manifest(self) -> tuple[Manifest, str]:
         magic, version = struct.unpack_from("<2I", self.map, 0)
         if magic != MAGIC:
-            raise FormatError(f"{self.path}: begins with {magic:#x}; this is no .myai file")
+            raise FormatError(
+                f"{self.path}: begins with {magic:#x}; this is no .myai file, which begins with "
+                f"{MAGIC:#x}; make one with chalot convert"
+            )
         if version != VERSION:
             raise UnsupportedError(
                 f"{self.path}: version {version} of the format; this chalot reads version {VERSION}"
@@ -175,7 +178,7 @@ class MyaiFile:
         offset, length, size, expected = WHERE.unpack_from(self.map, 64)
         if size != self.size:
             raise FormatError(
-                f"{self.path}: found {self.size} bytes, expected {size}; truncated download?"
+                f"{self.path}: found {self.size} bytes, expected {size}; copy or download it again"
             )
         if length > MAX_MANIFEST or offset < HEADER or offset + length != size:
             raise FormatError(

@@ -4,6 +4,7 @@ A reader of another format implements `Checkpoint` and adds one line to `open_ch
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +15,17 @@ from chalot.errors import FormatError
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as its file's header describes it. `dtype` is "bf16", "f16" or "f32"."""
+    """A tensor as its file's header describes it.
+
+    `dtype` is "bf16", "f16", "f32", or the format's own name of a quantised type; `scheme` is
+    chalot's scheme that loses least of such a type, "" for numbers.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    scheme: str = ""
 
 
 class Checkpoint(Protocol):
@@ -47,13 +53,30 @@ class Checkpoint(Protocol):
         """Give back file handles and mappings."""
 
 
+READERS = (  # how a file begins -> where its reader is
+    (b"GGUF", "chalot.formats.gguf", "GgufFile"),
+    (b"IAYM", "chalot.formats.myai_source", "MyaiSource"),  # both versions
+    (b"PK\x03\x04", "chalot.formats.npz", "NpzModel"),
+    (b"{", "chalot.formats.npz", "NpzModel"),  # its manifest
+)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint on disk. Raises FormatError when `path` holds none that is known."""
-    from chalot.formats.safetensors import SafetensorsFolder
-
     if path.is_dir():
+        from chalot.formats.safetensors import SafetensorsFolder
+
         return SafetensorsFolder(path)
-    found = "a file" if path.exists() else "nothing"
+    try:
+        with path.open("rb") as file:
+            begin = file.read(64).lstrip(b" \t\r\n")
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    for magic, module, reader in READERS:
+        if begin.startswith(magic):
+            opened: Checkpoint = getattr(import_module(module), reader)(path)
+            return opened
     raise FormatError(
-        f"{path}: found {found}, expected a Hugging Face folder with config.json and *.safetensors"
+        f"{path}: found a file that begins with {begin[:8]!r}, expected a Hugging Face folder, "
+        "a .gguf or .myai file, or an .npz with its manifest"
     )

@@ -1,0 +1,13 @@
+"""Verbs: a file each, with `arguments(parser)` and `main(arguments)`, its exit code."""
+
+VERBS = {  # in the order of `chalot --help`
+    "convert": "convert a checkpoint to one .myai file",
+    "run": "generate text after a prompt",
+    "chat": "talk to a model by its own chat template",
+    "describe": "what a model is, and whether it fits here",
+    "bench": "how fast a model runs here, beside what memory allows",
+    "verify": "check every extent and checksum of a .myai file",
+    "doctor": "what this machine has, and what chalot makes of it",
+    "demo": "convert, measure and run the bundled model",
+}
+TALKS = {"chat"}  # and so has no --json

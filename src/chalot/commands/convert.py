@@ -1,0 +1,49 @@
+"""chalot convert SOURCE -o OUT"""
+
+import sys
+from argparse import ArgumentParser
+from argparse import Namespace as Arguments
+
+from chalot.commands.output import as_json, progress, say
+from chalot.table import rows
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("source", help="a Hugging Face folder or a hub id")
+    parser.add_argument("-o", "--out", required=True, help="the file to write")
+    parser.add_argument(
+        "--scheme",
+        default="nl4",
+        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
+        "with kinds attention, ffn, embedding, head",
+    )
+
+
+def main(arguments: Arguments) -> int:
+    """The exit code."""
+    from chalot.convert import convert as run_it
+
+    command = "chalot " + " ".join(sys.argv[1:])
+    with progress(arguments, "converting") as advance:
+        report = run_it(
+            arguments.source,
+            arguments.out,
+            arguments.scheme,
+            threads=arguments.threads,
+            progress=advance,
+            command=command,
+        )
+    if arguments.json:
+        print(as_json(report))
+        return 0
+    if not arguments.quiet:
+        table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
+        for k in report.kinds:
+            cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
+            table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
+        say(rows(table))
+        say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
+        say("activations; folded: tensors whose columns were balanced by powers of two")
+    print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
+    return 0

@@ -1,0 +1,101 @@
+"""The model that a command works on: options of sampling and cache, and conversion once."""
+
+import hashlib
+from argparse import ArgumentParser, ArgumentTypeError
+from argparse import Namespace as Arguments
+from pathlib import Path
+from typing import Any
+
+from chalot.commands.output import progress, speaker
+from chalot.errors import FormatError
+
+SAMPLING: dict[str, dict[str, Any]] = {  # flag -> argparse's arguments
+    "--temperature": {"type": float, "help": "0 takes the most likely token"},
+    "--top-k": {"type": int, "help": "choose among the k most likely; 0: among all"},
+    "--top-p": {"type": float, "help": "choose among the most likely that hold this share"},
+    "--min-p": {"type": float, "help": "leave out what is below this part of the likeliest"},
+    "--repetition-penalty": {"type": float, "help": "above 1: tokens just used become rarer"},
+    "--seed": {"type": int, "help": "same seed, same text (default: drawn and shown)"},
+}
+MODEL = "a .myai file, a folder, or a hub id (converted once)"
+
+
+def size(text: str) -> int:
+    """A size in bytes."""
+    from chalot.table import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def cache_type(parser: ArgumentParser, default: str | None) -> None:
+    """--kv"""
+    kinds = ("int8", "f16", "f32")
+    parser.add_argument("--kv", choices=kinds, default=default, help="type of the cache")
+
+
+def sampling_arguments(parser: ArgumentParser) -> None:
+    """The options of SAMPLING, context and cache."""
+    text = "most new tokens (default: until the model ends)"
+    parser.add_argument("--max-tokens", type=int, help=text)
+    for flag, settings in SAMPLING.items():
+        parser.add_argument(flag, **settings)
+    parser.add_argument("--context", type=int, help="most tokens of prompt and answer")
+    parser.add_argument("--mlock", action="store_true", help="keep the model's file in memory")
+    parser.add_argument(
+        "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
+    )
+    cache_type(parser, "int8")
+    parser.add_argument(
+        "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 512MB"
+    )
+
+
+def converted(model: str, arguments: Arguments) -> Path:
+    """The `.myai` file of what a user named: a checkpoint is converted once into CHALOT_HOME."""
+    from chalot.sources import resolve
+
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    from chalot.home import home
+
+    name = model.strip("/").replace("/", "--") if not path.exists() else path.resolve().name
+    key = hashlib.sha256(str(path.resolve() if path.exists() else model).encode()).hexdigest()[:12]
+    kept = home() / "models" / f"{name}-{key}-nl4.myai"
+    if kept.exists() and not path.exists():
+        return kept
+    source = resolve(model)
+    newest = max(p.stat().st_mtime for p in [source, *source.iterdir()])
+    if kept.exists() and kept.stat().st_mtime >= newest:
+        return kept
+    from chalot.convert import convert as run_it
+
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FormatError(f"{kept.parent}: cannot be made ({error}); set CHALOT_HOME") from None
+    speaker(arguments)(f"converting {model} to nl4, once, into {kept}")
+    with progress(arguments, "converting") as advance:
+        run_it(source, kept, threads=arguments.threads, progress=advance)
+    return kept
+
+
+def sampling_of(arguments: Arguments) -> dict[str, Any]:
+    """Sampling options that were given."""
+    return {
+        name: getattr(arguments, name)
+        for name in (flag[2:].replace("-", "_") for flag in SAMPLING)
+        if getattr(arguments, name) is not None
+    }
+
+
+def open_model(arguments: Arguments) -> Any:
+    """The model a command works on."""
+    from chalot.load import load
+
+    path = converted(arguments.model, arguments)
+    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
+    return load(path, **{name: getattr(arguments, name) for name in options})

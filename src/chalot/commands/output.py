@@ -1,0 +1,77 @@
+"""What commands share of printing: answers to stdout, everything else to stderr."""
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from argparse import Namespace as Arguments
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def speaker(arguments: Arguments) -> Callable[[str], None]:
+    """`say`, or silence with --quiet."""
+    return (lambda _: None) if arguments.quiet else say
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Warnings as one line, without the source that raised them."""
+    say(f"chalot: {message}")
+
+
+warnings.showwarning = show_warning
+
+
+def as_json(report: Any) -> str:
+    """A report dataclass as JSON; numbers that are not finite become null."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            extra = ("perplexity", "tokens_per_second", "prefill_tokens_per_second")
+            return fields | {n: plain(getattr(value, n)) for n in extra if hasattr(value, n)}
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+            return None
+        return str(value) if isinstance(value, Path) else value
+
+    return json.dumps(plain(report), indent=1, ensure_ascii=False)
+
+
+@contextmanager
+def progress(arguments: Arguments, what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr when it is a terminal; silent otherwise and with --quiet."""
+    if arguments.quiet or not sys.stderr.isatty():
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, name="")
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
+
+
+if os.environ.get("PYTHONUTF8") != "1":  # a terminal that cannot show a character gets a substitute
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

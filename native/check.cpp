@@ -1,4 +1,5 @@
 // What a program and a batch must keep, checked before anything runs: the loops trust it.
+#include <cmath>
 #include <stdexcept>
 
 #include "program.h"
@@ -59,16 +60,22 @@ void Program::check() {
       slot(op.in);
       if (!filled[size_t(op.in)]) invalid(i, "nothing has written what it reads");
     }
+    if (op.add && op.out >= 0) {
+      slot(op.out);
+      if (!filled[size_t(op.out)]) invalid(i, "nothing has written what it adds to");
+    }
+    if (!(op.cap >= 0)) invalid(i, "window and cap must not be negative");
     switch (op.kind) {
       case OpKind::embed:
         if (op.parts.size() != 1) invalid(i, "embed takes one matrix");
+        if (!std::isfinite(op.number)) invalid(i, "embed's factor must be finite");
         numbers(op.out, op.parts[0].w.columns);
         input_vocabulary_ = op.parts[0].w.rows;
         break;
       case OpKind::norm:
-        if (!op.weight) invalid(i, "norm needs a weight");
         numbers(op.in, slot(op.out).width);
         numbers(op.out, slot(op.in).width);
+        if (op.weight_size < size_t(round_up(slot(op.in).width, 16))) invalid(i, "norm needs a weight, padded to 16");
         break;
       case OpKind::quantize:
         if (slot(op.in).planes || !slot(op.out).planes || slot(op.in).width != slot(op.out).width)
@@ -89,6 +96,8 @@ void Program::check() {
         if (op.out < 0) {
           if (op.parts.size() != 1 || !gathered || op.add) invalid(i, "logits come from one matrix after gather");
           vocabulary_ = op.parts[0].w.rows;
+        } else if (op.cap != 0) {
+          invalid(i, "only logits are capped");
         }
         break;
       case OpKind::rope_store:
@@ -96,7 +105,9 @@ void Program::check() {
         if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
         numbers(op.in, queries + 2 * keys);
         if (op.kind == OpKind::attend) numbers(op.out, queries);
-        if (op.window < 0 || !(op.cap >= 0)) invalid(i, "window and cap must not be negative");
+        if (op.kind == OpKind::rope_store && op.weight && op.weight_size != size_t(2 * cache_.stride()))
+          invalid(i, "the weights of norms must be two heads, padded to 16");
+        if (op.window < 0) invalid(i, "window and cap must not be negative");
         break;
       case OpKind::gate:
         numbers(op.in, 2 * slot(op.out).width);

@@ -192,11 +192,15 @@ void Program::apply(const Op& op, const Run& run) {
   const int first = run.from(), last = run.to();
   switch (op.kind) {
     case OpKind::embed:
-      for (int t = first; t < last; t++) k.row(op.parts[0].w, run.batch.ids[t], numbers(op.out, t));
+      for (int t = first; t < last; t++) {
+        float* out = numbers(op.out, t);
+        k.row(op.parts[0].w, run.batch.ids[t], out);
+        for (int i = 0; i < slots_[size_t(op.out)].width; i++) out[i] *= op.number;
+      }
       break;
     case OpKind::norm:
       for (int t = first; t < last; t++)
-        k.rms_norm(numbers(op.in, t), op.weight, slots_[size_t(op.in)].width, op.number, numbers(op.out, t));
+        k.rms_norm(numbers(op.in, t), op.weight, slots_[size_t(op.in)].width, op.number, numbers(op.out, t), op.add);
       break;
     case OpKind::quantize:
       for (int t = first; t < last; t++)
@@ -260,6 +264,9 @@ void Program::linear(const Op& op, const Run& run) {
       } else {
         run.k.dense(part.w, s.numbers.as<float>(), size_t(in.stride()), run.count, first, last, out);
       }
+      if (op.cap == 0) continue;
+      const int row = first * kPanel, end = std::min(last * kPanel, part.w.rows);
+      for (size_t t = 0; t < size_t(run.count); t++) run.k.cap(out.y + t * out.stride + row, size_t(end - row), op.cap);
     }
   }
 }

@@ -18,6 +18,7 @@ from chalot import machine, memory
 from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
 from chalot.errors import FormatError, SchemeError, UnsupportedError
 from chalot.formats import hub
+from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
@@ -160,7 +161,9 @@ def describe(
     elif not path.exists() and isinstance(source, str) and hub.is_hub_id(source):
         remote = hub.headers(source)
         origin = Origin("hub", remote.weight_bytes, remote.download_bytes)
-        found = _of_checkpoint(source, origin, remote.tensors, remote.document, scheme)
+        config = remote.document("config.json")
+        tensors = as_computed(remote.tensors, config, source)
+        found = _of_checkpoint(source, origin, tensors, {"config.json": config}.get, scheme)
     else:
         checkpoint = open_checkpoint(resolve(path))
         try:

@@ -14,7 +14,7 @@ import chalot
 import replay
 import tiny
 from chalot.kernels.backend import open_backend
-from test_exactness import KNOWN, digest, feed, ids
+from test_exactness import FAMILIES, KNOWN, digest, feed, ids
 
 COMPILER = "aarch64-linux-gnu-g++"
 QEMU = "qemu-aarch64"
@@ -93,6 +93,17 @@ def test_what_known_leaves_out(
     file = replay.write(tmp_path / "file", program, text)
     logits = replay.run([QEMU, executable], file, VOCABULARY, isa="neon", threads=2, chunk=9)[1]
     assert digest(logits) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(executable: Path, tmp_path: Path, family: str) -> None:
+    """The committed hash of the last logits by mixed schemes."""
+    changes, known = FAMILIES[family]
+    file = replay.write(
+        tmp_path / "file", tiny.program(tiny.config(**changes), "mixed"), ids(5, 40)
+    )
+    logits = replay.run([QEMU, executable], file, VOCABULARY, isa="neon", threads=2, chunk=9)[1]
+    assert digest(logits[-1]) == known
 
 
 def test_a_lesser_processor_is_known(executable: Path, files: dict[str, Path]) -> None:

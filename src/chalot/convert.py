@@ -399,6 +399,7 @@ def convert(
                 "free some space or choose another place"
             )
         with MyaiWriter(out) as writer:
+            work.progress("", 0, work.total)  # the source is good, and there is a place for it
             work.write(writer)
             said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
             writer.finish(

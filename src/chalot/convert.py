@@ -73,6 +73,7 @@ class ConvertReport:
     weights: int
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
+    notes: tuple[str, ...] = ()  # what a user should know, a line each
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
@@ -377,41 +378,60 @@ def convert(
     """
     from chalot.sources import resolve
 
-    out = Path(out)
     schemes = parse_schemes(scheme)
+    said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
+    name = Path(str(source)).name
     checkpoint = open_checkpoint(resolve(source))
     try:
-        work = Conversion(
-            checkpoint, schemes, open_backend(threads=threads), progress or (lambda *_: None)
+        return write_myai(
+            checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)
         )
-        if work.config.tied and schemes["head"] != schemes["embedding"]:
-            raise SchemeError(
-                f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
-                "head is its embedding; give both one scheme"
-            )
-        need = planned_bytes(work.config, schemes) + sum(
-            len(checkpoint.document(n) or b"") for n in DOCUMENTS
-        )
-        free = machine.disk_free(out.absolute().parent)
-        if free < need:
-            raise LimitError(
-                f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
-                "free some space or choose another place"
-            )
-        with MyaiWriter(out) as writer:
-            work.progress("", 0, work.total)  # the source is good, and there is a place for it
-            work.write(writer)
-            said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
-            writer.finish(
-                msgspec.to_builtins(work.config),
-                Source(Path(str(source)).name, work.digest.hexdigest(), said, __version__),
-                lambda partial: check_text(checkpoint, partial),
-            )
-            kinds = tuple(work.kinds(writer))
     finally:
         checkpoint.close()
+
+
+def write_myai(
+    checkpoint: Checkpoint,
+    out: Path,
+    schemes: Mapping[str, Scheme],
+    name: str,
+    command: str,
+    threads: int | None,
+    progress: Progress,
+) -> ConvertReport:
+    """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
+    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress)
+    if work.config.tied and schemes["head"] != schemes["embedding"]:
+        raise SchemeError(
+            f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
+            "head is its embedding; give both one scheme"
+        )
+    check_space(
+        out,
+        planned_bytes(work.config, schemes)
+        + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
+    )
+    with MyaiWriter(out) as writer:
+        work.progress("", 0, work.total)  # the source is good, and there is a place for it
+        work.write(writer)
+        writer.finish(
+            msgspec.to_builtins(work.config),
+            Source(name, work.digest.hexdigest(), command, __version__),
+            lambda partial: check_text(checkpoint, partial),
+        )
+        kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
     return ConvertReport(str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds)
+
+
+def check_space(out: Path, need: int) -> None:
+    """Raise LimitError if the disk that will hold `out` has fewer than `need` bytes free."""
+    free = machine.disk_free(out.absolute().parent)
+    if free < need:
+        raise LimitError(
+            f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
+            "free some space or choose another place"
+        )
 
 
 def check_text(checkpoint: Checkpoint, partial: Path) -> None:

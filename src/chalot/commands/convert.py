@@ -10,8 +10,12 @@ from chalot.table import rows
 
 def arguments(parser: ArgumentParser) -> None:
     """What it takes."""
-    parser.add_argument("source", help="a Hugging Face folder or a hub id")
-    parser.add_argument("-o", "--out", required=True, help="the file to write")
+    parser.add_argument("source", help="a Hugging Face folder, a model's file, or a hub id")
+    parser.add_argument("-o", "--out", required=True, help="the file or folder to write")
+    parser.add_argument(
+        "--to", help="myai (default), gguf or safetensors; or by the ending of OUT, if it is .gguf"
+    )
+    parser.add_argument("--type", help="for gguf and safetensors: f16, bf16, f32, q8_0, ...")
     parser.add_argument(
         "--scheme",
         default="nl4",
@@ -22,14 +26,17 @@ def arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot.convert import convert as run_it
+    from chalot.export import export as run_it
 
+    to = arguments.to or ("gguf" if arguments.out.endswith(".gguf") else "myai")
     command = "chalot " + " ".join(sys.argv[1:])
     with progress(arguments, "converting") as advance:
         report = run_it(
             arguments.source,
             arguments.out,
-            arguments.scheme,
+            to,
+            arguments.type,
+            scheme=arguments.scheme,
             threads=arguments.threads,
             progress=advance,
             command=command,
@@ -38,6 +45,8 @@ def main(arguments: Arguments) -> int:
         print(as_json(report))
         return 0
     if not arguments.quiet:
+        for note in report.notes:
+            say(note)
         table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
         for k in report.kinds:
             cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")

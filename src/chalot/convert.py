@@ -381,7 +381,7 @@ def convert(
     schemes = parse_schemes(scheme)
     said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
     name = Path(str(source)).name
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return write_myai(
             checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)

@@ -62,7 +62,7 @@ def export(
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None))
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)
     finally:

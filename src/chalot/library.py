@@ -66,7 +66,7 @@ def converted(
     kept = place(source, scheme)
     if not path.exists() and kept.exists():  # of the hub: nobody is asked again
         return kept
-    found = resolve(source)
+    found = resolve(source, progress)
     if kept.exists() and kept.stat().st_mtime >= _newest(found):
         return kept
     from chalot.convert import convert

@@ -1,4 +1,4 @@
-"""Short names of models: what a user types, and the hub id that it stands for.
+"""Short names: what a user types, and the hub id or the scheme that it stands for.
 
 `parameters` counts each weight once (a tied head is its embedding). `licence` marks models whose
 makers want a licence accepted on the model's page first, as far as is known here.
@@ -41,6 +41,15 @@ NAMES: dict[str, Known] = {
     },
     **{f"qwen3-{n.lower()}": Known(f"Qwen/Qwen3-{n}", p) for n, p in QWEN3.items()},
     "bitnet-2b": Known("microsoft/bitnet-b1.58-2B-4T", 2_412_820_480),
+}
+
+BITS = {  # a weight -> the scheme that is meant
+    "8": "int8",
+    "6": "int6",
+    "4": "nl4",
+    "2": "nl2",
+    "1.6": "ternary",
+    "1": "sign",
 }
 
 

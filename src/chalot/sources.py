@@ -8,6 +8,7 @@ from chalot.errors import FormatError, HubNotFoundError, HubOfflineError
 from chalot.short_names import NAMES, near
 
 Answer = TypeVar("Answer")
+Progress = Callable[[str, int, int], None]  # what, done, of
 
 
 def hub_id(source: str | Path) -> str | None:
@@ -22,9 +23,10 @@ def hub_id(source: str | Path) -> str | None:
     return source if hub.is_hub_id(source) else None
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     """The folder or file that holds the source; what is on the hub is downloaded first.
 
+    `progress` is told of the download: what, how many bytes are there, of how many.
     Raises FormatError when there is no such path and it is no name, HubError if the hub refuses.
     """
     path = Path(source).expanduser()
@@ -34,7 +36,11 @@ def resolve(source: str | Path) -> Path:
         raise FormatError(f"{source}: found a device or a pipe, expected a file or a folder")
     from chalot.formats import hub
 
-    return on_hub(source, hub.fetch)
+    def advance(done: int, total: int) -> None:
+        if progress is not None:
+            progress("download", done, total)
+
+    return on_hub(source, lambda repo_id: hub.fetch(repo_id, progress=advance))
 
 
 def on_hub(source: str | Path, ask: Callable[[str], Answer]) -> Answer:

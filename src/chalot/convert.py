@@ -308,16 +308,16 @@ class Conversion:
             if not scheme.is_coded:
                 data = packing.pack_dense(values, scheme)
                 yield data
-                dense = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
-                stored = packing.numbers(dense)
-                again = stored[:PANEL, : values.shape[1]]
+                shape = (len(sample), values.shape[1])
+                part = data[: packing.stored_bytes(scheme, *shape)]
+                again = packing.numbers(packing.Matrix(scheme, shape, part))[:, : shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)
                 data = self.backend.encode(values, scheme)
                 yield data[: layout.panels * layout.panel_bytes]
                 end = layout.segments_at + layout.panels * layout.segment_count * PANEL * 2
-                segments.append(data[layout.segments_at : end])
-                row_scales.append(data[layout.row_scale_at :])
+                segments.append(data[layout.segments_at : end].copy())  # a view would keep all
+                row_scales.append(data[layout.row_scale_at :].copy())
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))

@@ -41,9 +41,9 @@ def main(arguments: Arguments) -> int:
     from chalot import batch
 
     if arguments.out and (len(arguments.source) > 1 or arguments.all):
-        arguments.usage("-o names one file, for one SOURCE; expected --output-dir DIR for several")
+        arguments.parser.error("-o names one file; expected --output-dir DIR for several")
     if not (arguments.source or arguments.all):
-        arguments.usage("found no SOURCE; expected short names, hub ids, folders or files")
+        arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)

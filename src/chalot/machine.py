@@ -70,7 +70,9 @@ def cpu_time() -> CpuTime | None:
         lines = Path("/proc/stat").read_text().splitlines()
         table = {line.split()[0]: [int(n) for n in line.split()[1:9]] for line in lines[1:]
                  if line.startswith("cpu")}  # fmt: skip
-        counted = [sum(n) / ticks for n in zip(*(table[f"cpu{i}"] for i in allowed_cpus()))]
+        counted = [
+            sum(n) / ticks for n in zip(*(table[f"cpu{i}"] for i in allowed_cpus()), strict=True)
+        ]
         _, _, _, idle, waiting, _, _, stolen = counted
     except (AttributeError, OSError, ValueError, KeyError):
         return None

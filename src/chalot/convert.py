@@ -369,18 +369,20 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    name: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
-    embedding, head, attention and ffn. Peak memory is about three times the largest tensor. The
+    embedding, head, attention and ffn. `command` and `name` are what the file says of its making
+    and of its source. Peak memory is that of a layer and its largest tensor (chalot.fitting). The
     file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
     """
-    from chalot.sources import resolve
+    from chalot.sources import called, resolve
 
     schemes = parse_schemes(scheme)
     said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
-    name = Path(str(source)).name
+    name = name or called(source)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return write_myai(

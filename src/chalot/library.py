@@ -7,12 +7,13 @@ converted again.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from chalot.errors import OutputError
 from chalot.home import home
-from chalot.sources import hub_id, resolve
+from chalot.sources import called, hub_id, resolve
 
 SCHEME = "nl4"  # of what is converted without being asked how
 SUFFIX = ".myai"
@@ -84,7 +85,11 @@ def converted(
             say(f"converting {source} to {scheme}, once, into {kept}")
         progress(what, done, total)
 
-    convert(found, kept, scheme, threads=threads, progress=advance)
+    command = shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
+    convert(
+        found, kept, scheme,
+        threads=threads, progress=advance, command=command, name=called(source),
+    )  # fmt: skip
     return kept
 
 

@@ -23,6 +23,11 @@ def hub_id(source: str | Path) -> str | None:
     return source if hub.is_hub_id(source) else None
 
 
+def called(source: str | Path) -> str:
+    """What a file that is made from a source calls it: its hub id, or its own name."""
+    return hub_id(source) or Path(str(source)).name
+
+
 def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     """The folder or file that holds the source; what is on the hub is downloaded first.
 

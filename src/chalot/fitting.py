@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot import machine, memory
-from chalot.convert import RUN, parse_schemes, planned_bytes
+from chalot.convert import CALIBRATION_TOKENS, RUN, parse_schemes, planned_bytes
 from chalot.errors import LimitError
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.hub_cache import Repository, cache_folder
@@ -33,7 +33,7 @@ from chalot.table import rows, size
 CONTEXT = 4096  # tokens to judge at, unless others are asked for or the model has fewer
 CHOICES = ("int8", "int6", "nl4")  # for --fit, best first; fewer bits cost too much unasked
 WIDTHS = {"bf16": 2, "f16": 2}  # bytes of a number in a layer that waits for calibration; else 4
-COPIES = 4.2  # of a run of rows at once: read, folded, encoded, and the next one
+COPIES, DENSE_COPIES = 4.2, 3.0  # of a run of rows at once: read, folded, encoded, the next one
 WITH_TABLES = 1.75  # of the documents' bytes: most is the tokenizer, whose tables go with it
 CHECKED_ENTRY = 1600  # bytes of a token while two tokenizers are compared: 243 MB for 151,936
 
@@ -122,7 +122,9 @@ def converting_bytes(
 ) -> int:
     """Bytes resident at the worst moment of a conversion, `coded` if any scheme is."""
     matrices = [t.shape for t in model_tensors(config) if t.kind != "vector"]
-    run = max(RUN, PANEL * max(shape[1] for shape in matrices)) * 4 * COPIES
+    numbers = max(RUN, PANEL * max(shape[1] for shape in matrices))
+    numbers = min(numbers, max(map(prod, matrices)))
+    run = numbers * 4 * (COPIES if coded else DENSE_COPIES)
     layer = 0
     if coded:
         specs = [t for t in layer_tensors(config, 0) if t.kind != "vector"]
@@ -131,6 +133,7 @@ def converting_bytes(
         counts = [prod(t.shape) for t in specs]
         packed = accumulate(counts)
         layer = max(width * p + 4 * n for n, p in zip(counts, packed, strict=True))
+        layer += CALIBRATION_TOKENS * 4 * (3 * config.feed_forward + 6 * config.hidden)  # its slots
     tokenizers = memory.TOKENIZER + CHECKED_ENTRY * config.vocabulary if text else 0
     return int(memory.baseline() + max(run, layer, tokenizers))
 

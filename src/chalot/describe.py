@@ -34,7 +34,7 @@ from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
-from chalot.sources import hub_id, on_hub, resolve
+from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.table import pairs, rows, size
 from chalot.text.byte_pairs import TABLES
 
@@ -161,7 +161,7 @@ def describe(
     scheme, for a file in `folder` (default: the current one). Raises
     FormatError, UnsupportedError, SchemeError, ContextError, HubError.
     """
-    path, place = Path(source).expanduser(), (context, folder)
+    path, place = as_path(source), (context, folder)
     if path.is_file() and is_ready(path):
         if scheme is not None:
             raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from chalot import batch, cli, library, shelf, sources
+from chalot.describe import describe
 from chalot.errors import ChalotError, FormatError, HubOfflineError, OutputError
 from chalot.formats import hub
 from chalot.formats.myai import MyaiFile
@@ -118,6 +119,20 @@ def test_a_short_name_is_fetched_and_converted_once(tinyllama: HubServer) -> Non
     file = MyaiFile(first)
     assert file.manifest.source.name == NAMES["tinyllama"].id
     file.close()
+
+
+def test_a_downloaded_model_is_described_without_the_hub(
+    tinyllama: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    online = describe("tinyllama")
+    folder = sources.resolve("tinyllama")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = describe("tinyllama")
+    assert found.source == str(folder) and found.tensors == online.tensors
+    with pytest.raises(HubOfflineError):
+        describe("gemma-2b")
 
 
 def test_nothing_is_announced_that_cannot_begin(home: Path, tmp_path: Path) -> None:

@@ -16,13 +16,14 @@ import msgspec
 
 from chalot import machine, memory
 from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
-from chalot.errors import FormatError, SchemeError, UnsupportedError
+from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeError, UnsupportedError
 from chalot.fitting import Fit, fit
 from chalot.fitting import render as render_fit
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
+from chalot.formats.hub_cache import Repository
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import instruction_sets, open_backend
@@ -166,8 +167,14 @@ def describe(
         if scheme is not None:
             raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")
         found = _of_myai(path)
-    elif hub_id(source) is not None:
-        remote = on_hub(source, hub.headers)
+    elif (named := hub_id(source)) is not None:
+        try:
+            remote = on_hub(source, hub.headers)
+        except (HubOfflineError, HubBusyError):
+            copy = Repository(named).find("main")  # downloaded earlier
+            if copy is None:
+                raise
+            return describe(copy, scheme, context, folder)
         length = remote.download_bytes - remote.weight_bytes
         origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
         found = _of_checkpoint(

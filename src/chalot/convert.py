@@ -73,6 +73,7 @@ class ConvertReport:
     weights: int
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
+    notes: tuple[str, ...] = ()  # what a user should know, a line each
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
@@ -307,16 +308,16 @@ class Conversion:
             if not scheme.is_coded:
                 data = packing.pack_dense(values, scheme)
                 yield data
-                dense = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
-                stored = packing.numbers(dense)
-                again = stored[:PANEL, : values.shape[1]]
+                shape = (len(sample), values.shape[1])
+                part = data[: packing.stored_bytes(scheme, *shape)]
+                again = packing.numbers(packing.Matrix(scheme, shape, part))[:, : shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)
                 data = self.backend.encode(values, scheme)
                 yield data[: layout.panels * layout.panel_bytes]
                 end = layout.segments_at + layout.panels * layout.segment_count * PANEL * 2
-                segments.append(data[layout.segments_at : end])
-                row_scales.append(data[layout.row_scale_at :])
+                segments.append(data[layout.segments_at : end].copy())  # a view would keep all
+                row_scales.append(data[layout.row_scale_at :].copy())
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
@@ -368,49 +369,71 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    name: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
-    embedding, head, attention and ffn. Peak memory is about three times the largest tensor. The
+    embedding, head, attention and ffn. `command` and `name` are what the file says of its making
+    and of its source. Peak memory is that of a layer and its largest tensor (chalot.fitting). The
     file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
     """
-    from chalot.sources import resolve
+    from chalot.sources import called, resolve
 
-    out = Path(out)
     schemes = parse_schemes(scheme)
-    checkpoint = open_checkpoint(resolve(source))
+    said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
+    name = name or called(source)
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
-        work = Conversion(
-            checkpoint, schemes, open_backend(threads=threads), progress or (lambda *_: None)
+        return write_myai(
+            checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)
         )
-        if work.config.tied and schemes["head"] != schemes["embedding"]:
-            raise SchemeError(
-                f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
-                "head is its embedding; give both one scheme"
-            )
-        need = planned_bytes(work.config, schemes) + sum(
-            len(checkpoint.document(n) or b"") for n in DOCUMENTS
-        )
-        free = machine.disk_free(out.absolute().parent)
-        if free < need:
-            raise LimitError(
-                f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
-                "free some space or choose another place"
-            )
-        with MyaiWriter(out) as writer:
-            work.write(writer)
-            said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
-            writer.finish(
-                msgspec.to_builtins(work.config),
-                Source(Path(str(source)).name, work.digest.hexdigest(), said, __version__),
-                lambda partial: check_text(checkpoint, partial),
-            )
-            kinds = tuple(work.kinds(writer))
     finally:
         checkpoint.close()
+
+
+def write_myai(
+    checkpoint: Checkpoint,
+    out: Path,
+    schemes: Mapping[str, Scheme],
+    name: str,
+    command: str,
+    threads: int | None,
+    progress: Progress,
+) -> ConvertReport:
+    """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
+    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress)
+    if work.config.tied and schemes["head"] != schemes["embedding"]:
+        raise SchemeError(
+            f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
+            "head is its embedding; give both one scheme"
+        )
+    check_space(
+        out,
+        planned_bytes(work.config, schemes)
+        + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
+    )
+    with MyaiWriter(out) as writer:
+        work.progress("", 0, work.total)  # the source is good, and there is a place for it
+        work.write(writer)
+        writer.finish(
+            msgspec.to_builtins(work.config),
+            Source(name, work.digest.hexdigest(), command, __version__),
+            lambda partial: check_text(checkpoint, partial),
+        )
+        kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
     return ConvertReport(str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds)
+
+
+def check_space(out: Path, need: int) -> None:
+    """Raise LimitError if the disk that will hold `out` has fewer than `need` bytes free."""
+    free = machine.disk_free(out.absolute().parent)
+    if free < need:
+        raise LimitError(
+            f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
+            "free some space or choose another place"
+        )
 
 
 def check_text(checkpoint: Checkpoint, partial: Path) -> None:

@@ -1,0 +1,71 @@
+"""The verb `convert` with a target: any checkpoint as a file or folder that others read.
+
+A target is a row of `TARGETS`: a function that writes an opened checkpoint to a place, whole or not
+at all, a run of rows at a time, and reports what that cost. `.myai` is one of them.
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from chalot.convert import DEFAULT_SCHEME, ConvertReport, Progress, parse_schemes, write_myai
+from chalot.errors import SchemeError
+from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a target may want to know. A target that has no use for a setting ignores it."""
+
+    source: str  # as the user named it
+    type: str | None = None  # of --type: the numbers or blocks that the target stores
+    scheme: str = DEFAULT_SCHEME
+    command: str = ""  # that makes this, for the target's own record
+    threads: int | None = None
+    progress: Progress = lambda *_: None
+
+
+Target = Callable[[Checkpoint, Path, Options], ConvertReport]
+
+
+def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
+    """A `.myai` file with the schemes of `options.scheme`."""
+    from chalot.sources import called
+
+    schemes, name = parse_schemes(options.scheme), called(options.source)
+    return write_myai(
+        checkpoint, out, schemes, name, options.command, options.threads, options.progress
+    )
+
+
+TARGETS: dict[str, Target] = {"myai": to_myai}
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    to: str = "myai",
+    type: str | None = None,
+    *,
+    scheme: str = DEFAULT_SCHEME,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> ConvertReport:
+    """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
+
+    The file or folder appears whole or not at all. Raises SchemeError for a target or type that is
+    not known, and any other ChalotError for what is wrong with source or place.
+    """
+    from chalot.sources import resolve
+
+    if to not in TARGETS:
+        raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
+    said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
+    options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None))
+    checkpoint = open_checkpoint(resolve(source, progress))
+    try:
+        return TARGETS[to](checkpoint, Path(out), options)
+    finally:
+        checkpoint.close()

@@ -31,7 +31,9 @@ Target = Callable[[Checkpoint, Path, Options], ConvertReport]
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
     """A `.myai` file with the schemes of `options.scheme`."""
-    schemes, name = parse_schemes(options.scheme), Path(options.source).name
+    from chalot.sources import called
+
+    schemes, name = parse_schemes(options.scheme), called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress
     )
@@ -62,7 +64,7 @@ def export(
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None))
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)
     finally:

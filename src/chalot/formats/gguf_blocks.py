@@ -55,7 +55,7 @@ def _pairs_of_bits(codes: Bytes) -> Bytes:
     """Codes of 2 bits: of each run of 32 bytes the lowest two bits, then the next, four times."""
     runs = codes.reshape(len(codes), -1, 1, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    return (runs >> shifts & 3).reshape(len(codes), -1)
+    return (runs >> shifts & np.uint8(3)).reshape(len(codes), -1)
 
 
 def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
@@ -67,7 +67,7 @@ def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
 def _planes(masks: Bytes) -> Bytes:
     """(blocks, 256) of 32 bytes: bit 0 of all of them, then bit 1 of all, ..."""
     shifts = np.arange(8, dtype=np.uint8).reshape(1, 8, 1)
-    return (masks[:, None, :] >> shifts & 1).reshape(len(masks), -1)
+    return (masks[:, None, :] >> shifts & np.uint8(1)).reshape(len(masks), -1)
 
 
 def _scales_and_minimums(s: Bytes) -> tuple[Floats, Floats]:

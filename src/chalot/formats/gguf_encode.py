@@ -265,12 +265,12 @@ def _scales_and_minimums(
     return (scale * largest).reshape(shape), (-low * largest).reshape(shape)
 
 
-def _fit(w: Floats, x: Floats, l: Floats, l2: Floats, xl: Floats) -> tuple[Floats, Floats]:
-    """Slope and offset <= 0 of the weighted line through codes l and numbers x, from their sums."""
-    spread = w * l2 - l * l
-    slope, offset = _over(w * xl - x * l, spread), _over(l2 * x - l * xl, spread)
+def _fit(w: Floats, x: Floats, c: Floats, cc: Floats, xc: Floats) -> tuple[Floats, Floats]:
+    """Slope and offset <= 0 of the weighted line through codes c and numbers x, from their sums."""
+    spread = w * cc - c * c
+    slope, offset = _over(w * xc - x * c, spread), _over(cc * x - c * xc, spread)
     positive = offset > 0  # only what is subtracted can be stored
-    return np.where(positive, _over(xl, l2), slope), np.where(positive, F32(0), offset)
+    return np.where(positive, _over(xc, cc), slope), np.where(positive, F32(0), offset)
 
 
 def _whole(numbers: Floats, most: int) -> tuple[Floats, Floats]:

@@ -6,6 +6,9 @@ Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Standardized 
 import re
 from types import MappingProxyType
 
+import numpy as np
+from numpy.typing import NDArray
+
 # stems without ".weight" and ".bias"; layers' own are below
 MODEL = MappingProxyType(
     {
@@ -84,12 +87,11 @@ def _translated(
     return f"{prefix}{block[1]}.{layer[block[2]]}.{suffix}"
 
 
-def stored_row(row: int, head: int) -> int:
-    """Where an interleaved file has row `row` of q or k, in heads of `head` rows.
+def stored_rows(rows: NDArray[np.int64], head: int) -> NDArray[np.int64]:
+    """Where an interleaved file has these rows of q or k, in heads of `head` rows.
 
     Half-split rope turns rows i and i + head / 2 together, interleaved rope 2 i and 2 i + 1.
-    Works on arrays of rows as well.
     """
-    within = row % head
+    within = rows % head
     half = head // 2
-    return row - within + 2 * (within % half) + within // half
+    return rows - within + 2 * (within % half) + within // half

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import OutputError
+from chalot.formats.files import remedy
 
 try:
     import fcntl
@@ -29,7 +30,7 @@ def cannot_be_written(path: Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", None) or str(error)
     return OutputError(
         f"{path}: cannot be written ({reason}); nothing was left under that name. "
-        "Free some space, or choose another place"
+        f"{remedy(error, path)}"
     )
 
 

@@ -195,6 +195,7 @@ class Conversion:
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
         self.schemes = {s.name: schemes[s.kind] for s in self.specs if s.kind != "vector"}
+        self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
@@ -204,14 +205,14 @@ class Conversion:
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
-        """Rows of a tensor as float32. Raises WeightError for NaN or Inf."""
+        """Rows of a tensor as it is computed with. Raises WeightError for NaN or Inf."""
         values = self.checkpoint.float32(hugging_face(name), first, last)
         if not np.isfinite(values).all():
             raise WeightError(
                 f"{self.checkpoint.path}: tensor {hugging_face(name)} has NaN or Inf among its "
                 "weights; take another checkpoint"
             )
-        return values
+        return values + self.offsets[name] if name in self.offsets else values
 
     def write(self, writer: MyaiWriter) -> None:
         """All tensors, in the order in which a forward pass meets them."""
@@ -259,6 +260,7 @@ class Conversion:
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
+        hidden *= np.float32(self.config.embedding_scale)
         calibration = Calibration(self.config, self.schemes, self.backend, frequencies, hidden)
         calibration.plan = self.plan
         return calibration

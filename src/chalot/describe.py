@@ -228,7 +228,7 @@ def _of_checkpoint(
         if info is None or info.shape != spec.shape:
             has = "is missing" if info is None else f"has shape {info.shape}"
             raise FormatError(f"{source}: tensor {name} {has}; config.json asks for {spec.shape}")
-        if info.dtype not in SCHEMES:
+        if info.dtype not in SCHEMES and not info.scheme:
             raise UnsupportedError(
                 f"{source}: tensor {name} is {info.dtype}; chalot reads bf16, f16 and f32: "
                 "use the model's original, not yet quantised checkpoint"
@@ -262,7 +262,7 @@ def _description(
     return Description(
         source,
         origin,
-        msgspec.to_builtins(config),
+        {**msgspec.structs.asdict(config), **msgspec.to_builtins(config)},
         parameters,
         total,
         file_bytes,

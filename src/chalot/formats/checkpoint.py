@@ -66,9 +66,9 @@ READERS = (  # how a file begins -> where its reader is
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint on disk. Raises FormatError when `path` holds none that is known."""
     if path.is_dir():
-        from chalot.formats.safetensors import SafetensorsFolder
+        from chalot.formats.bitnet import open_folder
 
-        return SafetensorsFolder(path)
+        return open_folder(path)
     try:
         with path.open("rb") as file:
             begin = file.read(64).lstrip(b" \t\r\n")

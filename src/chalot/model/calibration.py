@@ -19,7 +19,7 @@ from chalot.kernels.program import Batch, padded_vector
 from chalot.kernels.reference import rms_norm
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
-from chalot.model.layers import layer_tensors
+from chalot.model.layers import ffn_norm, layer_tensors
 from chalot.model.transformer import LAYER_INPUTS, Weights, build_layer
 from chalot.quant import fold
 from chalot.quant.grids import nl4_tables
@@ -193,12 +193,16 @@ class Calibration:
         def same(factor: Floats) -> Floats:
             return factor
 
+        attended = ("value", values_to_output, value_rows)
+        gated = ("up", same, same)
+        if self.config.inner_norms:
+            attended, gated = ("attention_inner_norm", same, same), ("ffn_inner_norm", same, same)
         # input, the matrices that read it, what produces it, how its factors are shared and seen
-        for slot, readers, producer, share, seen in (
-            ("attention input", ("query", "key", "value"), "attention_norm", same, same),
-            ("attention output", ("output",), "value", values_to_output, value_rows),
-            ("feed-forward input", ("gate", "up"), "ffn_norm", same, same),
-            ("feed-forward inner", ("down",), "up", same, same),
+        for slot, readers, (producer, share, seen) in (
+            ("attention input", ("query", "key", "value"), ("attention_norm", same, same)),
+            ("attention output", ("output",), attended),
+            ("feed-forward input", ("gate", "up"), (ffn_norm(self.config), same, same)),
+            ("feed-forward inner", ("down",), gated),
         ):
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:

@@ -105,7 +105,7 @@ def read_array(path: Path) -> NDArray[Any]:
             )
         out = np.empty(array.shape, array.dtype)
         file.seek(array.begin)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = memoryview(out.reshape(-1).view(np.uint8).data)
         while view:
             done = file.readinto(view)  # type: ignore[attr-defined]
             if not done:

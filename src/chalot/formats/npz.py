@@ -244,8 +244,8 @@ class NpzModel:
         found = place.array
         if found.dtype != np.uint8 or len(found.shape) != 1 or found.nbytes > DOCUMENTS[name]:
             raise FormatError(
-                f"{self.zip.path}: document {name}: found {found.dtype.str} of shape {found.shape}, "
-                f"expected at most {DOCUMENTS[name]:,} bytes"
+                f"{self.zip.path}: document {name}: found {found.dtype.str} of shape "
+                f"{found.shape}, expected at most {DOCUMENTS[name]:,} bytes"
             )
         return place
 

@@ -60,8 +60,8 @@ def dequantize_rows(coded: Rows) -> NDArray[np.float32]:
         numbers = numbers + numbers - F32(1)
     else:
         numbers -= coded.zero[:, None]
-    numbers *= coded.scale[:, None]
-    return numbers
+    out: NDArray[np.float32] = numbers * coded.scale[:, None]
+    return out
 
 
 def mean_size(weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -72,7 +72,8 @@ def mean_size(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     while total.shape[1] > 1:
         half = total.shape[1] // 2
         total = total[:, :half] + total[:, half:]
-    return (total[:, 0] / columns).astype(F32)
+    mean: NDArray[np.float32] = (total[:, 0] / columns).astype(F32)
+    return mean
 
 
 def row_bytes(columns: int, bits: int) -> int:

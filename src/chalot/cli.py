@@ -50,6 +50,7 @@ def build_parser(verb: str | None = None) -> Parser:
         if name != verb:
             continue
         common(found)
+        found.set_defaults(usage=found.error)  # for what only the verb can see is wrong usage
         if name not in TALKS:
             found.add_argument("--json", action="store_true", help="the report as JSON on stdout")
         import_module(f"chalot.commands.{name}").arguments(found)

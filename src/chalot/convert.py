@@ -74,6 +74,7 @@ class ConvertReport:
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
     notes: tuple[str, ...] = ()  # what a user should know, a line each
+    validation: Any = None  # a ValidateReport, where the files were compared with their source
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
@@ -381,7 +382,7 @@ def convert(
     schemes = parse_schemes(scheme)
     said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
     name = Path(str(source)).name
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return write_myai(
             checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)
@@ -412,6 +413,7 @@ def write_myai(
         + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
     )
     with MyaiWriter(out) as writer:
+        work.progress("", 0, work.total)  # the source is good, and there is a place for it
         work.write(writer)
         writer.finish(
             msgspec.to_builtins(work.config),

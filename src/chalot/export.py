@@ -25,7 +25,7 @@ class Options:
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
-    bits: int = 4  # of npz
+    bits: str = "4"  # of npz
 
 
 Target = Callable[[Checkpoint, Path, Options], ConvertReport]
@@ -56,7 +56,7 @@ def export(
     type: str | None = None,
     *,
     scheme: str = DEFAULT_SCHEME,
-    bits: int = 4,
+    bits: str = "4",
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -72,7 +72,7 @@ def export(
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None), bits)
-    checkpoint = open_checkpoint(resolve(source))
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)
     finally:

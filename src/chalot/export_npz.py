@@ -40,8 +40,6 @@ class NpzExport:
     """One checkpoint on its way into one pair of files."""
 
     def __init__(self, checkpoint: Checkpoint, bits: int, progress: Progress) -> None:
-        if bits not in BITS:
-            raise SchemeError(f"--bits {bits}: not known to npz; choose one of 8, 4, 2, 1")
         self.checkpoint = checkpoint
         self.bits = bits
         self.progress = progress
@@ -161,16 +159,18 @@ def model_name(source: str) -> str:
 
 
 def write_npz(
-    checkpoint: Checkpoint, folder: Path, source: str, bits: int, command: str, progress: Progress
+    checkpoint: Checkpoint, folder: Path, source: str, bits: str, command: str, progress: Progress
 ) -> ConvertReport:
     """Both files in `folder`; the report's path is the manifest's.
 
     Raises SchemeError for other widths, and any other ChalotError as `convert` does.
     """
-    work = NpzExport(checkpoint, bits, progress)
+    if bits not in map(str, BITS):
+        raise SchemeError(f"--bits {bits}: npz has none of that width; choose one of 8, 4, 2, 1")
+    work = NpzExport(checkpoint, int(bits), progress)
     name = model_name(source)
     check_space(folder, work.planned_bytes())
-    with NpzWriter(folder, name, bits) as writer:
+    with NpzWriter(folder, name, int(bits)) as writer:
         work.write(writer, name, command)
     made = sum(p.stat().st_size for p in (writer.npz_path, writer.manifest_path))
     kinds = tuple(work.kinds())

@@ -1,49 +1,147 @@
-"""chalot convert SOURCE -o OUT"""
+"""chalot convert SOURCE ..."""
 
 import sys
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from chalot.commands.output import as_json, progress, say
+from chalot.errors import OutputError
+from chalot.short_names import BITS
 from chalot.table import rows
 
 
 def arguments(parser: ArgumentParser) -> None:
     """What it takes."""
-    parser.add_argument("source", help="a Hugging Face folder, a model's file, or a hub id")
-    parser.add_argument("-o", "--out", required=True, help="the file or folder to write")
+    parser.add_argument("source", nargs="*", help="short names, hub ids, folders, models' files")
     parser.add_argument(
-        "--to", help="myai (default), gguf or safetensors; or by the ending of OUT, if it is .gguf"
+        "--all",
+        action="store_true",
+        help="every checkpoint below the folders SOURCE; without one, all that were downloaded",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-o", "--out", help="what to write (default: NAME-SCHEME.myai)")
+    where.add_argument("--output-dir", metavar="DIR", help="where to write NAME-SCHEME.myai")
+    parser.add_argument(
+        "--to",
+        help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
     )
     parser.add_argument("--type", help="for gguf and safetensors: f16, bf16, f32, q8_0, ...")
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--scheme",
-        default="nl4",
         help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
         "with kinds attention, ffn, embedding, head",
     )
+    how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
+    parser.add_argument(
+        "--no-validate",
+        dest="validate",
+        action="store_false",
+        help="for npz: do not compare what was written with SOURCE",
+    )
+    parser.add_argument("--tolerance", type=float, help="for npz: as for chalot validate")
 
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot.export import export as run_it
+    from chalot import batch
 
-    to = arguments.to or ("gguf" if arguments.out.endswith(".gguf") else "myai")
+    if arguments.out and (len(arguments.source) > 1 or arguments.all):
+        arguments.usage("-o names one file, for one SOURCE; expected --output-dir DIR for several")
+    if not (arguments.source or arguments.all):
+        arguments.usage("found no SOURCE; expected short names, hub ids, folders or files")
+    named = batch.sources(arguments.source, arguments.all)
+    if len(named) == 1 and not arguments.all:
+        report = one(named[0], arguments)
+        if arguments.json:
+            print(as_json(report))
+        return 0 if passed(report) else 1
+
+    def failed(failure: batch.Failure) -> None:
+        say(f"chalot: {failure.error}")
+
+    found = batch.run(named, lambda source: one(source, arguments), failed)
+    if arguments.json:
+        print(as_json(found))
+    say(f"{len(found.reports)} of {len(named)} converted")
+    for failure in found.failed:
+        say(f"failed: {failure.source}")
+    return 0 if not found.failed and all(map(passed, found.reports)) else 1
+
+
+def one(source: str, arguments: Arguments) -> Any:
+    """Convert one source, say what that cost, and return the report."""
+    from chalot import batch
+    from chalot.convert import DEFAULT_SCHEME
+    from chalot.export import export
+
+    out = arguments.out or ""
+    to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
+    scheme = arguments.scheme or BITS.get(arguments.bits, DEFAULT_SCHEME)
+    if to == "npz":
+        out = out or str(folder_for(arguments))
+    elif not out:
+        kind = scheme if to == "myai" else arguments.type or ""
+        out = str(batch.place(source, kind, to, folder_for(arguments)))
     command = "chalot " + " ".join(sys.argv[1:])
-    with progress(arguments, "converting") as advance:
-        report = run_it(
-            arguments.source,
-            arguments.out,
+    with progress(arguments, f"converting {source}") as advance:
+        report = export(
+            source,
+            out,
             to,
             arguments.type,
-            scheme=arguments.scheme,
+            scheme=scheme,
+            bits=arguments.bits or "4",
             threads=arguments.threads,
             progress=advance,
             command=command,
         )
-    if arguments.json:
-        print(as_json(report))
-        return 0
+    if not arguments.json:
+        show(report, arguments)
+    if to == "npz" and arguments.validate:
+        report = validated(report, source, arguments)
+    return report
+
+
+def validated(report: Any, source: str, arguments: Arguments) -> Any:
+    """The report, with what comparing the files with their source found; shown, too."""
+    from chalot.validate import render, validate
+
+    with progress(arguments, "validating") as advance:
+        found = validate(
+            report.path,
+            source,
+            tolerance=arguments.tolerance,
+            threads=arguments.threads,
+            progress=advance,
+        )
+    if not arguments.json:
+        print(render(found, arguments.verbose))
+    return replace(report, validation=found)
+
+
+def passed(report: Any) -> bool:
+    """Whether a conversion was compared with its source, if at all, and found near enough."""
+    return report.validation is None or report.validation.ok
+
+
+def folder_for(arguments: Arguments) -> Path:
+    """The folder of outputs that have no name yet. Raises OutputError if it cannot be made."""
+    folder = Path(arguments.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"--output-dir {folder}: cannot be made ({error.strerror}); choose another place"
+        ) from None
+    return folder
+
+
+def show(report: Any, arguments: Arguments) -> None:
+    """The cost of each kind of tensor on stderr, the file on stdout."""
     if not arguments.quiet:
         for note in report.notes:
             say(note)
@@ -55,4 +153,3 @@ def main(arguments: Arguments) -> int:
         say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
         say("activations; folded: tensors whose columns were balanced by powers of two")
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
-    return 0

@@ -44,6 +44,19 @@ def is_hash(text: Any) -> TypeGuard[str]:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
 
 
+def downloaded() -> list[tuple[str, Path]]:
+    """(repository's id, folder) of every model that the cache holds whole, by id."""
+    from huggingface_hub import constants
+
+    found = []
+    for path in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
+        repo_id = path.name.removeprefix("models--").replace("--", "/")
+        folder = Repository(repo_id).find("main")
+        if folder is not None:
+            found.append((repo_id, folder))
+    return found
+
+
 class Repository:
     """The cache's directory of one repository."""
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -75,6 +76,7 @@ class ConvertReport:
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
     notes: tuple[str, ...] = ()  # what a user should know, a line each
+    validation: Any = None  # a ValidateReport, where the files were compared with their source
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:

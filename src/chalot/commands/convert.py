@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def arguments(parser: ArgumentParser) -> None:
     where.add_argument("-o", "--out", help="what to write (default: NAME-SCHEME.myai)")
     where.add_argument("--output-dir", metavar="DIR", help="where to write NAME-SCHEME.myai")
     parser.add_argument(
-        "--to", help="myai (default), gguf or safetensors; or by the ending of OUT, if it is .gguf"
+        "--to",
+        help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
     )
     parser.add_argument("--type", help="for gguf and safetensors: f16, bf16, f32, q8_0, ...")
     how = parser.add_mutually_exclusive_group()
@@ -34,6 +36,13 @@ def arguments(parser: ArgumentParser) -> None:
         "with kinds attention, ffn, embedding, head",
     )
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
+    parser.add_argument(
+        "--no-validate",
+        dest="validate",
+        action="store_false",
+        help="for npz: do not compare what was written with SOURCE",
+    )
+    parser.add_argument("--tolerance", type=float, help="for npz: as for chalot validate")
 
 
 def main(arguments: Arguments) -> int:
@@ -49,7 +58,7 @@ def main(arguments: Arguments) -> int:
         report = one(named[0], arguments)
         if arguments.json:
             print(as_json(report))
-        return 0
+        return 0 if passed(report) else 1
 
     def failed(failure: batch.Failure) -> None:
         say(f"chalot: {failure.error}")
@@ -60,7 +69,7 @@ def main(arguments: Arguments) -> int:
     say(f"{len(found.reports)} of {len(named)} converted")
     for failure in found.failed:
         say(f"failed: {failure.source}")
-    return 1 if found.failed else 0
+    return 0 if not found.failed and all(map(passed, found.reports)) else 1
 
 
 def one(source: str, arguments: Arguments) -> Any:
@@ -72,7 +81,9 @@ def one(source: str, arguments: Arguments) -> Any:
     out = arguments.out or ""
     to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
     scheme = arguments.scheme or BITS.get(arguments.bits, DEFAULT_SCHEME)
-    if not out:
+    if to == "npz":
+        out = out or str(folder_for(arguments))
+    elif not out:
         kind = scheme if to == "myai" else arguments.type or ""
         out = str(batch.place(source, kind, to, folder_for(arguments)))
     command = "chalot " + " ".join(sys.argv[1:])
@@ -83,13 +94,38 @@ def one(source: str, arguments: Arguments) -> Any:
             to,
             arguments.type,
             scheme=scheme,
+            bits=arguments.bits or "4",
             threads=arguments.threads,
             progress=advance,
             command=command,
         )
     if not arguments.json:
         show(report, arguments)
+    if to == "npz" and arguments.validate:
+        report = validated(report, source, arguments)
     return report
+
+
+def validated(report: Any, source: str, arguments: Arguments) -> Any:
+    """The report, with what comparing the files with their source found; shown, too."""
+    from chalot.validate import render, validate
+
+    with progress(arguments, "validating") as advance:
+        found = validate(
+            report.path,
+            source,
+            tolerance=arguments.tolerance,
+            threads=arguments.threads,
+            progress=advance,
+        )
+    if not arguments.json:
+        print(render(found, arguments.verbose))
+    return replace(report, validation=found)
+
+
+def passed(report: Any) -> bool:
+    """Whether a conversion was compared with its source, if at all, and found near enough."""
+    return report.validation is None or report.validation.ok
 
 
 def folder_for(arguments: Arguments) -> Path:

@@ -15,6 +15,7 @@ from chalot.formats.names import hugging_face
 from chalot.model.config import from_hugging_face
 from myai_files import SMALL, checkpoint, edited, random_file
 
+GEMMA = {"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": True}
 IDS = [1, 5, 9, 77, 3, 129, 64]
 
 
@@ -72,6 +73,16 @@ def test_a_missing_configuration_is_made_up(tmp_path: Path) -> None:
         with opened(random_file(tmp_path / "m.myai", config, "nl4")) as source:
             assert source.document("generation_config.json") is None
             assert read_config(source) == config
+
+
+def test_norms_are_those_of_the_source(tmp_path: Path) -> None:
+    """Gemma's checkpoints hold norm weights less 1; a .myai file holds what is computed with."""
+    folder = checkpoint(tmp_path / "f", **GEMMA)
+    chalot.convert(folder, tmp_path / "m.myai", scheme="f32")
+    with opened(tmp_path / "m.myai") as source, opened(folder) as original:
+        for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
+            found, wanted = source.float32(name), original.float32(name)
+            assert np.abs(found - wanted).max() < 1e-6
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

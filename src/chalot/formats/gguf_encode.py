@@ -8,40 +8,29 @@ of a group's largest weight; benchmarks/gguf_out.py compares their errors with l
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chalot.formats.floats import float32_to_bf16
-from chalot.formats.gguf_blocks import BY_NAME, IQ4_GRID, BlockType
+from chalot.formats.gguf_blocks import BY_NAME, BlockType
+from chalot.formats.gguf_search import (
+    grid_scales,
+    nearest,
+    over,
+    peak,
+    scales_and_minimums,
+    signed_scales,
+)
 
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]  # uint8
 Floats = NDArray[np.float32]
 Encoder = Callable[[Floats], Bytes]
 F32 = np.float32
 
 
 # ---- parts
-
-
-def _sum(x: Floats) -> Floats:
-    """Sums over the last axis, a power of two long, as a tree of halves; that axis stays, as 1."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        x = x[..., :half] + x[..., half:]
-    return x
-
-
-def _over(a: Floats | NDArray[np.float32], b: Floats) -> Floats:
-    """a / b, and 0 where b is 0 or too small to divide by."""
-    small = np.abs(b) < F32(2.0**-126)
-    return np.where(small, F32(0), a / np.where(small, F32(1), b)).astype(F32)
-
-
-def _peak(x: Floats) -> Floats:
-    """(..., 1): the number of largest magnitude, its sign kept; of equal ones the first."""
-    return np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)
 
 
 def _half(numbers: Floats) -> Bytes:
@@ -63,19 +52,21 @@ def _away(x: Floats) -> Floats:
     """Rounded to whole numbers, halves away from zero, as C's roundf."""
     size = np.abs(x)
     whole = np.floor(size)
-    return np.sign(x) * (whole + (size - whole >= F32(0.5)))
+    rounded: Floats = np.sign(x) * (whole + (size - whole >= F32(0.5)))
+    return rounded
 
 
 def _nibbles(codes: Bytes, run: int) -> Bytes:
     """Two codes a byte: of each 2 * run codes the first half low, the second half high."""
     pairs = codes.reshape(len(codes), -1, 2, run)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+    packed: Bytes = pairs[:, :, 0] | pairs[:, :, 1] << 4
+    return packed.reshape(len(codes), -1)
 
 
 def _pairs_of_bits(codes: Bytes) -> Bytes:
     """Four codes a byte: of each 128 codes the first 32 lowest."""
     runs = codes.reshape(len(codes), -1, 4, 32)
-    packed = runs[:, :, 0] | runs[:, :, 1] << 2 | runs[:, :, 2] << 4 | runs[:, :, 3] << 6
+    packed: Bytes = runs[:, :, 0] | runs[:, :, 1] << 2 | runs[:, :, 2] << 4 | runs[:, :, 3] << 6
     return packed.reshape(len(codes), -1)
 
 
@@ -105,14 +96,14 @@ def _bf16(x: Floats) -> Bytes:
 
 def _q8_0(x: Floats) -> Bytes:
     scale = np.abs(x).max(axis=1, keepdims=True) / F32(127)
-    codes = _away(x * _over(F32(1), scale)).astype(np.int8)
+    codes = _away(x * over(F32(1), scale)).astype(np.int8)
     return np.concatenate([_half(scale), codes.view(np.uint8)], axis=1)
 
 
 def _symmetric(x: Floats, reach: int) -> tuple[Floats, Bytes]:
     """Scale and codes of 0 .. 2 * reach - 1; the largest weight gets the code 0."""
-    scale = _peak(x) / F32(-reach)
-    codes = (x * _over(F32(1), scale) + F32(reach + 0.5)).astype(np.uint8)
+    scale = peak(x) / F32(-reach)
+    codes = (x * over(F32(1), scale) + F32(reach + 0.5)).astype(np.uint8)
     return scale, np.minimum(codes, np.uint8(2 * reach - 1))
 
 
@@ -120,7 +111,7 @@ def _affine(x: Floats, most: int) -> tuple[Floats, Floats, Bytes]:
     """Scale, least weight, and codes of 0 .. most between it and the largest."""
     least = x.min(axis=1, keepdims=True) + F32(0)  # no -0, of which machines differ
     scale = (x.max(axis=1, keepdims=True) - least) / F32(most)
-    codes = ((x - least) * _over(F32(1), scale) + F32(0.5)).astype(np.uint8)
+    codes = ((x - least) * over(F32(1), scale) + F32(0.5)).astype(np.uint8)
     return scale, least, np.minimum(codes, np.uint8(most))
 
 
@@ -148,7 +139,7 @@ def _q5_1(x: Floats) -> Bytes:
 def _ternary(x: Floats) -> tuple[Floats, Bytes]:
     """The largest magnitude of 256 weights, and codes 0, 1, 2 for minus, nothing, plus."""
     scale = np.abs(x).max(axis=1, keepdims=True)
-    return scale, (_away(x * _over(F32(1), scale)) + F32(1)).astype(np.uint8)
+    return scale, (_away(x * over(F32(1), scale)) + F32(1)).astype(np.uint8)
 
 
 def _tq1_0(x: Floats) -> Bytes:
@@ -169,62 +160,33 @@ def _tq2_0(x: Floats) -> Bytes:
     return np.concatenate([_pairs_of_bits(codes), _half(scale)], axis=1)
 
 
-# ---- searched scales
-
-
-class _Search:
-    """The scale s that makes sum(w (x - s g)^2) least, for candidates of grid values g."""
-
-    def __init__(self, x: Floats, weights: Floats) -> None:
-        """`x` (groups, size), and how much each number's error counts."""
-        self.weights = weights
-        self.weighted = weights * x
-        self.gain = np.zeros((len(x), 1), F32)  # how far the error sinks below that of s = 0
-        self.scale = np.zeros((len(x), 1), F32)
-
-    def offer(self, grid: Floats) -> None:
-        """Keep the scale that fits these values, where it is better than all before."""
-        product = _sum(self.weighted * grid)
-        scale = _over(product, _sum(self.weights * grid * grid))
-        gain = scale * product
-        better = gain > self.gain
-        self.gain = np.where(better, gain, self.gain)
-        self.scale = np.where(better, scale, self.scale)
-
-
-def _signed_scales(x: Floats, reach: int, size: int) -> Floats:
-    """(blocks, groups) scales of codes -reach .. reach - 1, of groups of `size` weights."""
-    groups = x.reshape(-1, size)
-    peak = _peak(groups)
-    unit = _over(groups, peak)  # the largest weight is 1
-    search = _Search(unit, unit * unit)
-    for step in range(-9, 10):
-        grid = np.rint(unit * F32(-(reach + 0.1 * step)))
-        search.offer(np.clip(grid, -reach, reach - 1, out=grid))
-    return (search.scale * peak).reshape(len(x), -1)
+# ---- searched scales (gguf_search.py)
 
 
 def _common(scales: Floats, most: int) -> tuple[Floats, Floats]:
     """One float16 factor (blocks, 1) for all scales of a block, and whole numbers for each."""
-    factor = _peak(scales) / F32(-most)
-    whole = np.clip(np.rint(scales * _over(F32(1), factor)), -most, most - 1)
+    factor = peak(scales) / F32(-most)
+    whole = np.clip(np.rint(scales * over(F32(1), factor)), -most, most - 1)
     return factor, whole
 
 
-def _q6_k(x: Floats) -> Bytes:
-    factor, whole = _common(_signed_scales(x, 32, 16), 128)
+def _signed_codes(x: Floats, reach: int, factor: Floats, whole: Floats) -> Bytes:
+    """The nearest codes, 0 .. 2 * reach - 1 for -reach .. reach - 1, of groups of 16 weights."""
     scale = (_rounded(factor) * whole)[:, :, None]
-    codes = np.clip(np.rint(_over(x.reshape(-1, 16, 16), scale)), -32, 31) + F32(32)
-    codes = codes.astype(np.uint8).reshape(x.shape)
+    codes = np.clip(np.rint(over(x.reshape(*whole.shape, -1), scale)), -reach, reach - 1)
+    return (codes + F32(reach)).astype(np.uint8).reshape(x.shape)
+
+
+def _q6_k(x: Floats) -> Bytes:
+    factor, whole = _common(signed_scales(x, 32, 16), 128)
+    codes = _signed_codes(x, 32, factor, whole)
     parts = [_nibbles(codes & 15, 64), _pairs_of_bits(codes >> 4)]
     return np.concatenate([*parts, whole.astype(np.int8).view(np.uint8), _half(factor)], axis=1)
 
 
 def _q3_k(x: Floats) -> Bytes:
-    factor, whole = _common(_signed_scales(x, 4, 16), 32)
-    scale = (_rounded(factor) * whole)[:, :, None]
-    codes = np.clip(np.rint(_over(x.reshape(-1, 16, 16), scale)), -4, 3) + F32(4)
-    codes = codes.astype(np.uint8).reshape(x.shape)
+    factor, whole = _common(signed_scales(x, 4, 16), 32)
+    codes = _signed_codes(x, 4, factor, whole)
     six = (whole + F32(32)).astype(np.uint8)
     high = (six >> 4).reshape(-1, 4, 4)
     packed = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
@@ -232,62 +194,21 @@ def _q3_k(x: Floats) -> Bytes:
     return np.concatenate([*parts, _half(factor)], axis=1)
 
 
-def _scales_and_minimums(
-    x: Floats, most: int, size: int, first: float, steps: int
-) -> tuple[Floats, Floats]:
-    """(blocks, groups) scales and minimums m >= 0 of codes 0 .. most: w = scale * code - m."""
-    groups = x.reshape(-1, size)
-    largest = np.abs(groups).max(axis=1, keepdims=True)
-    unit = _over(groups, largest)
-    high = unit.max(axis=1, keepdims=True)
-    low = np.minimum(unit.min(axis=1, keepdims=True), F32(0))
-    mean = np.sqrt(_sum(unit * unit) / F32(size))
-    weights = mean + np.abs(unit)
-    sum_w, sum_x = _sum(weights), _sum(weights * unit)
-    scale = (high - low) / F32(most)
-    best = np.full(largest.shape, np.inf, F32)
-    # the first candidate is plain rounding; a better one's minimum is where the next starts from
-    for step in range(-1, steps + 1):
-        reach = most if step < 0 else most + first + 0.1 * step
-        codes = np.rint((unit - low) * _over(F32(reach), high - low))
-        np.clip(codes, 0, most, out=codes)
-        slope, offset = scale, low
-        if step >= 0:
-            wl = weights * codes
-            slope, offset = _fit(sum_w, sum_x, _sum(wl), _sum(wl * codes), _sum(wl * unit))
-        miss = slope * codes + offset - unit
-        error = _sum(weights * miss * miss)
-        better = (error < best) & (slope > 0)
-        best = np.where(better, error, best)
-        scale = np.where(better, slope, scale)
-        low = np.where(better, offset, low)
-    shape = (len(x), -1)
-    return (scale * largest).reshape(shape), (-low * largest).reshape(shape)
-
-
-def _fit(w: Floats, x: Floats, c: Floats, cc: Floats, xc: Floats) -> tuple[Floats, Floats]:
-    """Slope and offset <= 0 of the weighted line through codes c and numbers x, from their sums."""
-    spread = w * cc - c * c
-    slope, offset = _over(w * xc - x * c, spread), _over(cc * x - c * xc, spread)
-    positive = offset > 0  # only what is subtracted can be stored
-    return np.where(positive, _over(xc, cc), slope), np.where(positive, F32(0), offset)
-
-
 def _whole(numbers: Floats, most: int) -> tuple[Floats, Floats]:
     """One float16 factor (blocks, 1) for all numbers >= 0 of a block, and 0 .. most for each."""
     factor = numbers.max(axis=1, keepdims=True) / F32(most)
-    return factor, np.minimum(np.rint(numbers * _over(F32(1), factor)), F32(most))
+    return factor, np.minimum(np.rint(numbers * over(F32(1), factor)), F32(most))
 
 
 def _codes(x: Floats, most: int, scale: Floats, minimum: Floats) -> Bytes:
     """The nearest codes, (blocks, 256), of groups with these scales and minimums."""
     groups = x.reshape(*scale.shape, -1)
-    codes = np.rint(_over(groups + minimum[:, :, None], scale[:, :, None]))
+    codes = np.rint(over(groups + minimum[:, :, None], scale[:, :, None]))
     return np.clip(codes, 0, most).astype(np.uint8).reshape(x.shape)
 
 
 def _q2_k(x: Floats) -> Bytes:
-    scales, minimums = _scales_and_minimums(x, 3, 16, -0.5, 15)
+    scales, minimums = scales_and_minimums(x, 3, 16, -0.5, 15)
     (d, s), (dm, m) = _whole(scales, 15), _whole(minimums, 15)
     codes = _codes(x, 3, _rounded(d) * s, _rounded(dm) * m)
     both = s.astype(np.uint8) | m.astype(np.uint8) << 4
@@ -302,55 +223,30 @@ def _k_scales(scales: Floats, minimums: Floats) -> Bytes:
 
 
 def _q4_k(x: Floats) -> Bytes:
-    scales, minimums = _scales_and_minimums(x, 15, 32, -1.0, 20)
+    scales, minimums = scales_and_minimums(x, 15, 32, -1.0, 20)
     (d, s), (dm, m) = _whole(scales, 63), _whole(minimums, 63)
     codes = _codes(x, 15, _rounded(d) * s, _rounded(dm) * m)
     return np.concatenate([_half(d), _half(dm), _k_scales(s, m), _nibbles(codes, 32)], axis=1)
 
 
 def _q5_k(x: Floats) -> Bytes:
-    scales, minimums = _scales_and_minimums(x, 31, 32, -0.5, 15)
+    scales, minimums = scales_and_minimums(x, 31, 32, -0.5, 15)
     (d, s), (dm, m) = _whole(scales, 63), _whole(minimums, 63)
     codes = _codes(x, 31, _rounded(d) * s, _rounded(dm) * m)
     parts = [_half(d), _half(dm), _k_scales(s, m), _planes(codes >> 4), _nibbles(codes & 15, 32)]
     return np.concatenate(parts, axis=1)
 
 
-# ---- the non-uniform grid
-
-GRID = np.array(IQ4_GRID, F32)
-# middles between grid points are halves: floor(2 v) tells on which side of each a number lies
-NEAREST = np.searchsorted((GRID[1:] + GRID[:-1]).astype(int), np.arange(-256, 257), "right")
-NEAREST = NEAREST.astype(np.uint8)
-
-
-def _nearest(v: Floats) -> Bytes:
-    """Codes of the nearest grid points; of two the higher."""
-    return NEAREST[np.floor(np.clip(v, -128, 128) * F32(2)).astype(np.int16) + 256]
-
-
-def _grid_scales(x: Floats) -> Floats:
-    """(blocks, groups) scales of the grid, of groups of 32 weights."""
-    groups = x.reshape(-1, 32)
-    peak = _peak(groups)
-    unit = _over(groups, peak)
-    search = _Search(unit, unit * unit)
-    # the grid leans to one side: the largest weight may meet its lower end, or pass its upper one
-    for end in (-IQ4_GRID[0], *range(IQ4_GRID[0] - 7, IQ4_GRID[0] + 8)):
-        search.offer(GRID[_nearest(unit * F32(end))])
-    return (search.scale * peak).reshape(len(x), -1)
-
-
 def _iq4_nl(x: Floats) -> Bytes:
-    scale = _grid_scales(x)
-    codes = _nearest(_over(x, _rounded(scale)))
+    scale = grid_scales(x)
+    codes = nearest(over(x, _rounded(scale)))
     return np.concatenate([_half(scale), _nibbles(codes, 16)], axis=1)
 
 
 def _iq4_xs(x: Floats) -> Bytes:
-    factor, whole = _common(_grid_scales(x), 32)
+    factor, whole = _common(grid_scales(x), 32)
     scale = (_rounded(factor) * whole)[:, :, None]
-    codes = _nearest(_over(x.reshape(-1, 8, 32), scale)).reshape(x.shape)
+    codes = nearest(over(x.reshape(-1, 8, 32), scale)).reshape(x.shape)
     six = (whole + F32(32)).astype(np.uint8)
     shifts = np.arange(0, 16, 2, dtype=np.uint16)
     high = np.zeros((len(x), 1), "<u2")
@@ -372,30 +268,30 @@ class Writable(NamedTuple):
     block: BlockType
     file_type: int
     encode: Encoder
-    instead: str = "F16"
+    instead: str = "f16"
 
 
 WRITABLE = {
-    name: Writable(BY_NAME[name], *rest)
-    for name, rest in {
-        "F32": (0, _f32),
-        "F16": (1, _half),
-        "BF16": (32, _bf16),
-        "Q8_0": (7, _q8_0),
-        "Q6_K": (18, _q6_k, "Q8_0"),
-        "Q5_K": (16, _q5_k, "Q5_1"),
-        "Q5_1": (9, _q5_1),
-        "Q5_0": (8, _q5_0),
-        "Q4_K": (14, _q4_k, "Q5_0"),
-        "Q4_1": (3, _q4_1),
-        "Q4_0": (2, _q4_0),
-        "IQ4_NL": (25, _iq4_nl),
-        "IQ4_XS": (30, _iq4_xs, "IQ4_NL"),
-        "Q3_K": (11, _q3_k, "IQ4_NL"),
-        "Q2_K": (10, _q2_k, "IQ4_NL"),
-        "TQ2_0": (37, _tq2_0, "Q4_0"),
-        "TQ1_0": (36, _tq1_0, "Q4_0"),
-    }.items()
+    w.block.name.lower(): w
+    for w in (
+        Writable(BY_NAME["F32"], 0, _f32),
+        Writable(BY_NAME["F16"], 1, _half),
+        Writable(BY_NAME["BF16"], 32, _bf16),
+        Writable(BY_NAME["Q8_0"], 7, _q8_0),
+        Writable(BY_NAME["Q6_K"], 18, _q6_k, "q8_0"),
+        Writable(BY_NAME["Q5_K"], 16, _q5_k, "q5_1"),
+        Writable(BY_NAME["Q5_1"], 9, _q5_1),
+        Writable(BY_NAME["Q5_0"], 8, _q5_0),
+        Writable(BY_NAME["Q4_K"], 14, _q4_k, "q5_0"),
+        Writable(BY_NAME["Q4_1"], 3, _q4_1),
+        Writable(BY_NAME["Q4_0"], 2, _q4_0),
+        Writable(BY_NAME["IQ4_NL"], 25, _iq4_nl),
+        Writable(BY_NAME["IQ4_XS"], 30, _iq4_xs, "iq4_nl"),
+        Writable(BY_NAME["Q3_K"], 11, _q3_k, "iq4_nl"),
+        Writable(BY_NAME["Q2_K"], 10, _q2_k, "iq4_nl"),
+        Writable(BY_NAME["TQ2_0"], 37, _tq2_0, "q4_0"),
+        Writable(BY_NAME["TQ1_0"], 36, _tq1_0, "q4_0"),
+    )
 }
 
 

@@ -39,7 +39,11 @@ CONFIG = {  # of the manifest -> of config.json
     "query_key_value_bias": "attention_bias",
     "feed_forward_bias": "mlp_bias",
 }
+FOLLOWS = {"family", "activation", "rope_scaling"} | {  # said otherwise, or by the family's name
+    *("output_bias", "head_norms", "post_norms", "inner_norms"),
+}
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
+SHIFTED = ("gemma", "gemma2")  # families whose checkpoints hold norm weights less 1
 
 
 def open_myai(path: Path) -> Checkpoint:
@@ -97,10 +101,10 @@ class MyaiSource:
         if info.scheme:
             raise UnsupportedError(f"{self.path}: tensor {quoted(name)} is stored as {info.scheme}")
         self.file.check_length()
+        if len(info.shape) == 1:
+            return self.float32(name)
         view = self.file.view(self.file.manifest.tensors[self._own[name]].extent)
         stored = view.view(packing.DENSE[info.dtype])
-        if len(info.shape) == 1:
-            return stored
         return stored.reshape(info.shape[0], -1)[:, : info.shape[1]]
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
@@ -110,7 +114,9 @@ class MyaiSource:
         if not 0 <= first <= last <= info.shape[0]:
             raise IndexError(f"{name}: rows {first}:{last} of {info.shape[0]}")
         if len(info.shape) == 1:
-            return self.file.vector(self._own[name])[first:last].copy()
+            values = self.file.vector(self._own[name])[first:last]
+            shifted = self.file.manifest.config.get("family") in SHIFTED
+            return values - np.float32(shifted and name.endswith("norm.weight"))
         matrix = self.file.matrix(self._own[name])
         columns = info.shape[1]
         out = np.empty((last - first, columns), np.float32)
@@ -128,7 +134,7 @@ class MyaiSource:
         self.file.check_length()
         found = self.file.document(name)
         if found is None and name == "config.json":
-            return json.dumps(config_of(self.file.manifest.config)).encode()
+            return json.dumps(config_of(self.file.manifest.config, self.path)).encode()
         return found
 
     def check_unchanged(self) -> None:
@@ -162,15 +168,24 @@ def decoded(matrix: packing.Matrix, first: int, last: int) -> NDArray[np.float32
     return codes.dequantize(coded, matrix.tables)
 
 
-def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json that says what a manifest's `config` says."""
+def config_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A config.json that says what a manifest's `config` says. Raises UnsupportedError."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("kind", "llama3")
+    unknown = sorted(
+        k for k in config.keys() - CONFIG.keys() - FOLLOWS if config[k] not in (0, 1, None, (), [])
+    )
+    if unknown or kind not in ("llama3", "linear"):
+        raise UnsupportedError(
+            f"{path}: has no config.json, and its manifest's {quoted((unknown or [kind])[0])} "
+            "cannot be said in one; convert the model's original"
+        )
     out = {theirs: config[ours] for ours, theirs in CONFIG.items() if ours in config}
-    activation = config.get("activation", "silu")
-    scaling = config.get("rope_scaling")
-    if isinstance(scaling, Mapping):
-        renamed = {"original_context": "original_max_position_embeddings"}
+    if scaling:
+        renamed = {"original_context": "original_max_position_embeddings", "kind": "rope_type"}
         out["rope_scaling"] = {renamed.get(k, k): v for k, v in scaling.items()}
-        out["rope_scaling"]["rope_type"] = "llama3"
+        out["rope_scaling"]["rope_type"] = kind
+    activation = config.get("activation", "silu")
     return out | {
         "model_type": config["family"],
         "hidden_act": ACTIVATIONS.get(activation, activation),

@@ -74,16 +74,17 @@ void Program::rope_store(const Op& op, const Run& run) {
     const int t = unit / cache_.kv_heads, head = unit % cache_.kv_heads;
     float* all = numbers(op.in, t);
     const float *cosine = cosine_.as<float>() + size_t(t) * half, *sine = sine_.as<float>() + size_t(t) * half;
-    auto turn = [&](float* x) {
-      run.k.rotate(x, cosine, sine, half);
+    auto turn = [&](float* x, const float* norm) {
       std::memcpy(turned, x, size_t(dim) * 4);
+      if (op.weight) run.k.rms_norm(turned, norm, dim, op.number, turned, false);
+      run.k.rotate(turned, cosine, sine, half);
       if (cache_.rotation() > 1) run.k.spread(turned, cache_.stride(), cache_.rotation());
     };
     for (int h = head * share; h < (head + 1) * share; h++) {
-      turn(all + h * dim);
+      turn(all + h * dim, op.weight);
       std::memcpy(all + h * dim, turned, size_t(dim) * 4);
     }
-    turn(all + (heads_ + head) * dim);
+    turn(all + (heads_ + head) * dim, op.weight + cache_.stride());
     std::memcpy(value, all + (heads_ + cache_.kv_heads + head) * dim, size_t(dim) * 4);
     const int number =
         batch.pages[size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence) + size_t(batch.positions[t] / kPage)];

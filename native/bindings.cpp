@@ -46,12 +46,11 @@ Matrix matrix_of(nb::handle h, nb::list& keep) {
                      data.size(), tables.data(), tables.is_valid() ? tables.size() : 0);
 }
 
-const float* vector_of(nb::handle h, int width, nb::list& keep) {
-  if (h.is_none()) return nullptr;
+std::pair<const float*, size_t> vector_of(nb::handle h, nb::list& keep) {
+  if (h.is_none()) return {nullptr, 0};
   auto v = nb::cast<In<float>>(h);
-  expect(int64_t(v.size()) >= round_up(width, 16), "vector: must be padded to 16");
   keep.append(h);
-  return v.data();
+  return {v.data(), v.size()};
 }
 
 // Kernels of one instruction set on one pool. A forked child makes its own pool at first use.
@@ -94,7 +93,7 @@ class Machine {
 struct Model {
   Model(const std::vector<std::pair<int, int>>& slots, nb::list ops, std::tuple<int, int, int, int> cache, int heads,
         const std::vector<float>& inverse_frequency)
-      : program(slots_of(slots), ops_of(ops, slots), cache_of(cache), heads, inverse_frequency) {}
+      : program(slots_of(slots), ops_of(ops), cache_of(cache), heads, inverse_frequency) {}
 
   static std::vector<Slot> slots_of(const std::vector<std::pair<int, int>>& slots) {
     std::vector<Slot> out;
@@ -108,14 +107,14 @@ struct Model {
   }
   // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused); a part: (matrix,
   // bias, column).
-  std::vector<Op> ops_of(nb::list ops, const std::vector<std::pair<int, int>>& slots) {
+  std::vector<Op> ops_of(nb::list ops) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
       expect(t.size() == 12, "operation: expected twelve fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
-      expect(kind >= 0 && kind <= int(OpKind::restore) && (gate == 0 || gate == 1), "operation: unknown kind");
+      expect(kind >= 0 && kind <= int(OpKind::restore) && gate >= 0 && gate <= int(Gate::relu2), "operation: unknown kind");
       op.kind = OpKind(kind);
       op.in = nb::cast<int>(t[1]);
       op.out = nb::cast<int>(t[2]);
@@ -123,10 +122,11 @@ struct Model {
         nb::tuple p = nb::cast<nb::tuple>(part);
         expect(p.size() == 3, "part: expected (matrix, bias, column)");
         Matrix w = matrix_of(p[0], keep);
-        op.parts.push_back({w, vector_of(p[1], w.rows, keep), nb::cast<int>(p[2])});
+        auto [bias, size] = vector_of(p[1], keep);
+        expect(!bias || int64_t(size) >= round_up(w.rows, 16), "vector: must be padded to 16");
+        op.parts.push_back({w, bias, nb::cast<int>(p[2])});
       }
-      bool known = op.in >= 0 && size_t(op.in) < slots.size();
-      op.weight = vector_of(t[4], known ? slots[size_t(op.in)].first : 0, keep);
+      std::tie(op.weight, op.weight_size) = vector_of(t[4], keep);
       op.number = nb::cast<float>(t[5]);
       op.layer = nb::cast<int>(t[6]);
       op.add = nb::cast<bool>(t[7]);

@@ -54,7 +54,7 @@ struct Output {
   bool add;
 };
 
-enum class Gate : int { silu, gelu_tanh };
+enum class Gate : int { silu, gelu_tanh, relu2 };
 enum class CacheType : int { f32, f16, int8 };
 
 // One page of keys and values of one key/value head. Numbers lie in rows of `stride`; codes as tiles: keys with 16
@@ -94,7 +94,8 @@ struct Kernels {
   const char* name;
   bool (*runs_here)();
   void (*exp)(const float* x, float* y, size_t n);
-  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y);
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* y, bool add);
+  void (*cap)(float* x, size_t n, float cap);  // each x becomes cap * tanh(x / cap)
   void (*rotate)(float* x, const float* cosine, const float* sine, int half);
   void (*spread)(float* x, int n, int size);
   void (*gate)(Gate kind, const float* gate, const float* up, int n, float* y);

@@ -23,13 +23,14 @@ struct Op {
   OpKind kind;
   int in = -1, out = -1;  // slots; a linear op with out = -1 writes the batch's logits
   std::vector<Part> parts;
-  const float* weight = nullptr;
-  float number = 0;  // norm: epsilon; attend: the scores' scale
+  const float* weight = nullptr;  // norm: (width padded to 16); rope_store: q's and k's norm, (2, head stride), or none
+  size_t weight_size = 0;
+  float number = 0;  // embed: factor; norm, rope_store: epsilon; attend: the scores' scale
   int layer = 0;
-  bool add = false;
+  bool add = false;  // linear, norm: to what the target holds
   Gate gate = Gate::silu;
   int window = 0;  // attend: positions that a query sees, its own included; 0: all
-  float cap = 0;   // attend: scores become cap * tanh(score / cap); 0: they stay
+  float cap = 0;   // attend: scores become cap * tanh(score / cap); linear: so do logits; 0: they stay
   // linear: gate and up, which run as one with the gate and the quantize behind them; slots between are not written
   bool fused = false;
 };

@@ -86,13 +86,7 @@ Matrix read_matrix(File& f) {
   return matrix_view(scheme, rows, columns, segment, data.data(), data.size(), tables.data(), tables.size());
 }
 
-const float* read_vector(File& f, int width) {
-  const auto v = f.array<float>();
-  expect(v.empty() || int64_t(v.size()) >= round_up(width, 16), "a vector is not padded to 16");
-  return v.empty() ? nullptr : v.data();
-}
-
-Op read_op(File& f, const std::vector<Slot>& slots) {
+Op read_op(File& f) {
   Op op;
   op.kind = f.one_of(OpKind::restore);
   op.in = f.whole();
@@ -100,15 +94,18 @@ Op read_op(File& f, const std::vector<Slot>& slots) {
   op.parts.resize(f.count());
   for (Part& part : op.parts) {
     part.w = read_matrix(f);
-    part.bias = read_vector(f, part.w.rows);
+    const auto bias = f.array<float>();
+    expect(bias.empty() || int64_t(bias.size()) >= round_up(part.w.rows, 16), "a vector is not padded to 16");
+    part.bias = bias.empty() ? nullptr : bias.data();
     part.column = f.whole();
   }
-  const bool known = op.in >= 0 && size_t(op.in) < slots.size();
-  op.weight = read_vector(f, known ? slots[size_t(op.in)].width : 0);
+  const auto weight = f.array<float>();
+  op.weight = weight.empty() ? nullptr : weight.data();
+  op.weight_size = weight.size();
   op.number = f.number();
   op.layer = f.whole();
   op.add = f.whole();
-  op.gate = f.one_of(Gate::gelu_tanh);
+  op.gate = f.one_of(Gate::relu2);
   op.window = f.whole();
   op.cap = f.number();
   op.fused = f.whole();
@@ -122,7 +119,7 @@ Program read_program(File& f) {
     s.planes = f.whole();
   }
   std::vector<Op> ops(f.count());
-  for (Op& op : ops) op = read_op(f, slots);
+  for (Op& op : ops) op = read_op(f);
   CacheShape cache;
   cache.type = f.one_of(CacheType::int8);
   cache.layers = f.whole();

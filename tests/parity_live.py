@@ -99,10 +99,10 @@ def rows(folders: list[Path]) -> Iterator[Row]:
             with tempfile.TemporaryDirectory() as made:
                 folder = write_folder(case, seed, Path(made))
                 ids = prompt(case, seed)
-                yield compare(f"{case.name}, seed {seed}", folder, case.stored, ids)
+                yield compare(f"{case.name}, seed {seed}", folder, case.scheme, ids)
                 if seed == SEEDS[0]:
                     again = resaved(case, folder)
-                    yield compare(f"{case.name}, saved again", again, case.stored, ids)
+                    yield compare(f"{case.name}, saved again", again, case.scheme, ids)
     for folder in folders:
         yield compare(f"{folder.name} (folder)", folder, "f32", text_of(folder))
 

@@ -83,7 +83,7 @@ def test_logits_are_those_of_transformers(case: Case, made: Path) -> None:
     truth = recorded(case)
     assert digest(source(case, made)) == truth["digest"], "weights changed: run golden/generate.py"
     ids = truth["ids"].tolist()
-    with model(case, made, case.stored) as m:
+    with model(case, made, case.scheme) as m:
         found = m.logits(ids)
         with m.session(temperature=0) as session:
             session.prefill(ids[: case.tokens])
@@ -91,7 +91,7 @@ def test_logits_are_those_of_transformers(case: Case, made: Path) -> None:
     assert difference(found, truth) < HELD < BAR
     assert (found.argmax(axis=1) == truth["top"]).all()
     assert continued == ids[case.tokens :]
-    with model(case, made, case.stored, kv="f16") as m:
+    with model(case, made, case.scheme, kv="f16") as m:
         assert difference(m.logits(ids), truth) < F16_CACHE
 
 
@@ -117,7 +117,7 @@ def test_a_wrong_setting_shows(
     """The yardstick itself: a small error of configuration is beyond what is held."""
     case, truth = CASES[name], recorded(CASES[name])
     folder = altered(tmp_path, name, change)
-    chalot.convert(folder, tmp_path / "wrong.myai", scheme=case.stored, threads=1)
+    chalot.convert(folder, tmp_path / "wrong.myai", scheme=case.scheme, threads=1)
     with chalot.load(tmp_path / "wrong.myai", kv="f32", threads=1) as m:
         assert difference(m.logits(truth["ids"].tolist()), truth) > 10 * HELD
 
@@ -127,7 +127,7 @@ def test_the_older_spelling_of_rope_holds(made: Path, tmp_path: Path) -> None:
     case, truth = CASES["llama3"], recorded(CASES["llama3"])
     other = {"rope_type": "default", "rope_theta": 77.0}
     folder = altered(tmp_path, "llama3", {"rope_parameters": other})
-    chalot.convert(folder, tmp_path / "both.myai", scheme=case.stored, threads=1)
+    chalot.convert(folder, tmp_path / "both.myai", scheme=case.scheme, threads=1)
     with chalot.load(tmp_path / "both.myai", kv="f32", threads=1) as m:
         assert difference(m.logits(truth["ids"].tolist()), truth) < HELD
 
@@ -135,7 +135,9 @@ def test_the_older_spelling_of_rope_holds(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 32}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1}}, "'mscale' is not known"),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "factor is -2.0"),
         ({"rope_scaling": {"type": "default", "mscale": 2.0}}, "'mscale' is not known"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs"),
@@ -163,7 +165,7 @@ def test_a_tied_head_may_be_stored_too(tmp_path: Path) -> None:
     name = "model.embed_tokens.weight"
     shard.add("lm_head.weight", weights(case, name, shapes(case.config)[name], 0), case.stored)
     shard.write(folder / "model.safetensors")
-    chalot.convert(folder, tmp_path / "tied.myai", scheme=case.stored, threads=1)
+    chalot.convert(folder, tmp_path / "tied.myai", scheme=case.scheme, threads=1)
     with chalot.load(tmp_path / "tied.myai", kv="f32", threads=1) as m:
         assert difference(m.logits(truth["ids"].tolist()), truth) < HELD
 

@@ -63,6 +63,16 @@ inline F soft_cap(F score, float cap) {
   return mul(set(cap), sub(set(1.0f), div(set(2.0f), add(e, set(1.0f)))));
 }
 
+void cap_all(float* x, size_t n, float cap) {
+  for (size_t i = 0; i + 16 <= n; i += 16) store(x + i, soft_cap(load(x + i), cap));
+  if (size_t rest = n % 16) {
+    float part[16] = {};
+    __builtin_memcpy(part, x + n - rest, rest * 4);
+    store(part, soft_cap(load(part), cap));
+    __builtin_memcpy(x + n - rest, part, rest * 4);
+  }
+}
+
 // Scores of one row, read at [from, to), become weights; their largest, their sum. With `factor`, what is written are
 // the weights times it, and `most` is the largest of those. What lies around them in their sixteens becomes 0.
 inline void softmax(float* scores, int from, int to, float cap, const float* factor, float& high, float& total,

@@ -39,7 +39,7 @@ void exp_all(const float* x, float* y, size_t n) {
 }
 
 // Buffers are padded to 128 numbers with zeros, which change no sum; the weights' padding keeps them zero.
-void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+void rms_norm(const float* x, const float* weight, int n, float eps, float* y, bool add_to) {
   F squares = zero();
   int width = round_up(n, 16);
   for (int i = 0; i < width; i += 16) {
@@ -47,7 +47,10 @@ void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
     squares = fma(v, v, squares);
   }
   float scale = 1.0f / __builtin_sqrtf(sum(squares) / float(n) + eps);
-  for (int i = 0; i < width; i += 16) store(y + i, mul(mul(load(x + i), set(scale)), load(weight + i)));
+  for (int i = 0; i < width; i += 16) {
+    F v = mul(mul(load(x + i), set(scale)), load(weight + i));
+    store(y + i, add_to ? add(load(y + i), v) : v);
+  }
 }
 
 // Rotates pairs (i, i + half): "NeoX" order.
@@ -59,10 +62,15 @@ void rotate(float* x, const float* cosine, const float* sine, int half) {
   }
 }
 
-// silu(g) = g / (1 + e^-g); gelu_tanh(g) = g / (1 + e^-2u), u = sqrt(2 / pi) * (g + 0.044715 g^3).
+// silu(g) = g / (1 + e^-g); gelu_tanh(g) = g / (1 + e^-2u), u = sqrt(2 / pi) * (g + 0.044715 g^3); relu2(g) = max(g, 0)^2.
 void gate(Gate kind, const float* gate, const float* up, int n, float* y) {
   for (int i = 0; i < round_up(n, 16); i += 16) {
     F g = load(gate + i), minus;
+    if (kind == Gate::relu2) {
+      g = max(g, zero());
+      store(y + i, mul(mul(g, g), load(up + i)));
+      continue;
+    }
     if (kind == Gate::silu) {
       minus = sub(zero(), g);
     } else {
@@ -177,8 +185,8 @@ void row(const Matrix& w, int row, float* out) {
 #include "encode.h"
 
 constexpr Kernels table(const char* name, bool (*runs_here)()) {
-  return {name, runs_here, exp_all, rms_norm, rotate,       spread, gate,  quantize_run,
-          row,  product,   dense,   top,      store_cached, attend, merge, encode};
+  return {name, runs_here, exp_all, rms_norm, cap_all,      rotate, spread, gate, quantize_run,
+          row,  product,   dense,   top,      store_cached, attend, merge,  encode};
 }
 
 }  // namespace

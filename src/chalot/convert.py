@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -62,6 +63,7 @@ class KindReport:
     error: float
     wide: int  # tensors that ask for 16-bit activations
     folded: int  # tensors whose columns were balanced
+    source_error: float | None = None  # what was lost when the source was quantised
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class ConvertReport:
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
     notes: tuple[str, ...] = ()  # what a user should know, a line each
+    validation: Any = None  # a ValidateReport, where the files were compared with their source
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
@@ -194,6 +197,7 @@ class Conversion:
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
         self.schemes = {s.name: schemes[s.kind] for s in self.specs if s.kind != "vector"}
+        self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
@@ -203,14 +207,14 @@ class Conversion:
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
-        """Rows of a tensor as float32. Raises WeightError for NaN or Inf."""
+        """Rows of a tensor as it is computed with. Raises WeightError for NaN or Inf."""
         values = self.checkpoint.float32(hugging_face(name), first, last)
         if not np.isfinite(values).all():
             raise WeightError(
                 f"{self.checkpoint.path}: tensor {hugging_face(name)} has NaN or Inf among its "
                 "weights; take another checkpoint"
             )
-        return values
+        return values + self.offsets[name] if name in self.offsets else values
 
     def write(self, writer: MyaiWriter) -> None:
         """All tensors, in the order in which a forward pass meets them."""
@@ -258,6 +262,7 @@ class Conversion:
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
+        hidden *= np.float32(self.config.embedding_scale)
         calibration = Calibration(self.config, self.schemes, self.backend, frequencies, hidden)
         calibration.plan = self.plan
         return calibration
@@ -269,7 +274,7 @@ class Conversion:
             self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
             for n in ("key", "value", "output", "gate", "up", "down")
         )
-        return SCHEMES[dtype if same and dtype in SCHEMES else "f32"]
+        return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
 
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
@@ -358,6 +363,7 @@ class Conversion:
                 lost / had if had else 0.0,
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),
+                source_error(self.checkpoint, {n: self.errors.get(n, (0.0, 0.0)) for n in names}),
             )
 
 
@@ -422,8 +428,33 @@ def write_myai(
             lambda partial: check_text(checkpoint, partial),
         )
         kinds = tuple(work.kinds(writer))
-    stored = sum(k.bytes for k in kinds)
-    return ConvertReport(str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds)
+    stored, notes = sum(k.bytes for k in kinds), tuple(quantised_already(checkpoint))
+    return ConvertReport(
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, notes
+    )
+
+
+def quantised_already(checkpoint: Checkpoint) -> Iterator[str]:
+    """A line that says so, if a source's weights are in codes."""
+    types = sorted({t.dtype for t in checkpoint.tensors.values() if t.scheme})
+    if types:
+        yield (
+            f"{checkpoint.path}: its weights are {', '.join(types)} already; they are quantised "
+            "again, and the loss of the first time stays"
+        )
+
+
+def source_error(checkpoint: Checkpoint, sizes: Mapping[str, tuple[float, float]]) -> float | None:
+    """The mean error that a source's tensors have, where all that are in codes say so.
+
+    `sizes` has each tensor's (error, sum of squares) of this conversion, by chalot's names.
+    """
+    infos = {n: checkpoint.tensors[hugging_face(n)] for n in sizes}
+    if any(i.error is None for i in infos.values()):
+        return None
+    had = sum(size for _, size in sizes.values())
+    lost = sum((infos[n].error or 0.0) * size for n, (_, size) in sizes.items())
+    return lost / had if had else None
 
 
 def check_space(out: Path, need: int) -> None:

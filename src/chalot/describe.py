@@ -300,7 +300,7 @@ def _description(
     return Description(
         source,
         origin,
-        msgspec.to_builtins(config),
+        {**msgspec.structs.asdict(config), **msgspec.to_builtins(config)},
         parameters,
         total,
         file_bytes,

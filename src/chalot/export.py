@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chalot.convert import DEFAULT_SCHEME, ConvertReport, Progress, parse_schemes, write_myai
 from chalot.errors import SchemeError
+from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -24,6 +25,7 @@ class Options:
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
+    bits: str = "4"  # of npz
 
 
 Target = Callable[[Checkpoint, Path, Options], ConvertReport]
@@ -39,7 +41,14 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     )
 
 
-TARGETS: dict[str, Target] = {"myai": to_myai}
+def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
+    """An .npz and its manifest in the folder `out`."""
+    return write_npz(
+        checkpoint, out, options.source, options.bits, options.command, options.progress
+    )
+
+
+TARGETS: dict[str, Target] = {"myai": to_myai, "npz": to_npz}
 
 
 def export(
@@ -49,6 +58,7 @@ def export(
     type: str | None = None,
     *,
     scheme: str = DEFAULT_SCHEME,
+    bits: str = "4",
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -63,7 +73,7 @@ def export(
     if to not in TARGETS:
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
-    options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None))
+    options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None), bits)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)

@@ -77,16 +77,65 @@ def llama(**changes: Any) -> dict[str, Any]:
     return usual | changes
 
 
+def mistral(**changes: Any) -> dict[str, Any]:
+    """A config.json as Mistral 7B ships it; later ones have no window."""
+    config = llama(architectures=["MistralForCausalLM"], model_type="mistral")
+    gone = ("attention_bias", "mlp_bias", "pretraining_tp", "rope_scaling")
+    return without(config, *gone) | {"sliding_window": 24} | changes
+
+
+def qwen3(**changes: Any) -> dict[str, Any]:
+    """A config.json as Qwen3 ships it."""
+    usual = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 48}
+    none = {"attention_bias": False, "rope_scaling": None, "sliding_window": None}
+    return qwen2(**usual, **none) | changes
+
+
+def gemma(**changes: Any) -> dict[str, Any]:
+    """A config.json as Gemma ships it: the head is tied without a word, "gelu" is its tanh form."""
+    usual = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "hidden_act": "gelu"}
+    sizes = {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+    tokens = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "torch_dtype": "bfloat16"}
+    gone = ("mlp_bias", "pretraining_tp", "tie_word_embeddings")
+    return without(llama(**usual, **sizes, **tokens, rms_norm_eps=1e-6), *gone) | changes
+
+
+def gemma2(**changes: Any) -> dict[str, Any]:
+    """A config.json as Gemma 2 ships it, with a window shorter than the text."""
+    usual = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 40}
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    act = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    scale = {"query_pre_attn_scalar": 24, "num_hidden_layers": 3}
+    return gemma(**usual, **caps, **sizes, **act, **scale) | changes
+
+
+def bitnet(linear: str, mode: str = "offline", **changes: Any) -> dict[str, Any]:
+    """A config.json as BitNet b1.58 ships it. 128 wide, so that a token is one block of codes."""
+    usual = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "hidden_act": "relu2"}
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
+    rest = {"num_key_value_heads": 2, "rope_theta": 500000.0, "tie_word_embeddings": True}
+    packed = {"quant_method": "bitnet", "linear_class": linear, "quantization_mode": mode}
+    gone = ("mlp_bias", "pretraining_tp", "rope_scaling")
+    config = without(llama(**usual, **sizes, **rest), *gone)
+    return config | {"quantization_config": packed} | changes
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint: its config.json, how its tensors are stored, and how long the text is."""
 
     name: str
     config: dict[str, Any]
-    stored: str = "bf16"  # of matrices: bf16, f16 or f32; chalot's scheme that loses nothing too
+    stored: str = "bf16"  # of matrices: bf16, f16 or f32
     vectors: str = ""  # of norm weights and biases; the same if empty
     shards: int = 1
     tokens: int = 70
+
+    @property
+    def scheme(self) -> str:
+        """chalot's scheme that loses nothing."""
+        return "f32" if "quantization_config" in self.config else self.stored
 
     @property
     def positions(self) -> list[int]:
@@ -109,6 +158,12 @@ OLD = {"rope_theta": 500000.0, "rope_scaling": SCALING | {"rope_type": "llama3"}
 OLDER = {"rope_scaling": SCALING | {"type": "llama3", "factor": 32.0}}
 NEW = {"rope_parameters": SCALING | {"rope_type": "llama3", "rope_theta": 500000.0}}
 BIASES = {"attention_bias": True, "mlp_bias": True}
+SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+BY_KIND = {
+    kind: {"rope_type": "default", "rope_theta": 50000.0}
+    for kind in ("full_attention", "sliding_attention")
+}
 
 
 def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -146,6 +201,51 @@ CASES = {
             "llama-defaults",
             without(llama(**BIASES), "num_key_value_heads", "rope_theta", "rms_norm_eps"),
         ),
+        Case("tinyllama", llama(hidden_size=128, num_attention_heads=8, num_key_value_heads=1)),
+        Case("llama-linear", llama(rope_scaling={"type": "linear", "factor": 2.5}), "f32"),
+        Case("qwen2-yarn", qwen2(rope_scaling=YARN, rope_theta=10000.0), "f32"),
+        Case("qwen2-window", qwen2(**SOME_WINDOWS, num_hidden_layers=3), "f32"),
+        Case("mistral", mistral()),
+        Case("mistral-long", mistral(sliding_window=100), "f32", tokens=300),
+        Case("mistral-full", mistral(sliding_window=None, head_dim=24), "f16"),
+        Case("qwen3", qwen3()),
+        Case(
+            "qwen3-new",
+            without(
+                qwen3(
+                    **{**SOME_WINDOWS, "attention_bias": True, "tie_word_embeddings": False},
+                    layer_types=["sliding_attention", "full_attention"],
+                    rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+                ),
+                *("rope_theta", "rope_scaling"),
+            ),
+            "f32",
+        ),
+        Case("gemma", gemma()),
+        Case("gemma-f32", gemma(hidden_act="gelu_pytorch_tanh", torch_dtype="float32"), "f32"),
+        Case("gemma2", gemma2()),
+        Case(
+            "gemma2-long",
+            without(
+                gemma2(
+                    layer_types=["full_attention", "sliding_attention", "full_attention"],
+                    rope_parameters=BY_KIND["full_attention"],
+                    final_logit_softcapping=None,
+                    sliding_window=200,
+                ),
+                *("rope_theta", "rope_scaling"),
+            ),
+            "f32",
+            tokens=300,
+        ),
+        Case("bitnet", bitnet("autobitlinear"), vectors="f32"),
+        Case("bitnet-divided", bitnet("bitlinear"), vectors="f32"),
+        Case("bitnet-master", bitnet("autobitlinear", "online", tie_word_embeddings=False)),
+        Case(
+            "bitnet-wide",
+            bitnet("autobitlinear", hidden_size=320, intermediate_size=400, head_dim=80),
+            "f32",
+        ),
     )
 }
 
@@ -157,26 +257,33 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     )
     size = config.get("head_dim", hidden // heads)
     keys = config.get("num_key_value_heads", heads) * size
-    qwen = config["model_type"] == "qwen2"
-    biased = {"q_proj", "k_proj", "v_proj"} if qwen or config["attention_bias"] else set()
-    if not qwen and config["attention_bias"]:
-        biased.add("o_proj")
-    if not qwen and config["mlp_bias"]:
+    family = config["model_type"]
+    biased = {"q_proj", "k_proj", "v_proj"} if family == "qwen2" else set()
+    if config.get("attention_bias"):
+        biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if config.get("mlp_bias"):
         biased |= {"gate_proj", "up_proj", "down_proj"}
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if family == "gemma2":
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if family == "qwen3":
+        norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
+    if family == "bitnet":
+        norms |= {"self_attn.attn_sub_norm": hidden, "mlp.ffn_sub_norm": inner}
     attention = {"q_proj": (heads * size, hidden), "k_proj": (keys, hidden)}
     attention |= {"v_proj": (keys, hidden), "o_proj": (hidden, heads * size)}
     feed = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."
-        out[at + "input_layernorm.weight"] = out[at + "post_attention_layernorm.weight"] = (hidden,)
+        out |= {f"{at}{name}.weight": (n,) for name, n in norms.items()}
         for part, matrices in (("self_attn", attention), ("mlp", feed)):
             for name, shape in matrices.items():
                 out[f"{at}{part}.{name}.weight"] = shape
                 if name in biased:
                     out[f"{at}{part}.{name}.bias"] = shape[:1]
     out["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings", family.startswith("gemma")):
         out["lm_head.weight"] = (config["vocab_size"], hidden)
     return out
 
@@ -188,13 +295,41 @@ def weights(case: Case, name: str, shape: tuple[int, ...], seed: int) -> NDArray
     bell = rng.integers(-(2**10), 2**10, (4, *shape)).sum(axis=0) / 1182
     if len(shape) == 2:
         return (bell * (1.5 / math.sqrt(shape[1]))).astype(np.float32)
-    return (bell * 0.5 + (1 if "norm" in name else 0)).astype(np.float32)
+    norm = "norm" in name and not case.config["model_type"].startswith("gemma")  # theirs adds 1
+    return (bell * 0.5 + (1 if norm else 0)).astype(np.float32)
 
 
-def stored_bytes(values: NDArray[np.float32], stored: str) -> bytes:
+def ternary(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """-1, 0 and 1, a little more than a third zeros."""
+    return np.clip(np.rint(values * (math.sqrt(values.shape[1]) / 1.5)), -1, 1).astype(np.float32)
+
+
+def packed(signs: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Four rows a byte, a quarter of the rows apart; two bits hold a weight + 1."""
+    quarters = (signs + 1).astype(np.uint8).reshape(4, -1, signs.shape[1])
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
+    return np.bitwise_or.reduce(quarters << shifts, axis=0)
+
+
+def stored_tensors(
+    case: Case, name: str, shape: tuple[int, ...], seed: int
+) -> dict[str, tuple[NDArray[Any], str]]:
+    """What the checkpoint holds of a tensor: names to values and their type."""
+    values = weights(case, name, shape, seed)
+    how = case.config.get("quantization_config", {"quantization_mode": "online"})
+    if how["quantization_mode"] == "online" or "_proj.weight" not in name:
+        return {name: (values, case.stored if len(shape) == 2 else case.vectors or case.stored)}
+    scale = np.float32(math.sqrt(shape[1]) / 2)
+    if how["linear_class"] == "autobitlinear":
+        scale = 1 / scale
+    out: dict[str, tuple[NDArray[Any], str]] = {name: (packed(ternary(values)), "u8")}
+    return out | {name + "_scale": (np.full(1, scale, np.float32), "bf16")}
+
+
+def stored_bytes(values: NDArray[Any], stored: str) -> bytes:
     """Little-endian bytes; bf16 is the upper half of a float32, rounded to nearest even."""
     if stored != "bf16":
-        return values.astype({"f16": "<f2", "f32": "<f4"}[stored]).tobytes()
+        return values.astype({"f16": "<f2", "f32": "<f4", "u8": "u1"}[stored]).tobytes()
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
@@ -206,7 +341,7 @@ class Shard:
     header: dict[str, Any] = field(default_factory=lambda: {"__metadata__": {"format": "pt"}})
     data: bytearray = field(default_factory=bytearray)
 
-    def add(self, name: str, values: NDArray[np.float32], stored: str) -> None:
+    def add(self, name: str, values: NDArray[Any], stored: str) -> None:
         """Append a tensor."""
         begin = len(self.data)
         self.data += stored_bytes(values, stored)
@@ -234,9 +369,9 @@ def write_folder(case: Case, seed: int, folder: Path) -> Path:
     weight_map = {}
     for i, (name, shape) in enumerate(shapes(case.config).items()):
         file = names[i % case.shards]  # a layer's tensors lie in different files
-        stored = case.stored if len(shape) == 2 else case.vectors or case.stored
-        shards[file].add(name, weights(case, name, shape, seed), stored)
-        weight_map[name] = file
+        for tensor, (values, stored) in stored_tensors(case, name, shape, seed).items():
+            shards[file].add(tensor, values, stored)
+            weight_map[tensor] = file
     for file, shard in shards.items():
         shard.write(folder / file)
     if case.shards > 1:

@@ -9,6 +9,8 @@ VERBS = {  # in the order of `chalot --help`
     "verify": "check every extent and checksum of a .myai file",
     "models": "short names, what is converted, what was downloaded",
     "rm": "remove a converted model",
+    "validate": "how far a model's weights and answers are from its source",
+    "tensor": "one weight of a model times one input",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",
 }

@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def arguments(parser: ArgumentParser) -> None:
     where.add_argument("-o", "--out", help="what to write (default: NAME-SCHEME.myai)")
     where.add_argument("--output-dir", metavar="DIR", help="where to write NAME-SCHEME.myai")
     parser.add_argument(
-        "--to", help="myai (default), gguf or safetensors; or by the ending of OUT, if it is .gguf"
+        "--to",
+        help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
     )
     parser.add_argument("--type", help="for gguf and safetensors: f16, bf16, f32, q8_0, ...")
     how = parser.add_mutually_exclusive_group()
@@ -39,6 +41,13 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="only read headers, and say what fits"
     )
+    parser.add_argument(
+        "--no-validate",
+        dest="validate",
+        action="store_false",
+        help="for npz: do not compare what was written with SOURCE",
+    )
+    parser.add_argument("--tolerance", type=float, help="for npz: as for chalot validate")
 
 
 def main(arguments: Arguments) -> int:
@@ -56,7 +65,7 @@ def main(arguments: Arguments) -> int:
         report = one(named[0], arguments)
         if arguments.json:
             print(as_json(report))
-        return 0
+        return 0 if passed(report) else 1
 
     def failed(failure: batch.Failure) -> None:
         say(f"chalot: {failure.error}")
@@ -67,7 +76,7 @@ def main(arguments: Arguments) -> int:
     say(f"{len(found.reports)} of {len(named)} {'read' if arguments.dry_run else 'converted'}")
     for failure in found.failed:
         say(f"failed: {failure.source}")
-    return 1 if found.failed else 0
+    return 0 if not found.failed and all(map(passed, found.reports)) else 1
 
 
 def one(source: str, arguments: Arguments) -> Any:
@@ -82,7 +91,9 @@ def one(source: str, arguments: Arguments) -> Any:
     fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
     if fit is not None and arguments.fit:
         scheme = fitting.chosen(fit, source)
-    if not out:
+    if to == "npz":
+        out = out or arguments.output_dir or "."
+    elif not out:
         kind = scheme if to == "myai" else arguments.type or ""
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
@@ -98,12 +109,15 @@ def one(source: str, arguments: Arguments) -> Any:
             to,
             arguments.type,
             scheme=scheme,
+            bits=arguments.bits or "4",
             threads=arguments.threads,
             progress=advance,
             command=command,
         )
     if not arguments.json:
         show(report, arguments)
+    if to == "npz" and arguments.validate:
+        report = validated(report, source, arguments)
     return report
 
 
@@ -119,6 +133,29 @@ def fit_of(source: str, arguments: Arguments) -> Any:
             f"{source}: is a .myai file; --fit and --dry-run judge what is not converted yet"
         )
     return found
+
+
+def validated(report: Any, source: str, arguments: Arguments) -> Any:
+    """The report, with what comparing the files with their source found; shown, too."""
+    from chalot.validate import render, validate
+
+    with progress(arguments, "validating") as advance:
+        found = validate(
+            report.path,
+            source,
+            tolerance=arguments.tolerance,
+            threads=arguments.threads,
+            progress=advance,
+        )
+    if not arguments.json:
+        print(render(found, arguments.verbose))
+    return replace(report, validation=found)
+
+
+def passed(report: Any) -> bool:
+    """Whether a conversion was compared with its source, if at all, and found near enough."""
+    found = getattr(report, "validation", None)
+    return found is None or found.ok
 
 
 def make_folder(name: str | None) -> None:
@@ -137,10 +174,17 @@ def show(report: Any, arguments: Arguments) -> None:
         for note in report.notes:
             say(note)
         table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
+        again = any(k.source_error is not None for k in report.kinds)
         for k in report.kinds:
             cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
             table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
+            if again:
+                table[-1].append("" if k.source_error is None else f"{k.source_error:.2g}")
+        if again:
+            table[0].append("source's")
         say(rows(table))
+        if again:
+            say("source's: the error that the source has already; error: what came on top")
         say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
         say("activations; folded: tensors whose columns were balanced by powers of two")
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")

@@ -84,15 +84,39 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
                 f"{path}: is a link to {target}, outside the checkpoint's folder; "
                 "copy the file into the folder"
             )
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: cannot be opened ({reason})") from error
+    return open_regular(target, path)
+
+
+def open_regular(target: Path, path: Path) -> BinaryIO:
+    """Open a regular file for reading; `path` is what errors call it. Raises FormatError."""
+    try:
         # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
         descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FormatError(f"{path}: cannot be opened ({reason})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path}: is not a regular file; expected one")
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_at(file: BinaryIO, path: Path, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes at `offset` of an open file. Raises FormatError where it ends before."""
+    pieces = []
+    while size:
+        try:
+            piece = os.pread(file.fileno(), size, offset)
+        except (OSError, ValueError) as error:  # a failing disk; a file closed already
+            raise FormatError(f"{path}: cannot be read ({error})") from error
+        if not piece:
+            raise FormatError(f"{path}: file ends at {offset}; it was cut while being read")
+        pieces.append(piece)
+        offset, size = offset + len(piece), size - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""chalot's tensor names to Hugging Face's: one table. {i} stands for the layer."""
+"""chalot's tensor names to Hugging Face's: one table. {i} stands for the layer.
+
+Gemma 2's post_attention_layernorm is another norm than everybody else's: so it has another name
+here, and the norm before the feed-forward has two.
+"""
 
 HUGGING_FACE = {
     "embedding": "model.embed_tokens.weight",
@@ -8,10 +12,17 @@ HUGGING_FACE = {
     "layers.{i}.query": "model.layers.{i}.self_attn.q_proj.weight",
     "layers.{i}.key": "model.layers.{i}.self_attn.k_proj.weight",
     "layers.{i}.value": "model.layers.{i}.self_attn.v_proj.weight",
+    "layers.{i}.query_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "layers.{i}.key_norm": "model.layers.{i}.self_attn.k_norm.weight",
+    "layers.{i}.attention_inner_norm": "model.layers.{i}.self_attn.attn_sub_norm.weight",
     "layers.{i}.output": "model.layers.{i}.self_attn.o_proj.weight",
+    "layers.{i}.attention_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
     "layers.{i}.ffn_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.ffn_pre_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
     "layers.{i}.gate": "model.layers.{i}.mlp.gate_proj.weight",
     "layers.{i}.up": "model.layers.{i}.mlp.up_proj.weight",
+    "layers.{i}.ffn_inner_norm": "model.layers.{i}.mlp.ffn_sub_norm.weight",
+    "layers.{i}.ffn_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
     "layers.{i}.down": "model.layers.{i}.mlp.down_proj.weight",
 }
 

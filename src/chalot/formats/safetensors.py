@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from chalot.errors import FormatError, LimitError, UnsupportedError, WeightError
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS, read_document
-from chalot.formats.files import open_inside, quoted, whole_file
+from chalot.formats.files import open_inside, quoted, read_at, whole_file
 from chalot.formats.floats import bf16_to_float32, float32_to_bf16
 from chalot.formats.safetensors_header import (
     INDEX,
@@ -46,6 +46,8 @@ STORED: dict[str, np.dtype[Any]] = {
     "f16": np.dtype("<f2"),
     "f32": np.dtype("<f4"),
 }
+
+INTEGERS = ("u8",)
 
 Source = NDArray[Any] | Callable[[], NDArray[Any]]
 
@@ -69,19 +71,7 @@ class _Shard:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes at `offset` of the file."""
-        pieces = []
-        while size:
-            try:
-                piece = os.pread(self.file.fileno(), size, offset)
-            except (OSError, ValueError) as error:  # a failing disk; a file closed already
-                raise FormatError(f"{self.path}: cannot be read ({error})") from error
-            if not piece:
-                raise FormatError(
-                    f"{self.path}: file ends at {offset}; it was cut while being read"
-                )
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return read_at(self.file, self.path, offset, size)
 
     def view(self, extent: Extent) -> NDArray[Any]:
         """A tensor's stored values, mapped and read-only; a copy where they are not aligned."""
@@ -177,6 +167,16 @@ class SafetensorsFolder:
                 piece[:] = values
         return out.reshape(shape)
 
+    def integers(self, name: str, first: int, last: int) -> NDArray[np.uint8]:
+        """Rows `first:last` of a matrix of bytes ("u8"). Raises as `float32`."""
+        shard, extent = self._place(name, INTEGERS)
+        rows, columns = extent.info.shape
+        if not 0 <= first <= last <= rows:
+            raise IndexError(f"{name}: rows {first}:{last} of {rows}")
+        begin = shard.payload + extent.begin + first * columns
+        content = shard.read(begin, (last - first) * columns)
+        return np.frombuffer(content, np.uint8).reshape(last - first, columns)
+
     def document(self, name: str) -> bytes | None:
         """One of `DOCUMENTS`, or None if the folder has none. Raises FormatError (size, UTF-8)."""
         return read_document(self.path, name)
@@ -220,12 +220,12 @@ class SafetensorsFolder:
         names = {*DOCUMENTS, *self._shards}
         return [self.path / name for name in sorted(names)]
 
-    def _place(self, name: str) -> tuple[_Shard, Extent]:
+    def _place(self, name: str, types: Iterable[str] = STORED) -> tuple[_Shard, Extent]:
         """Where a tensor lies, if it is there and of a type and size that can be computed with."""
         if name not in self._places:
             raise FormatError(f"{self.path}: has no tensor {quoted(name)}")
         shard, extent = self._places[name]
-        if extent.info.dtype not in STORED:
+        if extent.info.dtype not in types:
             raise UnsupportedError(
                 f"{shard.path}: tensor {quoted(name)} is {extent.info.dtype}; chalot reads bf16, "
                 "f16 and f32: use the model's original, not yet quantised checkpoint"

@@ -3,11 +3,13 @@
 A slot holds one row a token: float32 numbers (planes = 0) or quantised activations, int8 codes in
 one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a block of 128.
 
-    embed     target <- rows of a matrix, by token id
-    norm      target <- source / rms(source) * weight
+    embed     target <- rows of a matrix, by token id, times a number
+    norm      target (+)= source / rms(source) * weight
     quantize  target <- codes of source
-    linear    target[:, column:] (+)= source @ matrix.T + bias, for each of its parts
-    rope_store  rotates q and k of [q | k | v] in place and puts k and v in the cache
+    linear    target[:, column:] (+)= source @ matrix.T + bias, for each of its parts; logits are
+              capped where there is a cap
+    rope_store  norms, where there are weights for it, and rotates q and k of [q | k | v] in place;
+              puts k and v in the cache
     attend    target <- softmax(q k) v over the sequence's pages
     gate      target <- activation(first half of source) * second half
     restore   target <- the numbers that source's codes stand for, to see what coding them costs
@@ -25,7 +27,7 @@ from chalot.quant.scheme import PANEL, round_up
 PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
 KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore")
-GATES = ("silu", "gelu_tanh")
+GATES = ("silu", "gelu_tanh", "relu2")
 CACHE_TYPES = ("f32", "f16", "int8")
 CACHE = "int8"  # unless something else is asked for
 
@@ -55,13 +57,14 @@ class Op:
     source: int = LOGITS
     target: int = LOGITS
     parts: tuple[Part, ...] = ()
-    weight: NDArray[np.float32] | None = None  # norm: padded to 16
-    number: float = 0.0  # norm: epsilon; attend: factor of the scores
+    # norm: padded to 16; rope_store: q's and k's for one head, each padded to 16, or None
+    weight: NDArray[np.float32] | None = None
+    number: float = 0.0  # embed: factor; norm, rope_store: epsilon; attend: factor of the scores
     layer: int = 0
-    add: bool = False
+    add: bool = False  # linear, norm: to what the target holds
     gate: str = "silu"
     window: int = 0  # attend: positions that a query sees, its own included; 0: all
-    cap: float = 0.0  # attend: scores become cap * tanh(score / cap); 0: they stay
+    cap: float = 0.0  # attend: scores become cap * tanh(score / cap); linear: logits; 0: they stay
     # linear: gate and up, which run as one with the gate and the quantize behind them; the slots
     # between are then not written (the oracle writes them)
     fused: bool = False

@@ -79,7 +79,10 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
 
 
 def gate(kind: str, g: Floats, up: Floats) -> Floats:
-    """activation(g) * up, with silu or gelu's tanh form written as g / (1 + e^-2u)."""
+    """activation(g) * up; silu and gelu's tanh form as g / (1 + e^-2u), relu2 as max(g, 0)^2."""
+    if kind == "relu2":
+        g = np.maximum(g, F32(0))
+        return (g * g) * up
     if kind == "silu":
         minus = F32(0) - g
     else:
@@ -310,11 +313,12 @@ class ReferenceProgram:
     def simple(self, op: Op, slots: dict[int, Floats], batch: Batch) -> Floats:
         """The operations that work on each token alone."""
         if op.kind == "embed":
-            return embedding(op.parts[0].matrix, batch.tokens)
+            return embedding(op.parts[0].matrix, batch.tokens) * F32(op.number)
         x = slots[op.source]
         if op.kind == "norm":
             assert op.weight is not None
-            return rms_norm(x, op.weight, op.number)
+            y = rms_norm(x, op.weight, op.number)
+            return slots[op.target] + y if op.add else y
         if op.kind == "gate":
             half = x.shape[1] // 2
             return gate(op.gate, x[:, :half], x[:, half:])
@@ -345,7 +349,7 @@ class ReferenceProgram:
             if part.bias is not None:
                 y = y + part.bias[:rows]
             at = slice(part.column, part.column + rows)
-            target[:, at] = target[:, at] + y if op.add else y
+            target[:, at] = target[:, at] + y if op.add else soft_cap(y, op.cap)
 
     def head_rows(
         self, arena: NDArray[np.uint8], page: int, layer: int, head: int, held: bool
@@ -374,6 +378,10 @@ class ReferenceProgram:
         angle = batch.positions.astype(F32)[:, None] * self.program.inverse_frequency
         sine, cosine = sine_cosine(angle)
         turned = heads + shape.kv_heads
+        if op.weight is not None:
+            of_query, of_key = op.weight.reshape(2, shape.stride)
+            parts[:, :heads] = rms_norm(parts[:, :heads], of_query, op.number)
+            parts[:, heads:turned] = rms_norm(parts[:, heads:turned], of_key, op.number)
         parts[:, :turned] = rotate(parts[:, :turned], sine[:, None], cosine[:, None])
         stored = parts[:, heads:].copy()
         if shape.kind == "int8":

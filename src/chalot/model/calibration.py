@@ -19,7 +19,7 @@ from chalot.kernels.program import Batch, padded_vector
 from chalot.kernels.reference import rms_norm
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
-from chalot.model.layers import layer_tensors
+from chalot.model.layers import ffn_norm, layer_tensors
 from chalot.model.transformer import LAYER_INPUTS, Weights, build_layer
 from chalot.quant import fold
 from chalot.quant.grids import nl4_tables
@@ -142,8 +142,13 @@ class Calibration:
         self.hidden = hidden
         self.plan = Plan()
 
-    def layer(self, i: int, read: Callable[[str], Floats], dense_scheme: Scheme) -> None:
-        """Take the hidden states through layer i, and plan its tensors. `read` gives a tensor."""
+    def layer(
+        self, i: int, read: Callable[[str], Floats], dense_scheme: Scheme
+    ) -> dict[str, Floats]:
+        """Take the hidden states through layer i, and plan its tensors. `read` gives a tensor.
+
+        Returns what its matrices are multiplied with, by slot.
+        """
         matrices, vectors, samples = {}, {}, {}
         for spec in layer_tensors(self.config, i):
             weights = read(spec.name)
@@ -159,6 +164,7 @@ class Calibration:
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
             self._plan(f"layers.{i}.", inputs, samples)
+        return inputs
 
     def _run(self, i: int, weights: Weights) -> dict[str, Floats]:
         """What the layer's matrices are multiplied with, by slot; the hidden states move on."""
@@ -193,12 +199,16 @@ class Calibration:
         def same(factor: Floats) -> Floats:
             return factor
 
+        attended = ("value", values_to_output, value_rows)
+        gated = ("up", same, same)
+        if self.config.inner_norms:
+            attended, gated = ("attention_inner_norm", same, same), ("ffn_inner_norm", same, same)
         # input, the matrices that read it, what produces it, how its factors are shared and seen
-        for slot, readers, producer, share, seen in (
-            ("attention input", ("query", "key", "value"), "attention_norm", same, same),
-            ("attention output", ("output",), "value", values_to_output, value_rows),
-            ("feed-forward input", ("gate", "up"), "ffn_norm", same, same),
-            ("feed-forward inner", ("down",), "up", same, same),
+        for slot, readers, (producer, share, seen) in (
+            ("attention input", ("query", "key", "value"), ("attention_norm", same, same)),
+            ("attention output", ("output",), attended),
+            ("feed-forward input", ("gate", "up"), (ffn_norm(self.config), same, same)),
+            ("feed-forward inner", ("down",), gated),
         ):
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:

@@ -5,8 +5,7 @@ something passed over in silence.
 """
 
 import math
-from collections.abc import Mapping
-from decimal import Decimal, getcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -14,31 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
+from chalot.model.rope import LARGEST, RopeScaling, frequencies, read_rope
 
-LARGEST = 1 << 24  # of any dimension; products of three stay far below 2^63 in Python
 MOST_LAYERS = 4096  # a list of their tensors stays small
+ACTIVATIONS = ("silu", "gelu_tanh", "relu2")
 
 
-class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The "llama3" rule: long wavelengths are stretched, short ones kept, smoothly between."""
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A decoder: sizes in numbers of elements, positions in tokens.
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
-
-    def __post_init__(self) -> None:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if not (math.isfinite(self.factor) and self.factor > 0):
-            raise ValueError(f"rope scaling by {self.factor}; expected a positive number")
-        if not (math.isfinite(high) and 0 < low < high):
-            raise ValueError(f"rope scaling from {low} to {high}; expected 0 < low < high")
-        if not 1 <= self.original_context <= LARGEST:
-            raise ValueError(f"rope scaling of a context of {self.original_context} tokens")
-
-
-class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A decoder: sizes in numbers of elements, positions in tokens."""
+    Defaults are left out of files, so that a model which needs no newer field stays readable by
+    versions that do not know it.
+    """
 
     family: str
     hidden: int
@@ -57,6 +43,14 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     feed_forward_bias: bool = False
     activation: str = "silu"
     rope_scaling: RopeScaling | None = None
+    embedding_scale: float = 1.0  # of the embedding's rows, not of a tied head
+    head_norms: bool = False  # of queries and keys, head by head, before rope
+    post_norms: bool = False  # of what attention and feed-forward give, before it is added
+    inner_norms: bool = False  # of what output and down are multiplied with
+    score_scale: float = 0.0  # of attention's scores; 0: 1 / sqrt(head_dim)
+    score_cap: float = 0.0  # attention's scores become cap * tanh(score / cap); 0: they stay
+    logit_cap: float = 0.0
+    windows: tuple[int, ...] = ()  # positions that a query of a layer sees; 0: all; (): all layers
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary")
@@ -69,32 +63,116 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         if self.head_dim % 2 or self.head_dim > 1024:
             raise ValueError(f"head size is {self.head_dim}; expected an even number up to 1024")
-        for name in ("norm_epsilon", "rope_theta"):
+        for name in ("norm_epsilon", "rope_theta", "embedding_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} is {value}; expected a positive number")
+        for name in ("score_scale", "score_cap", "logit_cap"):
+            value = getattr(self, name)
+            # below 1e-30, 2 / cap would leave float32
+            if value != 0 and not 1e-30 < value < 1e30:
+                raise ValueError(f"{name} is {value}; expected a positive number, or 0")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
+        if any(not 0 <= w <= LARGEST for w in self.windows):
+            raise ValueError(f"windows: expected 0 to {LARGEST} positions")
+        if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}; expected more than 1 with yarn")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+    def window(self, layer: int) -> int:
+        """Positions that a query sees in that layer, its own included; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        yarn = self.rope_scaling.attention_factor**2 if self.rope_scaling else 1.0
+        return (self.score_scale or 1 / math.sqrt(self.head_dim)) * yarn
+
+
+Settings = Mapping[str, Any]  # a config.json
 
 
 class Family(msgspec.Struct, frozen=True):
-    """How a family's configuration departs from the common reading."""
+    """How a family's configuration and function depart from the common ones.
 
-    query_key_value_bias: bool | str  # a key of the configuration, or always so
+    A bias is a key of the configuration, or always so. `defaults` is what config.json may leave out
+    or set to null; of `OPTIONAL` it names those that the family has.
+    """
+
+    defaults: Settings = {}
+    query_key_value_bias: bool | str = False
     output_bias: bool | str = False
     feed_forward_bias: bool | str = False
+    windowed: Callable[[Settings, int], bool] | None = None  # whether a layer has the window
+    activations: Mapping[str, str] = {}  # beside GATES
+    norm_offset: float = 0.0  # checkpoints hold norm weights less this
+    embedding_scaled: bool = False  # by sqrt(hidden), rounded to the checkpoint's type
+    head_norms: bool = False
+    post_norms: bool = False
+    inner_norms: bool = False
 
 
+def late_layers(config: Settings, layer: int) -> bool:
+    """Qwen's rule: the window, where it is switched on, is for layers from one on."""
+    return bool(config["use_sliding_window"]) and layer >= config["max_window_layers"]
+
+
+QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
-    "llama": Family("attention_bias", "attention_bias", "mlp_bias"),
-    "qwen2": Family(True),
+    "llama": Family({}, "attention_bias", "attention_bias", "mlp_bias"),
+    "mistral": Family({"sliding_window": 4096}, windowed=lambda config, layer: True),
+    "qwen2": Family(QWEN, True, windowed=late_layers),
+    "qwen3": Family(
+        QWEN | {"head_dim": 128},
+        "attention_bias",
+        "attention_bias",
+        windowed=late_layers,
+        head_norms=True,
+    ),
+    "gemma": Family(
+        GEMMA | {"hidden_act": "gelu_pytorch_tanh"},
+        "attention_bias",
+        "attention_bias",
+        activations={"gelu": "gelu_tanh"},
+        norm_offset=1,
+        embedding_scaled=True,
+    ),
+    "gemma2": Family(
+        GEMMA
+        | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
+        | {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        "attention_bias",
+        "attention_bias",
+        windowed=lambda config, layer: layer % 2 == 0,
+        activations={"gelu": "gelu_tanh"},
+        norm_offset=1,
+        embedding_scaled=True,
+        post_norms=True,
+    ),
+    "bitnet": Family(
+        {"hidden_act": "relu2", "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
+        "attention_bias",
+        "attention_bias",
+        inner_norms=True,
+    ),
 }
-ROPE_KEYS = {
-    *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
-    *("original_max_position_embeddings", "partial_rotary_factor"),
+OPTIONAL = {  # settings of some families, refused in the others
+    *("sliding_window", "query_pre_attn_scalar", "use_bidirectional_attention", "use_mrope"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
 }
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+GATES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
 
 
-def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
+def from_hugging_face(config: Settings) -> ModelConfig:
     """The model that a parsed `config.json` describes.
 
     Raises UnsupportedError for a family or feature that chalot does not know, FormatError for a
@@ -106,31 +184,23 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
         raise UnsupportedError(
             f"config.json: unknown architecture {family!r}; chalot runs: {', '.join(FAMILIES)}"
         )
-    if config.get("use_sliding_window"):
-        raise UnsupportedError(f"config.json: {family} with sliding-window attention cannot be run")
-    if config.get("quantization_config"):
-        raise UnsupportedError(
-            "config.json: the checkpoint is quantised already; convert the original weights"
-        )
+    check_supported(config, row)
+    config = {**row.defaults, **config}
 
     def flag(source: bool | str) -> bool:
         return bool(config.get(source, False)) if isinstance(source, str) else source
 
-    activation = config.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"config.json: activation {activation!r} is not known; known: {', '.join(ACTIVATIONS)}"
-        )
     try:
-        heads = config["num_attention_heads"]
-        theta, scaling = rope(config)
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        theta, scaling = read_rope(config)
+        scalar = config.get("query_pre_attn_scalar")
         fields = {
             "family": family,
-            "hidden": config["hidden_size"],
+            "hidden": hidden,
             "layers": config["num_hidden_layers"],
             "heads": heads,
             "kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or config["hidden_size"] // max(int(heads), 1),
+            "head_dim": config.get("head_dim") or hidden // max(int(heads), 1),
             "feed_forward": config["intermediate_size"],
             "vocabulary": config["vocab_size"],
             "context": config.get("max_position_embeddings", 2048),
@@ -140,63 +210,87 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
             "query_key_value_bias": flag(row.query_key_value_bias),
             "output_bias": flag(row.output_bias),
             "feed_forward_bias": flag(row.feed_forward_bias),
-            "activation": ACTIVATIONS[activation],
+            "activation": activation(config, row),
             "rope_scaling": scaling,
+            "embedding_scale": embedding_scale(config) if row.embedding_scaled else 1.0,
+            "head_norms": row.head_norms,
+            "post_norms": row.post_norms,
+            "inner_norms": row.inner_norms,
+            "score_scale": 0.0 if scalar is None else 1 / math.sqrt(scalar),
+            "score_cap": float(config.get("attn_logit_softcapping") or 0),
+            "logit_cap": float(config.get("final_logit_softcapping") or 0),
+            "windows": windows(config, row),
         }
         return msgspec.convert(fields, ModelConfig)
     except KeyError as error:
         raise FormatError(f"config.json: {error.args[0]} is missing") from None
-    except (msgspec.ValidationError, TypeError, ValueError, OverflowError) as error:
+    except (msgspec.ValidationError, ArithmeticError, TypeError, ValueError) as error:
         raise FormatError(f"config.json: {error}") from None
 
 
-def rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Theta and scaling, from `rope_parameters` or the older `rope_theta`, `rope_scaling`.
+def check_supported(config: Settings, row: Family) -> None:
+    """Raise UnsupportedError where a setting asks for what the family's row does not do."""
+    for key in sorted(OPTIONAL - row.defaults.keys()):
+        if config.get(key):
+            raise UnsupportedError(
+                f"config.json: {key} is {config[key]!r}, which chalot does not know of the family "
+                f"{config['model_type']}; expected none"
+            )
+    quantization = config.get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, Mapping) and quantization.get("quant_method") == "bitnet"
+        if not known or quantization.get("use_rms_norm"):
+            raise UnsupportedError(
+                "config.json: the checkpoint is quantised already, in a way that chalot does not "
+                "read; convert the original weights"
+            )
 
-    Where a configuration has both, the older one holds, as it does in transformers.
-    """
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise ValueError("rope_scaling is no object")
-    theta = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind not in ("default", "llama3"):
+
+def activation(config: Settings, row: Family) -> str:
+    """The gate's function; of two spellings both must say the same. Raises UnsupportedError."""
+    given = [config[k] for k in ("hidden_act", "hidden_activation") if config.get(k)] or ["silu"]
+    names = GATES | dict(row.activations)
+    found = {names.get(str(name)) for name in given}
+    if len(found) > 1 or None in found:
         raise UnsupportedError(
-            f"config.json: rope scaling {kind!r} is not known; known: default, llama3"
+            f"config.json: activation {given[0]!r} is not known; known: {', '.join(names)}"
         )
-    for key in sorted(found.keys() - ROPE_KEYS):
-        if found[key] is not None:
-            raise UnsupportedError(f"config.json: rope setting {key!r} is not known")
-    part = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part is not None and float(part) != 1:
-        raise UnsupportedError(f"config.json: partial_rotary_factor {part} cannot be run; only 1")
-    if kind == "default":
-        return theta, None
-    return theta, {
-        "factor": float(found["factor"]),
-        "low_freq_factor": float(found["low_freq_factor"]),
-        "high_freq_factor": float(found["high_freq_factor"]),
-        "original_context": found["original_max_position_embeddings"],
-    }
+    return str(found.pop())
+
+
+def embedding_scale(config: Settings) -> float:
+    """sqrt(hidden) in the type of the checkpoint's numbers, as it was trained and is computed."""
+    exact = np.float32(math.sqrt(config["hidden_size"]))
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if stored == "bfloat16":  # the upper half of a float32, to nearest even
+        bits = int(exact.view(np.uint32))
+        exact = np.uint32((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).view(np.float32)
+    return float(np.float16(exact) if stored == "float16" else exact)
+
+
+def windows(config: Settings, row: Family) -> tuple[int, ...]:
+    """Each layer's window, 0 where it has none; () if no layer has one."""
+    layers, kinds = int(config["num_hidden_layers"]), config.get("layer_types")
+    if not 1 <= layers <= MOST_LAYERS:
+        return ()  # which is refused elsewhere
+    rule = row.windowed or (lambda config, layer: False)
+    size = config.get("sliding_window") or 0
+    chosen = [size > 0 and rule(config, i) for i in range(layers)]
+    if kinds is not None:
+        by_kind = {"full_attention": False, "sliding_attention": True}
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise ValueError(f"layer_types: expected a list of {layers}")
+        if any(kind not in by_kind for kind in map(str, kinds)):
+            raise UnsupportedError(f"config.json: layer_types: known: {', '.join(by_kind)}")
+        chosen = [by_kind[kind] for kind in kinds]
+        on = size > 0 and bool(config.get("use_sliding_window", row.windowed))
+        if any(chosen) and not on:
+            raise UnsupportedError(
+                "config.json: layer_types asks for a window that is switched off"
+            )
+    return tuple(size if windowed else 0 for windowed in chosen) if any(chosen) else ()
 
 
 def inverse_frequencies(config: ModelConfig) -> NDArray[np.float32]:
-    """(head_dim / 2,) float32: theta^(-2 i / head_dim), scaled; exact decimals, rounded once.
-
-    Rope: Su et al., arXiv 2104.09864. "llama3" scaling: a wavelength above context / low is divided
-    by `factor`, one below context / high is kept, between them the two are mixed linearly.
-    """
-    getcontext().prec = 40
-    theta = Decimal(config.rope_theta)
-    scaling = config.rope_scaling
-    two_pi = Decimal("6.283185307179586476925286766559005768394")
-    out = []
-    for i in range(0, config.head_dim, 2):
-        f = theta ** (-Decimal(i) / config.head_dim)
-        if scaling is not None:
-            low, high = Decimal(scaling.low_freq_factor), Decimal(scaling.high_freq_factor)
-            turns = scaling.original_context * f / two_pi  # of this pair within the old context
-            keep = min(max((turns - low) / (high - low), Decimal(0)), Decimal(1))
-            f = (1 - keep) * f / Decimal(scaling.factor) + keep * f
-        out.append(float(f))
-    return np.array(out, np.float32)
+    """(head_dim / 2,) float32: by what a pair of a head turns from one position to the next."""
+    return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)

@@ -2,39 +2,73 @@
 
 from typing import NamedTuple
 
-from chalot.model.config import ModelConfig
+from chalot.model.config import FAMILIES, ModelConfig
 
 KINDS = ("embedding", "head", "attention", "ffn")  # of matrices; vectors are never quantised
 
 
 class TensorSpec(NamedTuple):
-    """A tensor of a model. `kind` is one of KINDS, or "vector"."""
+    """A tensor of a model. `kind` is one of KINDS, or "vector".
+
+    A checkpoint holds it less `offset`: what is stored and computed with is value + offset.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: str
+    offset: float = 0.0
+
+
+def ffn_norm(config: ModelConfig) -> str:
+    """The name of the norm before the feed-forward; checkpoints with norms behind have another."""
+    return "ffn_pre_norm" if config.post_norms else "ffn_norm"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     """The tensors of one layer, in the order they are used."""
     c, p = config, f"layers.{layer}."
+    offset = norm_offset(c)
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     rows = {"query": queries, "key": keys, "value": keys}
-    out = [TensorSpec(p + "attention_norm", (c.hidden,), "vector")]
-    out += [TensorSpec(p + n, (r, c.hidden), "attention") for n, r in rows.items()]
-    if c.query_key_value_bias:
-        out += [TensorSpec(f"{p}{n}.bias", (r,), "vector") for n, r in rows.items()]
-    out.append(TensorSpec(p + "output", (c.hidden, queries), "attention"))
-    if c.output_bias:
-        out.append(TensorSpec(p + "output.bias", (c.hidden,), "vector"))
-    out.append(TensorSpec(p + "ffn_norm", (c.hidden,), "vector"))
     feed = {"gate": (c.feed_forward, c.hidden), "up": (c.feed_forward, c.hidden)}
-    feed["down"] = (c.hidden, c.feed_forward)
+    out: list[TensorSpec] = []
+
+    def norm(name: str, size: int, there: bool = True) -> None:
+        if there:
+            out.append(TensorSpec(p + name, (size,), "vector", offset))
+
+    def matrix(name: str, shape: tuple[int, int], kind: str) -> None:
+        out.append(TensorSpec(p + name, shape, kind))
+
+    def bias(name: str, size: int, there: bool) -> None:
+        if there:
+            out.append(TensorSpec(f"{p}{name}.bias", (size,), "vector"))
+
+    norm("attention_norm", c.hidden)
+    for name, size in rows.items():
+        matrix(name, (size, c.hidden), "attention")
+    for name, size in rows.items():
+        bias(name, size, c.query_key_value_bias)
+    norm("query_norm", c.head_dim, c.head_norms)
+    norm("key_norm", c.head_dim, c.head_norms)
+    norm("attention_inner_norm", queries, c.inner_norms)
+    matrix("output", (c.hidden, queries), "attention")
+    bias("output", c.hidden, c.output_bias)
+    norm("attention_post_norm", c.hidden, c.post_norms)
+    norm(ffn_norm(c), c.hidden)
     for name, shape in feed.items():
-        out.append(TensorSpec(p + name, shape, "ffn"))
-        if c.feed_forward_bias:
-            out.append(TensorSpec(f"{p}{name}.bias", shape[:1], "vector"))
+        matrix(name, shape, "ffn")
+        bias(name, shape[0], c.feed_forward_bias)
+    norm("ffn_inner_norm", c.feed_forward, c.inner_norms)
+    matrix("down", (c.hidden, c.feed_forward), "ffn")
+    bias("down", c.hidden, c.feed_forward_bias)
+    norm("ffn_post_norm", c.hidden, c.post_norms)
     return out
+
+
+def norm_offset(config: ModelConfig) -> float:
+    """What checkpoints of the family leave out of norm weights."""
+    return FAMILIES[config.family].norm_offset if config.family in FAMILIES else 0.0
 
 
 def model_tensors(config: ModelConfig) -> list[TensorSpec]:
@@ -42,7 +76,7 @@ def model_tensors(config: ModelConfig) -> list[TensorSpec]:
     out = [TensorSpec("embedding", (config.vocabulary, config.hidden), "embedding")]
     for layer in range(config.layers):
         out += layer_tensors(config, layer)
-    out.append(TensorSpec("final_norm", (config.hidden,), "vector"))
+    out.append(TensorSpec("final_norm", (config.hidden,), "vector", norm_offset(config)))
     if not config.tied:
         out.append(TensorSpec("head", (config.vocabulary, config.hidden), "head"))
     return out

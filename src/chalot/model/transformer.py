@@ -4,17 +4,21 @@ h = embed(token)
 h += output(attention(rope(q, k, v of norm(h))))        for each layer
 h += down(activation(gate(n)) * up(n)), n = norm(h)
 logits = head(norm(h))
+
+Some families have more norms: of q and k before rope, of what output and down are multiplied with,
+or of what they give.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chalot.kernels.program import LOGITS, CacheShape, Op, Part, Program, Slot, padded_vector
 from chalot.model.config import ModelConfig
+from chalot.model.layers import ffn_norm
 from chalot.quant.packing import Matrix
 
 
@@ -45,13 +49,48 @@ class Builder:
             self.slots.append(Slot(width, planes))
         return self.named[name]
 
-    def norm(self, source: int, target: int, name: str) -> None:
-        """target <- rms norm of source."""
+    def norm(self, source: int, target: int, name: str, add: bool = False) -> None:
+        """target (+)= rms norm of source."""
         weight = padded_vector(self.weights.vectors[name])
         epsilon = self.config.norm_epsilon
-        self.ops.append(Op("norm", source, target, weight=weight, number=epsilon))
+        self.ops.append(Op("norm", source, target, weight=weight, number=epsilon, add=add))
 
-    def linear(self, source: int, target: int, names: dict[str, int], add: bool = False) -> None:
+    def normed(self, there: bool, source: int, slot: str, name: str) -> int:
+        """The slot with the norm of source; source itself where there is no such norm."""
+        if not there:
+            return source
+        target = self.slot(slot, self.slots[source].width)
+        self.norm(source, target, name)
+        return target
+
+    def add_product(self, source: int, hidden: int, name: str, post_norm: str) -> None:
+        """hidden += product with the named matrix, or the norm of that."""
+        if not self.config.post_norms:
+            self.linear(source, hidden, {name: 0}, add=True)
+            return
+        made = self.slot("before the norm", self.slots[hidden].width)
+        self.linear(source, made, {name: 0})
+        self.norm(made, hidden, post_norm, add=True)
+
+    def head_norms(self, p: str) -> dict[str, Any]:
+        """What rope_store needs to norm queries and keys, where the model does."""
+        if not self.config.head_norms:
+            return {}
+        both = [padded_vector(self.weights.vectors[p + n]) for n in ("query_norm", "key_norm")]
+        return {"weight": np.concatenate(both), "number": self.config.norm_epsilon}
+
+    def embed(self, target: int, matrix: Matrix, scale: float) -> None:
+        """target <- rows of the matrix, times `scale`."""
+        self.ops.append(Op("embed", target=target, parts=(Part(matrix),), number=scale))
+
+    def linear(
+        self,
+        source: int,
+        target: int,
+        names: dict[str, int],
+        add: bool = False,
+        cap: float = 0.0,
+    ) -> None:
         """target[:, column] (+)= product with each named matrix; inputs are quantised if asked."""
         by_kind: dict[tuple[int, bool], list[Part]] = {}
         for name, column in names.items():
@@ -69,7 +108,7 @@ class Builder:
                 if not coded:  # numbers through codes and back: what coding activations costs alone
                     codes, given = given, self.slot(f"restored {width} x {planes}", width)
                     self.ops.append(Op("restore", codes, given))
-            self.ops.append(Op("linear", given, target, parts=tuple(parts), add=add))
+            self.ops.append(Op("linear", given, target, parts=tuple(parts), add=add, cap=cap))
 
     def layer(self, i: int, cache_layer: int) -> None:
         """One layer on the slot "hidden"."""
@@ -80,19 +119,24 @@ class Builder:
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
-        self.ops.append(Op("rope_store", both, layer=cache_layer))
-        attended = self.slot("attention output", queries)
-        scale = 1 / math.sqrt(c.head_dim)
-        self.ops.append(Op("attend", both, attended, number=scale, layer=cache_layer))
-        self.linear(attended, hidden, {p + "output": 0}, add=True)
+        self.ops.append(Op("rope_store", both, layer=cache_layer, **self.head_norms(p)))
+        attended = self.slot("attended" if c.inner_norms else "attention output", queries)
+        window, cap = c.window(i), c.score_cap
+        attend = Op("attend", both, attended, number=c.scale, layer=cache_layer)
+        self.ops.append(replace(attend, window=window, cap=cap))
+        inner = p + "attention_inner_norm"
+        attended = self.normed(c.inner_norms, attended, "attention output", inner)
+        self.add_product(attended, hidden, p + "output", p + "attention_post_norm")
         fed = self.slot("feed-forward input", c.hidden)
-        self.norm(hidden, fed, p + "ffn_norm")
+        self.norm(hidden, fed, p + ffn_norm(c))
         pair = self.slot("gate, up", 2 * c.feed_forward)
         before = len(self.ops)
         self.linear(fed, pair, {p + "gate": 0, p + "up": c.feed_forward})
-        inner = self.slot("feed-forward inner", c.feed_forward)
-        self.ops.append(Op("gate", pair, inner, gate=c.activation))
-        self.linear(inner, hidden, {p + "down": 0}, add=True)
+        gated = self.slot("gated" if c.inner_norms else "feed-forward inner", c.feed_forward)
+        self.ops.append(Op("gate", pair, gated, gate=c.activation))
+        norm = p + "ffn_inner_norm"
+        gated = self.normed(c.inner_norms, gated, "feed-forward inner", norm)
+        self.add_product(gated, hidden, p + "down", p + "ffn_post_norm")
         self.fuse_gate(before)
 
     def fuse_gate(self, start: int) -> None:
@@ -128,13 +172,13 @@ def build(
     """The whole model as a program. Raises KeyError for a missing tensor."""
     b = Builder(config, weights)
     hidden = b.slot("hidden", config.hidden)
-    b.ops.append(Op("embed", target=hidden, parts=(Part(weights.matrices["embedding"]),)))
+    b.embed(hidden, weights.matrices["embedding"], config.embedding_scale)
     for i in range(config.layers):
         b.layer(i, i)
     last, normed = b.slot("last", config.hidden), b.slot("head input", config.hidden)
     b.ops.append(Op("gather", hidden, last))
     b.norm(last, normed, "final_norm")
-    b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0})
+    b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0}, cap=config.logit_cap)
     return b.program(cache_shape(config, cache), inverse_frequency)
 
 
@@ -148,12 +192,12 @@ def build_layer(
     hidden: Matrix,
     inverse_frequency: NDArray[np.float32],
 ) -> tuple[Program, dict[str, int]]:
-    """One layer alone, from given hidden states (rows of an f32 matrix, taken as an embedding).
+    """One layer alone, from given hidden states (rows of an f32 matrix, taken as they are).
 
     Returns the program and the slots that hold what its matrices are multiplied with.
     """
     b = Builder(config, weights, fuse=False)
-    b.ops.append(Op("embed", target=b.slot("hidden", config.hidden), parts=(Part(hidden),)))
+    b.embed(b.slot("hidden", config.hidden), hidden, 1.0)
     b.layer(layer, 0)
     shape = CacheShape("f32", 1, config.kv_heads, config.head_dim)
     return b.program(shape, inverse_frequency), b.named

@@ -1,0 +1,146 @@
+// What a program and a batch must keep, checked before anything runs: the loops trust it.
+#include <cmath>
+#include <stdexcept>
+
+#include "program.h"
+
+namespace chalot {
+namespace {
+
+constexpr int kMostHeads = 1 << 18;  // 3 * heads * head size stays an int
+
+[[noreturn]] void invalid(size_t op, const char* what) {
+  throw std::invalid_argument("operation " + std::to_string(op) + ": " + what);
+}
+
+}  // namespace
+
+// Gate and up, what they make, and its codes, one after another; a thread then takes 128 columns of both as far as the
+// codes before they leave its cache.
+void Program::check_fused(size_t i) const {
+  if (i + 2 >= ops_.size()) invalid(i, "a fused product needs gate and quantize behind it");
+  const Op &linear = ops_[i], &gate = ops_[i + 1], &quantize = ops_[i + 2];
+  if (linear.kind != OpKind::linear || gate.kind != OpKind::gate || quantize.kind != OpKind::quantize ||
+      linear.out != gate.in || gate.out != quantize.in || linear.parts.size() != 2 || linear.add)
+    invalid(i, "a fused product needs gate and quantize behind it");
+  if (linear.in == quantize.out) invalid(i, "a fused product would write over what it reads");
+  const int width = slots_[size_t(gate.out)].width;
+  for (int half = 0; half < 2; half++) {
+    const Part& part = linear.parts[size_t(half)];
+    if (part.column != half * width || part.w.rows != width || !is_coded(part.w.scheme))
+      invalid(i, "a fused product takes two coded matrices of one height");
+  }
+}
+
+void Program::check() {
+  const bool heads_fit = cache_.kv_heads > 0 && heads_ > 0 && heads_ % cache_.kv_heads == 0 && heads_ <= kMostHeads;
+  const bool size_fits = cache_.head_dim > 0 && cache_.stride() <= kMaxHead && cache_.head_dim % 2 == 0;
+  if (!heads_fit || !size_fits || cache_.layers <= 0)
+    throw std::invalid_argument("cache: heads must be a multiple of key/value heads, the head size even and <= 1024");
+  if (inverse_frequency_.size() != size_t(cache_.head_dim) / 2)
+    throw std::invalid_argument("rope: expected head_dim / 2 inverse frequencies");
+  for (const Slot& s : slots_)
+    if (s.width <= 0 || s.width > 1 << 24 || s.planes < 0 || s.planes > 2) throw std::invalid_argument("slot: size");
+  bool gathered = false;
+  std::vector<bool> filled(slots_.size());
+  for (size_t i = 0; i < ops_.size(); i++) {
+    const Op& op = ops_[i];
+    auto slot = [&](int s) -> const Slot& {
+      if (s < 0 || size_t(s) >= slots_.size()) invalid(i, "slot does not exist");
+      return slots_[size_t(s)];
+    };
+    auto numbers = [&](int s, int width) {
+      if (slot(s).planes || slot(s).width != width) invalid(i, "slot has another width or holds codes");
+    };
+    const int queries = heads_ * cache_.head_dim, keys = cache_.kv_heads * cache_.head_dim;
+    const bool all_tokens = op.kind == OpKind::embed || op.kind == OpKind::rope_store || op.kind == OpKind::attend ||
+                            op.kind == OpKind::gather;
+    if (gathered && all_tokens) invalid(i, "after gather only the wanted tokens are there");
+    if (op.kind != OpKind::embed) {
+      slot(op.in);
+      if (!filled[size_t(op.in)]) invalid(i, "nothing has written what it reads");
+    }
+    if (op.add && op.out >= 0) {
+      slot(op.out);
+      if (!filled[size_t(op.out)]) invalid(i, "nothing has written what it adds to");
+    }
+    if (!(op.cap >= 0)) invalid(i, "window and cap must not be negative");
+    switch (op.kind) {
+      case OpKind::embed:
+        if (op.parts.size() != 1) invalid(i, "embed takes one matrix");
+        if (!std::isfinite(op.number)) invalid(i, "embed's factor must be finite");
+        numbers(op.out, op.parts[0].w.columns);
+        input_vocabulary_ = op.parts[0].w.rows;
+        break;
+      case OpKind::norm:
+        numbers(op.in, slot(op.out).width);
+        numbers(op.out, slot(op.in).width);
+        if (op.weight_size < size_t(round_up(slot(op.in).width, 16))) invalid(i, "norm needs a weight, padded to 16");
+        break;
+      case OpKind::quantize:
+        if (slot(op.in).planes || !slot(op.out).planes || slot(op.in).width != slot(op.out).width)
+          invalid(i, "quantize goes from numbers to codes of the same width");
+        break;
+      case OpKind::restore:
+        if (!slot(op.in).planes || slot(op.out).planes || slot(op.in).width != slot(op.out).width)
+          invalid(i, "restore goes from codes to numbers of the same width");
+        break;
+      case OpKind::linear:
+        for (const Part& part : op.parts) {
+          if (part.w.columns != slot(op.in).width) invalid(i, "matrix has other columns than its input slot");
+          if (is_coded(part.w.scheme) != (slot(op.in).planes > 0)) invalid(i, "matrix and input differ in kind");
+          int room = op.out < 0 ? part.w.rows : slot(op.out).width;
+          if (part.column < 0 || part.column > room - part.w.rows) invalid(i, "matrix has more rows than its output");
+          if (op.out >= 0 && slot(op.out).planes) invalid(i, "output slot holds codes");
+        }
+        if (op.out < 0) {
+          if (op.parts.size() != 1 || !gathered || op.add) invalid(i, "logits come from one matrix after gather");
+          vocabulary_ = op.parts[0].w.rows;
+        } else if (op.cap != 0) {
+          invalid(i, "only logits are capped");
+        }
+        break;
+      case OpKind::rope_store:
+      case OpKind::attend:
+        if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
+        numbers(op.in, queries + 2 * keys);
+        if (op.kind == OpKind::attend) numbers(op.out, queries);
+        if (op.kind == OpKind::rope_store && op.weight && op.weight_size != size_t(2 * cache_.stride()))
+          invalid(i, "the weights of norms must be two heads, padded to 16");
+        if (op.window < 0) invalid(i, "window and cap must not be negative");
+        break;
+      case OpKind::gate:
+        numbers(op.in, 2 * slot(op.out).width);
+        numbers(op.out, slot(op.out).width);
+        break;
+      case OpKind::gather:
+        numbers(op.in, slot(op.out).width);
+        numbers(op.out, slot(op.in).width);
+        gathered = true;
+        break;
+    }
+    if (op.out >= 0) filled[size_t(op.out)] = true;
+    if (i >= 2 && ops_[i - 2].fused)
+      for (size_t inside : {i - 2, i - 1})
+        if (ops_[inside].out >= 0) filled[size_t(ops_[inside].out)] = false;
+  }
+  for (size_t i = 0; i < ops_.size(); i++)
+    if (ops_[i].fused) check_fused(i);
+  if (!input_vocabulary_) throw std::invalid_argument("program: needs embed");
+}
+
+void Program::check(const Batch& b) const {
+  for (int t = 0; t < b.tokens; t++) {
+    if (b.ids[t] < 0 || b.ids[t] >= input_vocabulary_) throw std::out_of_range("token id is outside the vocabulary");
+    if (b.sequence[t] < 0 || b.sequence[t] >= b.sequences) throw std::out_of_range("sequence has no page table");
+    if (b.positions[t] < 0 || b.positions[t] / kPage >= b.pages_a_sequence)
+      throw std::out_of_range("position is outside the page table");
+    const int32_t* pages = b.pages + size_t(b.sequence[t]) * b.pages_a_sequence;
+    for (int p = 0; p <= b.positions[t] / kPage; p++)
+      if (pages[p] < 0 || size_t(pages[p]) >= b.arena_pages) throw std::out_of_range("page is outside the cache");
+  }
+  for (int i = 0; i < b.wanted; i++)
+    if (b.rows[i] < 0 || b.rows[i] >= b.tokens) throw std::out_of_range("wanted row is outside the batch");
+}
+
+}  // namespace chalot

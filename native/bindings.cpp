@@ -114,7 +114,8 @@ struct Model {
       expect(t.size() == 12, "operation: expected twelve fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
-      expect(kind >= 0 && kind <= int(OpKind::restore) && gate >= 0 && gate <= int(Gate::relu2), "operation: unknown kind");
+      expect(kind >= 0 && kind <= int(OpKind::restore) && gate >= 0 && gate <= int(Gate::relu2),
+             "operation: unknown kind");
       op.kind = OpKind(kind);
       op.in = nb::cast<int>(t[1]);
       op.out = nb::cast<int>(t[2]);

@@ -170,6 +170,51 @@ def test_gelu_agrees() -> None:
         assert digest(feed(open_backend(isa, 2), program, [ids(5, 9)], 9)[0]) == oracle, isa
 
 
+# What families add, and the hash of the last of 40 logits by mixed schemes, the same everywhere.
+FAMILIES: dict[str, tuple[dict[str, object], str]] = {
+    "gemma2": (
+        {"post_norms": True, "embedding_scale": 12.625, "activation": "gelu_tanh"}
+        | {"score_cap": 3.0, "logit_cap": 4.0, "score_scale": 0.3, "windows": (7, 0)},
+        "17841b1ae0971d28",
+    ),
+    "qwen3": ({"head_norms": True, "query_key_value_bias": False}, "620786593bb660ee"),
+    "bitnet": ({"inner_norms": True, "activation": "relu2"}, "dc5b12bd73c3a044"),
+}
+
+
+@pytest.mark.parametrize("scheme", ["nl4", "f32", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_agree(family: str, scheme: str) -> None:
+    """Norms behind and inside, of heads too, caps, factors and gates: the same bits everywhere."""
+    changes, known = FAMILIES[family]
+    program = tiny.program(tiny.config(**changes), scheme)
+    plain = tiny.program(tiny.config(), scheme)
+    text = [ids(5, 40)]
+    oracle = digest(feed(open_backend("reference"), program, text, 40)[0][-1])
+    if scheme == "mixed":
+        assert oracle == known
+    assert digest(feed(open_backend("reference"), plain, text, 40)[0][-1]) != oracle
+    for isa in NATIVE:
+        for threads, chunk in ((1, 40), (3, 7), (2, 1)):
+            got = feed(open_backend(isa, threads), program, text, chunk)[0]
+            assert digest(got[-1]) == oracle, (isa, threads, chunk)
+
+
+@pytest.mark.parametrize("change", [{"logit_cap": 4.0}, {"inner_norms": True}])
+def test_the_best_of_families(change: dict[str, object]) -> None:
+    """Capped logits too, over a vocabulary that is no multiple of 16."""
+    program = tiny.program(tiny.config(layers=1, **change), "nl4")
+    line = np.arange(9, dtype=np.int32)
+    where = np.zeros(9, np.int32)
+    batch = Batch(ids(3, 9), line, where, where[:1, None], line)
+    for isa in NATIVE:
+        runnable = open_backend(isa, 3).compile(program)
+        arena = PageCache(program.cache, PAGE).arena
+        expected = best_of(runnable.run(batch, arena), 5)
+        for a, b in zip(runnable.best(batch, arena, 5), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize("window", [0, 5, 256, 300])
 @pytest.mark.parametrize("cache", ["f16", "int8"])

@@ -33,6 +33,13 @@ def overwritten() -> Program:
     return replace(program, ops=(*program.ops[:first], fused, *program.ops[first + 1 :]))
 
 
+def changed(kind: str, **fields: object) -> Program:
+    """The small program, its first operation of a kind with other fields."""
+    first = at(kind)
+    op = replace(SMALL.ops[first], **fields)  # type: ignore[arg-type]
+    return replace(SMALL, ops=(*SMALL.ops[:first], op, *SMALL.ops[first + 1 :]))
+
+
 PROGRAMS: dict[str, tuple[Callable[[], Program], str]] = {
     "reads what nothing wrote": (
         lambda: replace(SMALL, ops=SMALL.ops[:1] + SMALL.ops[2:]),
@@ -57,6 +64,17 @@ PROGRAMS: dict[str, tuple[Callable[[], Program], str]] = {
         lambda: replace(SMALL, heads=2**30, cache=replace(SMALL.cache, kv_heads=2)),
         "heads must be",
     ),
+    "adds to what nothing wrote": (
+        lambda: replace(SMALL, ops=(SMALL.ops[0], replace(SMALL.ops[1], add=True), *SMALL.ops[2:])),
+        "nothing has written what it adds to",
+    ),
+    "has a norm of heads of another size": (
+        lambda: changed("rope_store", weight=np.ones(16, np.float32)),
+        "must be two heads",
+    ),
+    "has too short a norm": (lambda: changed("norm", weight=np.ones(16, np.float32)), "norm needs"),
+    "caps what are no logits": (lambda: changed("linear", cap=1.0), "only logits are capped"),
+    "has an infinite embedding": (lambda: changed("embed", number=np.inf), "must be finite"),
     "has a negative window": (
         lambda: replace(SMALL, ops=tuple(replace(op, window=-1) for op in SMALL.ops)),
         "window and cap",

@@ -62,7 +62,8 @@ void rotate(float* x, const float* cosine, const float* sine, int half) {
   }
 }
 
-// silu(g) = g / (1 + e^-g); gelu_tanh(g) = g / (1 + e^-2u), u = sqrt(2 / pi) * (g + 0.044715 g^3); relu2(g) = max(g, 0)^2.
+// silu(g) = g / (1 + e^-g); gelu_tanh(g) = g / (1 + e^-2u), u = sqrt(2 / pi) * (g + 0.044715 g^3);
+// relu2(g) = max(g, 0)^2.
 void gate(Gate kind, const float* gate, const float* up, int n, float* y) {
   for (int i = 0; i < round_up(n, 16); i += 16) {
     F g = load(gate + i), minus;
@@ -185,7 +186,7 @@ void row(const Matrix& w, int row, float* out) {
 #include "encode.h"
 
 constexpr Kernels table(const char* name, bool (*runs_here)()) {
-  return {name, runs_here, exp_all, rms_norm, cap_all,      rotate, spread, gate, quantize_run,
+  return {name, runs_here, exp_all, rms_norm, cap_all,      rotate, spread, gate,  quantize_run,
           row,  product,   dense,   top,      store_cached, attend, merge,  encode};
 }
 

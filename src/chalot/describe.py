@@ -20,6 +20,7 @@ from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeErro
 from chalot.fitting import Fit, fit
 from chalot.fitting import render as render_fit
 from chalot.formats import hub
+from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
@@ -177,9 +178,8 @@ def describe(
             return describe(copy, scheme, context, folder)
         length = remote.download_bytes - remote.weight_bytes
         origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
-        found = _of_checkpoint(
-            remote.repo_id, origin, remote.tensors, remote.document, scheme, place
-        )
+        tensors = as_computed(remote.tensors, remote.document("config.json"), named)
+        found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
     else:
         checkpoint = open_checkpoint(resolve(path))
         try:

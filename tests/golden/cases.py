@@ -159,7 +159,7 @@ OLDER = {"rope_scaling": SCALING | {"type": "llama3", "factor": 32.0}}
 NEW = {"rope_parameters": SCALING | {"rope_type": "llama3", "rope_theta": 500000.0}}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 256}
 BY_KIND = {
     kind: {"rope_type": "default", "rope_theta": 50000.0}
     for kind in ("full_attention", "sliding_attention")

@@ -135,7 +135,8 @@ class BitNetFolder:
         last = rows if last is None else last
         if not 0 <= first <= last <= rows:
             raise IndexError(f"{name}: rows {first}:{last} of {rows}")
-        return self._signs(name, first, last) * self._unit(name)
+        out: Floats = self._signs(name, first, last) * self._unit(name)
+        return out
 
     def document(self, name: str) -> bytes | None:
         """See Checkpoint."""
@@ -159,7 +160,7 @@ class BitNetFolder:
             if self.packing.online:
                 with np.errstate(over="ignore"):
                     scaled = np.rint(values * (np.float32(1) / self._unit(name)))
-                return np.clip(scaled, np.float32(-1), np.float32(1))
+                return np.asarray(np.clip(scaled, np.float32(-1), np.float32(1)), np.float32)
             if not np.isin(values, np.array([-1, 0, 1], np.float32)).all():
                 raise self._strange(name)
             return values
@@ -214,6 +215,14 @@ class BitNetFolder:
                 "another checkpoint"
             )
         return mean
+
+
+def as_computed(
+    tensors: Mapping[str, TensorInfo], config: bytes | None, where: object
+) -> Mapping[str, TensorInfo]:
+    """The tensors of headers as `open_folder` would give them, before there is a folder."""
+    packing = read_packing(config, f"{where}: config.json")
+    return tensors if packing is None else describe_tensors(tensors, packing, where)
 
 
 def open_folder(path: Path) -> Checkpoint:

@@ -120,7 +120,9 @@ def late_layers(config: Settings, layer: int) -> bool:
     return bool(config["use_sliding_window"]) and layer >= config["max_window_layers"]
 
 
-QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
+    "layer_types": None
+}
 GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
     "llama": Family({}, "attention_bias", "attention_bias", "mlp_bias"),
@@ -144,6 +146,7 @@ FAMILIES = {
     "gemma2": Family(
         GEMMA
         | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
+        | {"layer_types": None}
         | {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         "attention_bias",
         "attention_bias",
@@ -193,7 +196,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         theta, scaling = read_rope(config)
-        scalar = config.get("query_pre_attn_scalar")
+        scalar = positive(config, "query_pre_attn_scalar")
         fields = {
             "family": family,
             "hidden": hidden,
@@ -216,9 +219,9 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "head_norms": row.head_norms,
             "post_norms": row.post_norms,
             "inner_norms": row.inner_norms,
-            "score_scale": 0.0 if scalar is None else 1 / math.sqrt(scalar),
-            "score_cap": float(config.get("attn_logit_softcapping") or 0),
-            "logit_cap": float(config.get("final_logit_softcapping") or 0),
+            "score_scale": 1 / math.sqrt(scalar) if scalar else 0.0,
+            "score_cap": positive(config, "attn_logit_softcapping"),
+            "logit_cap": positive(config, "final_logit_softcapping"),
             "windows": windows(config, row),
         }
         return msgspec.convert(fields, ModelConfig)
@@ -248,7 +251,8 @@ def check_supported(config: Settings, row: Family) -> None:
 
 def activation(config: Settings, row: Family) -> str:
     """The gate's function; of two spellings both must say the same. Raises UnsupportedError."""
-    given = [config[k] for k in ("hidden_act", "hidden_activation") if config.get(k)] or ["silu"]
+    keys = [k for k in ("hidden_act", "hidden_activation") if config.get(k) is not None]
+    given = [config[k] for k in keys] or ["silu"]
     names = GATES | dict(row.activations)
     found = {names.get(str(name)) for name in given}
     if len(found) > 1 or None in found:
@@ -258,9 +262,19 @@ def activation(config: Settings, row: Family) -> str:
     return str(found.pop())
 
 
+def positive(config: Settings, key: str) -> float:
+    """A number above 0; 0 where there is none. Raises ValueError."""
+    found = config.get(key)
+    if found is None:
+        return 0.0
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise ValueError(f"{key} is {found!r}; expected a positive number")
+    return float(found)
+
+
 def embedding_scale(config: Settings) -> float:
     """sqrt(hidden) in the type of the checkpoint's numbers, as it was trained and is computed."""
-    exact = np.float32(math.sqrt(config["hidden_size"]))
+    exact = np.float32(math.sqrt(positive(config, "hidden_size") or 1))
     stored = config.get("dtype") or config.get("torch_dtype")
     if stored == "bfloat16":  # the upper half of a float32, to nearest even
         bits = int(exact.view(np.uint32))
@@ -274,8 +288,8 @@ def windows(config: Settings, row: Family) -> tuple[int, ...]:
     if not 1 <= layers <= MOST_LAYERS:
         return ()  # which is refused elsewhere
     rule = row.windowed or (lambda config, layer: False)
-    size = config.get("sliding_window") or 0
-    chosen = [size > 0 and rule(config, i) for i in range(layers)]
+    size: Any = config["sliding_window"] if positive(config, "sliding_window") else 0
+    chosen = by_rule = [size != 0 and rule(config, i) for i in range(layers)]
     if kinds is not None:
         by_kind = {"full_attention": False, "sliding_attention": True}
         if not isinstance(kinds, list) or len(kinds) != layers:
@@ -283,10 +297,12 @@ def windows(config: Settings, row: Family) -> tuple[int, ...]:
         if any(kind not in by_kind for kind in map(str, kinds)):
             raise UnsupportedError(f"config.json: layer_types: known: {', '.join(by_kind)}")
         chosen = [by_kind[kind] for kind in kinds]
-        on = size > 0 and bool(config.get("use_sliding_window", row.windowed))
+        on = size != 0 and bool(config.get("use_sliding_window", row.windowed))
         if any(chosen) and not on:
+            raise UnsupportedError("config.json: layer_types has windows that are switched off")
+        if "layer_types" not in row.defaults and chosen != by_rule:
             raise UnsupportedError(
-                "config.json: layer_types asks for a window that is switched off"
+                f"config.json: layer_types are not those of the family {config['model_type']}"
             )
     return tuple(size if windowed else 0 for windowed in chosen) if any(chosen) else ()
 

@@ -68,6 +68,7 @@ class Vocabulary:
         self.core.add_tokens(aliases)
         self.core.encode_special_tokens = True
         number = self.core.token_to_id
+        self._alias_ids = frozenset(number(alias) for alias in self._aliases.values())
         return {
             number(alias): number(text) for text, alias in self._aliases.items() if text != _CUT
         }
@@ -100,8 +101,11 @@ class Vocabulary:
             )
         if post_process:
             encoding = self.core.post_process(encoding)
+        ids: list[int] = encoding.ids
+        if self._alias_ids.isdisjoint(ids):
+            return ids
         nothing = self.core.token_to_id(self._aliases[_CUT])
-        return [self._real.get(id_, id_) for id_ in encoding.ids if id_ != nothing]
+        return [self._real.get(id_, id_) for id_ in ids if id_ != nothing]
 
     @cached_property
     def size(self) -> int:

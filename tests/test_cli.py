@@ -12,7 +12,7 @@ import pytest
 from chalot import cli
 from chalot.demo import FOLDER
 
-VERBS = ["convert", "run", "chat", "describe", "bench", "verify", "doctor", "demo"]
+VERBS = ["convert", "run", "chat", "describe", "bench", "verify", "tokenizer", "doctor", "demo"]
 
 
 def chalot(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from chalot.errors import ChalotError
     from chalot.load import Model, load
     from chalot.quant.scheme import Scheme
+    from chalot.tokenizer import tokenizer
 
-__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "load"]
+__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "load", "tokenizer"]
 HOMES = {
     "ChalotError": "chalot.errors",
     "Model": "chalot.load",
@@ -28,6 +29,7 @@ HOMES = {
     "convert": "chalot.convert",
     "describe": "chalot.describe",
     "load": "chalot.load",
+    "tokenizer": "chalot.tokenizer",
 }
 
 

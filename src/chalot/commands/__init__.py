@@ -7,6 +7,7 @@ VERBS = {  # in the order of `chalot --help`
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
     "verify": "check every extent and checksum of a .myai file",
+    "tokenizer": "train a tokenizer, use any model's, compare two",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",
 }

@@ -141,6 +141,10 @@ class Tokenizer:
         stream = self.incremental(skip_specials=skip_specials)
         return "".join([stream.push(id_) for id_ in ids]) + stream.flush()
 
+    def piece(self, id_: int) -> bytes:
+        """The bytes that a token stands for inside a text; none for an id without a token."""
+        return self._opened.pieces.piece(id_, False)
+
     def incremental(self, *, skip_specials: bool = True) -> Incremental:
         """A decoder that takes one id after the other."""
         return Incremental(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from chalot import cli
+from chalot.commands import VERBS
 from chalot.demo import FOLDER
 
-VERBS = ["convert", "run", "chat", "describe", "bench", "verify", "models", "rm", "doctor", "demo"]
 
 
 def chalot(

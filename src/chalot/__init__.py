@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from chalot.export import export
     from chalot.load import Model, load
     from chalot.quant.scheme import Scheme
+    from chalot.tokenizer import tokenizer
 
-__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "export", "load"]
+__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "export", "load", "tokenizer"]
 HOMES = {
     "ChalotError": "chalot.errors",
     "Model": "chalot.load",
@@ -30,6 +31,7 @@ HOMES = {
     "describe": "chalot.describe",
     "export": "chalot.export",
     "load": "chalot.load",
+    "tokenizer": "chalot.tokenizer",
 }
 
 

@@ -11,6 +11,7 @@ VERBS = {  # in the order of `chalot --help`
     "rm": "remove a converted model",
     "validate": "how far a model's weights and answers are from its source",
     "tensor": "one weight of a model times one input",
+    "tokenizer": "train a tokenizer, use any model's, compare two",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",
 }

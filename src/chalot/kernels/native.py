@@ -20,6 +20,7 @@ from chalot.quant.scheme import SCHEMES, Scheme
 
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
 instruction_sets = _native.instruction_sets
+BytePairs = _native.BytePairs
 
 
 def matrix_fields(m: Matrix) -> tuple[object, ...]:

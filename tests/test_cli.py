@@ -14,7 +14,6 @@ from chalot.commands import VERBS
 from chalot.demo import FOLDER
 
 
-
 def chalot(
     *arguments: str, stdin: str | bytes = "", **env: str
 ) -> subprocess.CompletedProcess[str]:

@@ -62,6 +62,7 @@ class KindReport:
     error: float
     wide: int  # tensors that ask for 16-bit activations
     folded: int  # tensors whose columns were balanced
+    source_error: float | None = None  # what was lost when the source was quantised
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class Conversion:
             self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
             for n in ("key", "value", "output", "gate", "up", "down")
         )
-        return SCHEMES[dtype if same and dtype in SCHEMES else "f32"]
+        return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
 
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
@@ -358,6 +359,7 @@ class Conversion:
                 lost / had if had else 0.0,
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),
+                source_error(self.checkpoint, {n: self.errors.get(n, (0.0, 0.0)) for n in names}),
             )
 
 
@@ -422,8 +424,33 @@ def write_myai(
             lambda partial: check_text(checkpoint, partial),
         )
         kinds = tuple(work.kinds(writer))
-    stored = sum(k.bytes for k in kinds)
-    return ConvertReport(str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds)
+    stored, notes = sum(k.bytes for k in kinds), tuple(quantised_already(checkpoint))
+    return ConvertReport(
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, notes
+    )
+
+
+def quantised_already(checkpoint: Checkpoint) -> Iterator[str]:
+    """A line that says so, if a source's weights are in codes."""
+    types = sorted({t.dtype for t in checkpoint.tensors.values() if t.scheme})
+    if types:
+        yield (
+            f"{checkpoint.path}: its weights are {', '.join(types)} already; they are quantised "
+            "again, and the loss of the first time stays"
+        )
+
+
+def source_error(checkpoint: Checkpoint, sizes: Mapping[str, tuple[float, float]]) -> float | None:
+    """The mean error that a source's tensors have, where all that are in codes say so.
+
+    `sizes` has each tensor's (error, sum of squares) of this conversion, by chalot's names.
+    """
+    infos = {n: checkpoint.tensors[hugging_face(n)] for n in sizes}
+    if any(i.error is None for i in infos.values()):
+        return None
+    had = sum(size for _, size in sizes.values())
+    lost = sum((infos[n].error or 0.0) * size for n, (_, size) in sizes.items())
+    return lost / had if had else None
 
 
 def check_space(out: Path, need: int) -> None:

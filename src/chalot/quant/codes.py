@@ -104,9 +104,9 @@ def values(coded: Codes, tables: NDArray[np.int8] | None = None) -> NDArray[np.i
     return tables[coded.levels[:, :, None], grouped].reshape(rows, columns)
 
 
-def dequantize(coded: Codes) -> NDArray[np.float32]:
-    """The matrix (rows, columns) float32 that the codes stand for."""
-    v = values(coded).astype(F32)
+def dequantize(coded: Codes, tables: NDArray[np.int8] | None = None) -> NDArray[np.float32]:
+    """The matrix (rows, columns) float32 that the codes stand for, by a file's tables."""
+    v = values(coded, tables).astype(F32)
     unit = units(coded.row_scale, coded.segments)
     w = v * spread(unit, coded.scheme.segment, v.shape[1])
     rows, columns = coded.shape

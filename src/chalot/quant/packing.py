@@ -112,14 +112,16 @@ def numbers(matrix: Matrix) -> NDArray[np.float32]:
     return np.asarray(stored, np.float32)
 
 
-def take_panels(data: NDArray[np.uint8], whole: Layout, few: Layout) -> NDArray[np.uint8]:
-    """The extent of a matrix's first rows, out of the extent of all its rows."""
+def take_panels(
+    data: NDArray[np.uint8], whole: Layout, few: Layout, first: int = 0
+) -> NDArray[np.uint8]:
+    """The extent of some of a matrix's panels, from `first`, out of the extent of all."""
     out = aligned(few.nbytes)
-    size = few.panels * few.panel_bytes
-    out[:size] = data[:size]
-    size = few.panels * few.segment_count * PANEL * 2
-    out[few.segments_at : few.segments_at + size] = data[whole.segments_at :][:size]
-    out[few.row_scale_at :] = data[whole.row_scale_at :][: few.panels * PANEL * 4]
+    segments = few.segment_count * PANEL * 2
+    parts = ((0, 0, few.panel_bytes), (whole.segments_at, few.segments_at, segments))
+    for source, target, size in (*parts, (whole.row_scale_at, few.row_scale_at, PANEL * 4)):
+        taken = data[source + first * size :][: few.panels * size]
+        out[target : target + taken.size] = taken
     return out
 
 

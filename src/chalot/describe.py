@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from chalot import machine, memory
-from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
+from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes, scheme_of
 from chalot.errors import FormatError, SchemeError, UnsupportedError
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
@@ -23,8 +23,10 @@ from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
+from chalot.keeping import KEEP, kept, usual
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.kernels.program import CACHE
+from chalot.library import is_ready
 from chalot.load import read_model_config
 from chalot.memory import Memory, Stored
 from chalot.model.config import ModelConfig, from_hugging_face
@@ -71,7 +73,7 @@ class KindReport:
 class Origin:
     """Where the description comes from. Bytes are of weights' files, or of the whole `.myai`."""
 
-    form: str  # ".myai", "folder" or "hub"
+    form: str  # ".myai", "folder", "file" or "hub"
     bytes: int
     download_bytes: int | None = None  # of a hub id: weights and documents
     documents: tuple[str, ...] | None = None  # None: not known before a download
@@ -146,14 +148,15 @@ class Description:
 def describe(
     source: str | Path, scheme: str | None = None, context: int | None = None
 ) -> Description:
-    """Describe a `.myai` file, a Hugging Face folder or a hub id.
+    """Describe a `.myai` file, a Hugging Face folder, another model's file or a hub id.
 
-    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"); a `.myai` file has its
-    own. `memory_at` has 0, 1,000 and all positions, and `context` if it is given. Raises
-    FormatError, UnsupportedError, SchemeError, ContextError, HubError.
+    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"; "keep" for files, whose
+    weights may be quantised already); a `.myai` file has its own. `memory_at` has 0, 1,000 and all
+    positions, and `context` if it is given. Raises FormatError, UnsupportedError, SchemeError,
+    ContextError, HubError.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() and is_ready(path):
         if scheme is not None:
             raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")
         found = _of_myai(path)
@@ -165,8 +168,12 @@ def describe(
         checkpoint = open_checkpoint(resolve(path))
         try:
             held = sum(info.nbytes for info in checkpoint.tensors.values())
-            documents = tuple(n for n in DOCUMENTS if (path / n).exists())
-            origin = Origin("folder", held, documents=documents)
+            if path.is_dir():
+                documents = tuple(n for n in DOCUMENTS if (path / n).exists())
+            else:
+                documents = tuple(n for n in DOCUMENTS if checkpoint.document(n) is not None)
+            origin = Origin("folder" if path.is_dir() else "file", held, documents=documents)
+            scheme = scheme or usual(path, DEFAULT_SCHEME)
             found = _of_checkpoint(
                 str(source), origin, checkpoint.tensors, checkpoint.document, scheme
             )
@@ -212,7 +219,7 @@ def _of_checkpoint(
     document: Callable[[str], bytes | None],
     scheme: str | None,
 ) -> Description:
-    """A folder or a hub id. Raises FormatError where tensors contradict the configuration."""
+    """A folder, a file, a hub id. Raises FormatError where tensors contradict the configuration."""
     schemes = parse_schemes(scheme or DEFAULT_SCHEME)
     raw = document("config.json")
     if raw is None:
@@ -221,6 +228,8 @@ def _of_checkpoint(
     if not isinstance(parsed, dict):
         raise FormatError(f"{source}: config.json: expected an object")
     config = from_hugging_face(parsed)
+    if scheme == KEEP:
+        schemes |= kept(found, config)
     tensors = []
     for spec in model_tensors(config):
         name = hugging_face(spec.name)
@@ -237,7 +246,7 @@ def _of_checkpoint(
         if spec.kind == "vector":
             tensors.append(TensorReport(*here, VECTOR, spec.shape[0] * 4))
         else:
-            s = schemes[spec.kind]
+            s = scheme_of(schemes, spec)
             need = stored_bytes(s, spec.shape[0], spec.shape[1])
             tensors.append(TensorReport(*here, str(s), need, 8 if s.is_coded else None))
     needed = {hugging_face(t.name) for t in tensors}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from chalot.convert import DEFAULT_SCHEME, ConvertReport, Progress, parse_schemes, write_myai
+from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -21,7 +21,7 @@ class Options:
 
     source: str  # as the user named it
     type: str | None = None  # of --type: the numbers or blocks that the target stores
-    scheme: str = DEFAULT_SCHEME
+    scheme: str | None = None  # None: as is usual for such a source
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
@@ -35,7 +35,7 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    schemes, name = parse_schemes(options.scheme), called(options.source)
+    schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress
     )
@@ -57,7 +57,7 @@ def export(
     to: str = "myai",
     type: str | None = None,
     *,
-    scheme: str = DEFAULT_SCHEME,
+    scheme: str | None = None,
     bits: str = "4",
     threads: int | None = None,
     progress: Progress | None = None,

@@ -33,7 +33,8 @@ def arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--scheme",
         help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
-        "with kinds attention, ffn, embedding, head",
+        "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
+        "already goes to the scheme that loses least of it",
     )
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
     parser.add_argument(
@@ -77,10 +78,11 @@ def one(source: str, arguments: Arguments) -> Any:
     from chalot import batch
     from chalot.convert import DEFAULT_SCHEME
     from chalot.export import export
+    from chalot.keeping import usual
 
     out = arguments.out or ""
     to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
-    scheme = arguments.scheme or BITS.get(arguments.bits, DEFAULT_SCHEME)
+    scheme = arguments.scheme or BITS.get(arguments.bits) or usual(source, DEFAULT_SCHEME)
     if to == "npz":
         out = out or str(folder_for(arguments))
     elif not out:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
+from chalot.export_gguf import write_gguf
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 
@@ -26,6 +27,7 @@ class Options:
     threads: int | None = None
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
+    tokenizer: bool = True  # of gguf: whether the file has one
 
 
 Target = Callable[[Checkpoint, Path, Options], ConvertReport]
@@ -48,7 +50,17 @@ def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport
     )
 
 
-TARGETS: dict[str, Target] = {"myai": to_myai, "npz": to_npz}
+def to_gguf(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
+    """A GGUF file of blocks of `options.type`."""
+    from chalot.sources import called
+
+    name, threads = called(options.source), options.threads
+    return write_gguf(
+        checkpoint, out, options.type, name, options.tokenizer, threads, options.progress
+    )
+
+
+TARGETS: dict[str, Target] = {"myai": to_myai, "gguf": to_gguf, "npz": to_npz}
 
 
 def export(
@@ -59,6 +71,7 @@ def export(
     *,
     scheme: str | None = None,
     bits: str = "4",
+    tokenizer: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -73,7 +86,8 @@ def export(
     if to not in TARGETS:
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
-    options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None), bits)
+    watch = progress or (lambda *_: None)
+    options = Options(str(source), type, scheme, said, threads, watch, bits, tokenizer)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)

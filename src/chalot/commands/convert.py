@@ -28,7 +28,17 @@ def arguments(parser: ArgumentParser) -> None:
         "--to",
         help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
     )
-    parser.add_argument("--type", help="for gguf and safetensors: f16, bf16, f32, q8_0, ...")
+    parser.add_argument(
+        "--type",
+        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q4_k, ..., or TYPE,KIND=TYPE,...; "
+        "for safetensors: bf16 (default), f16, f32",
+    )
+    parser.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="for gguf: leave out a tokenizer that such files cannot hold",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
@@ -97,6 +107,7 @@ def one(source: str, arguments: Arguments) -> Any:
             arguments.type,
             scheme=scheme,
             bits=arguments.bits or "4",
+            tokenizer=arguments.tokenizer,
             threads=arguments.threads,
             progress=advance,
             command=command,

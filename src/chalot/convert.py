@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
+from chalot.keeping import KEEP, kept, notes, usual
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.quant import codes, packing
-from chalot.quant.grids import nl4_tables
+from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
 
 Floats = NDArray[np.float32]
@@ -83,8 +85,11 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
 
     A kind that is not named takes the default; a head that is not named goes with the embedding.
-    Raises SchemeError for unknown kinds or schemes.
+    "keep" gives the default too: see `schemes_for`. Raises SchemeError for unknown kinds or
+    schemes.
     """
+    if text.strip().lower() == KEEP:
+        text = DEFAULT_SCHEME
     if "=" not in text:
         return dict.fromkeys(KINDS, Scheme.parse(text))
     chosen: dict[str, Scheme] = {}
@@ -98,6 +103,20 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     default = Scheme.parse(DEFAULT_SCHEME)
     chosen.setdefault("head", chosen.get("embedding", default))
     return {kind: chosen.get(kind, default) for kind in KINDS}
+
+
+def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
+    text = text or usual(checkpoint.path, DEFAULT_SCHEME)
+    schemes = parse_schemes(text)
+    if text.strip().lower() == KEEP:
+        schemes |= kept(checkpoint.tensors, read_config(checkpoint))
+    return schemes
+
+
+def scheme_of(schemes: Mapping[str, Scheme], spec: TensorSpec) -> Scheme:
+    """A matrix's own scheme, else that of its kind."""
+    return schemes.get(spec.name) or schemes[spec.kind]
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -163,7 +182,7 @@ def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
         if spec.kind == "vector":
             total += spec.shape[0] * 4
         else:
-            total += packing.stored_bytes(schemes[spec.kind], spec.shape[0], spec.shape[1])
+            total += packing.stored_bytes(scheme_of(schemes, spec), spec.shape[0], spec.shape[1])
         total += packing.ALIGNMENT + 300  # alignment, and its place in the manifest
     return total
 
@@ -196,7 +215,7 @@ class Conversion:
         self.config = read_config(checkpoint)
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
-        self.schemes = {s.name: schemes[s.kind] for s in self.specs if s.kind != "vector"}
+        self.schemes = {s.name: scheme_of(schemes, s) for s in self.specs if s.kind != "vector"}
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
         self.backend = backend
         self.progress = progress
@@ -237,8 +256,10 @@ class Conversion:
                 writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
             )
         writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
-        if any(s.has_levels for s in self.schemes.values()):
-            writer.constants["tables.nl4"] = writer.extent([nl4_tables()])
+        for s in SCHEMES.values():
+            tables = tables_of(s)
+            if tables is not None and s in self.schemes.values():
+                writer.constants[f"tables.{s}"] = writer.extent([tables])
         for name in DOCUMENTS:
             raw = self.checkpoint.document(name)
             if raw is not None:
@@ -304,10 +325,10 @@ class Conversion:
                 self._advance(spec, values.size)
 
     def _pieces(self, spec: TensorSpec) -> Iterator[NDArray[np.generic]]:
-        """The bytes of a matrix's extent in order: panels, then segments, then row scales."""
+        """The bytes of a matrix's extent in order: panels, then the other parts of its layout."""
         scheme = self.schemes[spec.name]
         lost = had = 0.0
-        segments, row_scales = [], []
+        behind: list[list[NDArray[np.uint8]]] = []  # of each part but the panels
         for values in self._runs(spec):
             sample = values[:PANEL]
             if not scheme.is_coded:
@@ -319,10 +340,9 @@ class Conversion:
             else:
                 layout = packing.Layout(scheme, *values.shape)
                 data = self.backend.encode(values, scheme)
-                yield data[: layout.panels * layout.panel_bytes]
-                end = layout.segments_at + layout.panels * layout.segment_count * PANEL * 2
-                segments.append(data[layout.segments_at : end].copy())  # a view would keep all
-                row_scales.append(data[layout.row_scale_at :].copy())
+                yield data[layout.parts[0]]
+                # a view would keep all
+                behind.append([data[part].copy() for part in layout.parts[1:]])
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
@@ -331,15 +351,9 @@ class Conversion:
         self.errors[spec.name] = lost, had
         if scheme.is_coded:
             whole = packing.Layout(scheme, spec.shape[0], spec.shape[1])
-            gaps = (
-                whole.segments_at - whole.panels * whole.panel_bytes,
-                whole.row_scale_at
-                - whole.segments_at
-                - whole.panels * whole.segment_count * PANEL * 2,
-            )
-            for gap, parts in zip(gaps, (segments, row_scales), strict=True):
-                yield np.zeros(gap, np.uint8)
-                yield from parts
+            for i, (before, after) in enumerate(pairwise(whole.parts)):
+                yield np.zeros(after.start - before.stop, np.uint8)
+                yield from (of_run[i] for of_run in behind)
 
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights
@@ -356,7 +370,7 @@ class Conversion:
             had = sum(self.errors.get(n, (0.0, 0.0))[1] for n in names)
             yield KindReport(
                 kind,
-                entries[0].scheme,
+                ", ".join(sorted({e.scheme for e in entries})),
                 len(names),
                 sum(int(np.prod(e.shape)) for e in entries),
                 sum(e.extent.bytes for e in entries),
@@ -370,27 +384,31 @@ class Conversion:
 def convert(
     source: str | Path,
     out: str | Path,
-    scheme: str = DEFAULT_SCHEME,
+    scheme: str | None = None,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
     name: str | None = None,
 ) -> ConvertReport:
-    """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
+    """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
-    embedding, head, attention and ffn. `command` and `name` are what the file says of its making
-    and of its source. Peak memory is that of a layer and its largest tensor (chalot.fitting). The
-    file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
+    embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
+    the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
+    are what the file says of its making and of its source. Peak memory is that of a layer and its
+    largest tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for
+    anything wrong with source or target.
     """
     from chalot.sources import called, resolve
 
-    schemes = parse_schemes(scheme)
-    said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
+    parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
+    asked = [] if scheme is None else ["--scheme", scheme]
+    said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
+        schemes = schemes_for(scheme, checkpoint)
         return write_myai(
             checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)
         )
@@ -428,20 +446,11 @@ def write_myai(
             lambda partial: check_text(checkpoint, partial),
         )
         kinds = tuple(work.kinds(writer))
-    stored, notes = sum(k.bytes for k in kinds), tuple(quantised_already(checkpoint))
+    stored = sum(k.bytes for k in kinds)
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes))
     return ConvertReport(
-        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, notes
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
     )
-
-
-def quantised_already(checkpoint: Checkpoint) -> Iterator[str]:
-    """A line that says so, if a source's weights are in codes."""
-    types = sorted({t.dtype for t in checkpoint.tensors.values() if t.scheme})
-    if types:
-        yield (
-            f"{checkpoint.path}: its weights are {', '.join(types)} already; they are quantised "
-            "again, and the loss of the first time stays"
-        )
 
 
 def source_error(checkpoint: Checkpoint, sizes: Mapping[str, tuple[float, float]]) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from chalot import machine, memory
-from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
+from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes, scheme_of
 from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeError, UnsupportedError
 from chalot.fitting import Fit, fit
 from chalot.fitting import render as render_fit
@@ -27,6 +27,7 @@ from chalot.formats.files import quoted
 from chalot.formats.hub_cache import Repository
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
+from chalot.keeping import KEEP, kept, usual
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.kernels.program import CACHE
 from chalot.library import is_ready
@@ -76,7 +77,7 @@ class KindReport:
 class Origin:
     """Where the description comes from. Bytes are of weights' files, or of the whole `.myai`."""
 
-    form: str  # ".myai", "folder" or "hub"
+    form: str  # ".myai", "folder", "file" or "hub"
     bytes: int
     download_bytes: int | None = None  # of a hub id: weights and documents
     documents: tuple[str, ...] | None = None  # None: not known before a download
@@ -158,10 +159,11 @@ def describe(
 ) -> Description:
     """Describe a `.myai` file, a Hugging Face folder, another model's file, or a hub id.
 
-    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"); a `.myai` file has its
-    own. `memory_at` has 0, 1,000 and all positions, and `context` if it is given; `fit` has every
-    scheme, for a file in `folder` (default: the current one). Raises
-    FormatError, UnsupportedError, SchemeError, ContextError, HubError.
+    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"; "keep" for files, whose
+    weights may be quantised already); a `.myai` file has its own. `memory_at` has 0, 1,000 and all
+    positions, and `context` if it is given; `fit` has every scheme, for a file in `folder`
+    (default: the current one). Raises FormatError, UnsupportedError, SchemeError, ContextError,
+    HubError.
     """
     path, place = as_path(source), (context, folder)
     if path.is_file() and is_ready(path):
@@ -187,6 +189,7 @@ def describe(
             there = {n: d for n in DOCUMENTS if (d := checkpoint.document(n)) is not None}
             form, length = "folder" if path.is_dir() else "file", sum(map(len, there.values()))
             origin = Origin(form, held, documents=tuple(there), document_bytes=length)
+            scheme = scheme or usual(path, DEFAULT_SCHEME)
             found = _of_checkpoint(
                 str(source),
                 origin,
@@ -247,6 +250,8 @@ def _of_checkpoint(
     if not isinstance(parsed, dict):
         raise FormatError(f"{source}: config.json: expected an object")
     config = from_hugging_face(parsed)
+    if scheme == KEEP:
+        schemes |= kept(found, config)
     tensors = []
     for spec in model_tensors(config):
         name = hugging_face(spec.name)
@@ -263,7 +268,7 @@ def _of_checkpoint(
         if spec.kind == "vector":
             tensors.append(TensorReport(*here, VECTOR, spec.shape[0] * 4))
         else:
-            s = schemes[spec.kind]
+            s = scheme_of(schemes, spec)
             need = stored_bytes(s, spec.shape[0], spec.shape[1])
             tensors.append(TensorReport(*here, str(s), need, 8 if s.is_coded else None))
     needed = {hugging_face(t.name) for t in tensors}

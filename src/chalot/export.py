@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from chalot.convert import DEFAULT_SCHEME, ConvertReport, Progress, parse_schemes, write_myai
+from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
+from chalot.export_gguf import write_gguf
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 
@@ -21,11 +22,12 @@ class Options:
 
     source: str  # as the user named it
     type: str | None = None  # of --type: the numbers or blocks that the target stores
-    scheme: str = DEFAULT_SCHEME
+    scheme: str | None = None  # None: as is usual for such a source
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
+    tokenizer: bool = True  # of gguf: whether the file has one
 
 
 Target = Callable[[Checkpoint, Path, Options], ConvertReport]
@@ -35,7 +37,7 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    schemes, name = parse_schemes(options.scheme), called(options.source)
+    schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress
     )
@@ -48,7 +50,17 @@ def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport
     )
 
 
-TARGETS: dict[str, Target] = {"myai": to_myai, "npz": to_npz}
+def to_gguf(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
+    """A GGUF file of blocks of `options.type`."""
+    from chalot.sources import called
+
+    name, threads = called(options.source), options.threads
+    return write_gguf(
+        checkpoint, out, options.type, name, options.tokenizer, threads, options.progress
+    )
+
+
+TARGETS: dict[str, Target] = {"myai": to_myai, "gguf": to_gguf, "npz": to_npz}
 
 
 def export(
@@ -57,8 +69,9 @@ def export(
     to: str = "myai",
     type: str | None = None,
     *,
-    scheme: str = DEFAULT_SCHEME,
+    scheme: str | None = None,
     bits: str = "4",
+    tokenizer: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -73,7 +86,8 @@ def export(
     if to not in TARGETS:
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
-    options = Options(str(source), type, scheme, said, threads, progress or (lambda *_: None), bits)
+    watch = progress or (lambda *_: None)
+    options = Options(str(source), type, scheme, said, threads, watch, bits, tokenizer)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)

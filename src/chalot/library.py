@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chalot.errors import OutputError
 from chalot.home import home
+from chalot.keeping import KEEP, usual
 from chalot.sources import as_path, called, hub_id, resolve
 
 SCHEME = "nl4"  # of what is converted without being asked how
@@ -39,8 +40,9 @@ def is_ready(path: Path) -> bool:
     return path.suffix == SUFFIX  # and if it is none after all, its reader says so
 
 
-def place(source: str | Path, scheme: str = SCHEME) -> Path:
+def place(source: str | Path, scheme: str | None = None) -> Path:
     """The file that a source's conversion is kept in."""
+    scheme = scheme or usual(source, SCHEME)
     named = hub_id(source)
     path = as_path(source).resolve()
     name = path.name if named is None else named.replace("/", "--")
@@ -50,7 +52,7 @@ def place(source: str | Path, scheme: str = SCHEME) -> Path:
 
 def converted(
     source: str | Path,
-    scheme: str = SCHEME,
+    scheme: str | None = None,
     *,
     threads: int | None = None,
     say: Say = lambda _: None,
@@ -64,6 +66,7 @@ def converted(
     path = as_path(source)
     if path.is_file() and is_ready(path):
         return path
+    scheme = scheme or usual(source, SCHEME)
     kept = place(source, scheme)
     if not path.exists() and kept.exists():  # of the hub: nobody is asked again
         return kept
@@ -82,14 +85,17 @@ def converted(
         nonlocal begun
         if not begun:
             begun = True
-            say(f"converting {source} to {scheme}, once, into {kept}")
+            kinds = f"{SCHEME}, or what keeps its own codes best" if scheme == KEEP else scheme
+            say(f"converting {source} to {kinds}, once, into {kept}")
         progress(what, done, total)
 
     command = shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
-    convert(
+    report = convert(
         found, kept, scheme,
         threads=threads, progress=advance, command=command, name=called(source),
     )  # fmt: skip
+    for note in report.notes:
+        say(note)
     return kept
 
 

@@ -28,12 +28,23 @@ def arguments(parser: ArgumentParser) -> None:
         "--to",
         help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
     )
-    parser.add_argument("--type", help="for gguf and safetensors: f16, bf16, f32, q8_0, ...")
+    parser.add_argument(
+        "--type",
+        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q4_k, ..., or TYPE,KIND=TYPE,...; "
+        "for safetensors: bf16 (default), f16, f32",
+    )
+    parser.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="for gguf: leave out a tokenizer that such files cannot hold",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
         help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
-        "with kinds attention, ffn, embedding, head",
+        "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
+        "already goes to the scheme that loses least of it",
     )
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
@@ -84,10 +95,11 @@ def one(source: str, arguments: Arguments) -> Any:
     from chalot import batch, fitting
     from chalot.convert import DEFAULT_SCHEME
     from chalot.export import export
+    from chalot.keeping import usual
 
     out = arguments.out or ""
     to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
-    scheme = arguments.scheme or BITS.get(arguments.bits, DEFAULT_SCHEME)
+    scheme = arguments.scheme or BITS.get(arguments.bits) or usual(source, DEFAULT_SCHEME)
     fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
     if fit is not None and arguments.fit:
         scheme = fitting.chosen(fit, source)
@@ -110,6 +122,7 @@ def one(source: str, arguments: Arguments) -> Any:
             arguments.type,
             scheme=scheme,
             bits=arguments.bits or "4",
+            tokenizer=arguments.tokenizer,
             threads=arguments.threads,
             progress=advance,
             command=command,

@@ -16,6 +16,7 @@
 #include <unistd.h>
 #endif
 
+#include "byte_pairs.h"
 #include "matrix.h"
 #include "offset.h"
 #include "program.h"
@@ -286,6 +287,47 @@ uint64_t read_numbers(Machine& machine, In<uint64_t> numbers) {
   return read_all(machine.pool(), data, count);
 }
 
+// Byte pairs for several Python threads, one after another; keeps the tables alive.
+class Words {
+ public:
+  Words(In<uint64_t> pairs, In<uint32_t> merges, uint32_t tokens)
+      : pairs_(pairs), merges_(merges), native_(check(pairs, merges), merges.data(), pairs.size(), tokens) {}
+
+  std::vector<uint32_t> words(In<uint32_t> letters, In<uint64_t> ends) {
+    return alone([&](auto& out) { native_.words(letters.data(), letters.size(), ends.data(), ends.size(), out); });
+  }
+  std::vector<uint32_t> text(nb::bytes text, std::tuple<bool, bool, bool, bool, bool, int> s) {
+    const auto [folds, any_lead, digit_lead, newline_tail, newline_runs, digits] = s;
+    const Style style{folds, any_lead, digit_lead, newline_tail, newline_runs, digits};
+    expect(digits >= 0, "digits: expected 0 or more");
+    return alone(
+        [&](auto& out) { native_.text(reinterpret_cast<const uint8_t*>(text.data()), text.size(), style, out); });
+  }
+  void set_alphabet(In<uint32_t> bytes, In<uint8_t> kinds) {
+    expect(bytes.size() == 256 && kinds.size() == 0x110000, "alphabet: expected 256 ids and a kind of each character");
+    native_.set_alphabet(bytes.data(), kinds.data());
+  }
+  void set_whole(nb::bytes word, uint32_t id) { native_.set_whole(std::string(word.c_str(), word.size()), id); }
+
+ private:
+  static const uint64_t* check(const In<uint64_t>& pairs, const In<uint32_t>& merges) {
+    expect(merges.size() == 2 * pairs.size(), "merges: expected two numbers of each pair");
+    return pairs.data();
+  }
+  template <class F>
+  std::vector<uint32_t> alone(F work) {
+    nb::gil_scoped_release others_run;
+    std::lock_guard<std::mutex> lock(busy_);
+    std::vector<uint32_t> out;
+    work(out);
+    return out;
+  }
+  In<uint64_t> pairs_;
+  In<uint32_t> merges_;
+  BytePairs native_;
+  std::mutex busy_;
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -303,6 +345,12 @@ NB_MODULE(_native, m) {
       .def("product", &product)
       .def("exp", &exp_all)
       .def("read", &read_numbers);
+  nb::class_<Words>(m, "BytePairs")
+      .def(nb::init<In<uint64_t>, In<uint32_t>, uint32_t>())
+      .def("words", &Words::words)
+      .def("text", &Words::text)
+      .def("set_alphabet", &Words::set_alphabet)
+      .def("set_whole", &Words::set_whole);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
                     const std::vector<float>&>())

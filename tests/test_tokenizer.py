@@ -464,3 +464,13 @@ def test_any_text_gives_ids_or_a_typed_error(text: str) -> None:
         assert all(isinstance(id_, int) for id_ in opened("legacy").encode(text))
     except TokenizerError:
         assert any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def test_a_pattern_without_end_is_a_typed_error() -> None:
+    """The library gives up after ten million steps, by a panic."""
+    hostile = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    tokenizer = from_source(
+        documents(**changed(lambda d: d.update(pre_tokenizer={**hostile, "invert": False})))
+    )
+    with pytest.raises(TokenizerError, match="retry-limit"):
+        tokenizer.encode("a" * 40 + "!")

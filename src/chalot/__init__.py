@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from chalot.convert import convert
     from chalot.describe import describe
     from chalot.errors import ChalotError
+    from chalot.export import export
     from chalot.load import Model, load
     from chalot.quant.scheme import Scheme
+    from chalot.tokenizer import tokenizer
 
-__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "load"]
+__all__ = ["ChalotError", "Model", "Scheme", "convert", "describe", "export", "load", "tokenizer"]
 HOMES = {
     "ChalotError": "chalot.errors",
     "Model": "chalot.load",
     "Scheme": "chalot.quant.scheme",
     "convert": "chalot.convert",
     "describe": "chalot.describe",
+    "export": "chalot.export",
     "load": "chalot.load",
+    "tokenizer": "chalot.tokenizer",
 }
 
 

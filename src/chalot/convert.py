@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
+from chalot.keeping import KEEP, kept, notes, usual
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
@@ -63,6 +65,7 @@ class KindReport:
     error: float
     wide: int  # tensors that ask for 16-bit activations
     folded: int  # tensors whose columns were balanced
+    source_error: float | None = None  # what was lost when the source was quantised
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,19 @@ class ConvertReport:
     weights: int
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
+    notes: tuple[str, ...] = ()  # what a user should know, a line each
+    validation: Any = None  # a ValidateReport, where the files were compared with their source
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
     """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
 
     A kind that is not named takes the default; a head that is not named goes with the embedding.
-    Raises SchemeError for unknown kinds or schemes.
+    "keep" gives the default too: see `schemes_for`. Raises SchemeError for unknown kinds or
+    schemes.
     """
+    if text.strip().lower() == KEEP:
+        text = DEFAULT_SCHEME
     if "=" not in text:
         return dict.fromkeys(KINDS, Scheme.parse(text))
     chosen: dict[str, Scheme] = {}
@@ -95,6 +103,20 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     default = Scheme.parse(DEFAULT_SCHEME)
     chosen.setdefault("head", chosen.get("embedding", default))
     return {kind: chosen.get(kind, default) for kind in KINDS}
+
+
+def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
+    text = text or usual(checkpoint.path, DEFAULT_SCHEME)
+    schemes = parse_schemes(text)
+    if text.strip().lower() == KEEP:
+        schemes |= kept(checkpoint.tensors, read_config(checkpoint))
+    return schemes
+
+
+def scheme_of(schemes: Mapping[str, Scheme], spec: TensorSpec) -> Scheme:
+    """A matrix's own scheme, else that of its kind."""
+    return schemes.get(spec.name) or schemes[spec.kind]
 
 
 def read_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -160,7 +182,7 @@ def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
         if spec.kind == "vector":
             total += spec.shape[0] * 4
         else:
-            total += packing.stored_bytes(schemes[spec.kind], spec.shape[0], spec.shape[1])
+            total += packing.stored_bytes(scheme_of(schemes, spec), spec.shape[0], spec.shape[1])
         total += packing.ALIGNMENT + 300  # alignment, and its place in the manifest
     return total
 
@@ -193,7 +215,7 @@ class Conversion:
         self.config = read_config(checkpoint)
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
-        self.schemes = {s.name: schemes[s.kind] for s in self.specs if s.kind != "vector"}
+        self.schemes = {s.name: scheme_of(schemes, s) for s in self.specs if s.kind != "vector"}
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
         self.backend = backend
         self.progress = progress
@@ -273,7 +295,7 @@ class Conversion:
             self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
             for n in ("key", "value", "output", "gate", "up", "down")
         )
-        return SCHEMES[dtype if same and dtype in SCHEMES else "f32"]
+        return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
 
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
@@ -312,14 +334,15 @@ class Conversion:
             if not scheme.is_coded:
                 data = packing.pack_dense(values, scheme)
                 yield data
-                dense = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
-                stored = packing.numbers(dense)
-                again = stored[:PANEL, : values.shape[1]]
+                shape = (len(sample), values.shape[1])
+                part = data[: packing.stored_bytes(scheme, *shape)]
+                again = packing.numbers(packing.Matrix(scheme, shape, part))[:, : shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)
                 data = self.backend.encode(values, scheme)
                 yield data[layout.parts[0]]
-                behind.append([data[part] for part in layout.parts[1:]])
+                # a view would keep all
+                behind.append([data[part].copy() for part in layout.parts[1:]])
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
@@ -347,67 +370,110 @@ class Conversion:
             had = sum(self.errors.get(n, (0.0, 0.0))[1] for n in names)
             yield KindReport(
                 kind,
-                entries[0].scheme,
+                ", ".join(sorted({e.scheme for e in entries})),
                 len(names),
                 sum(int(np.prod(e.shape)) for e in entries),
                 sum(e.extent.bytes for e in entries),
                 lost / had if had else 0.0,
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),
+                source_error(self.checkpoint, {n: self.errors.get(n, (0.0, 0.0)) for n in names}),
             )
 
 
 def convert(
     source: str | Path,
     out: str | Path,
-    scheme: str = DEFAULT_SCHEME,
+    scheme: str | None = None,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    name: str | None = None,
 ) -> ConvertReport:
-    """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
+    """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
-    embedding, head, attention and ffn. Peak memory is about three times the largest tensor. The
-    file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
+    embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
+    the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
+    are what the file says of its making and of its source. Peak memory is that of a layer and its
+    largest tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for
+    anything wrong with source or target.
     """
-    from chalot.sources import resolve
+    from chalot.sources import called, resolve
 
-    out = Path(out)
-    schemes = parse_schemes(scheme)
-    checkpoint = open_checkpoint(resolve(source))
+    parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
+    asked = [] if scheme is None else ["--scheme", scheme]
+    said = command or shlex.join(["chalot", "convert", str(source), *asked])
+    name = name or called(source)
+    checkpoint = open_checkpoint(resolve(source, progress))
     try:
-        work = Conversion(
-            checkpoint, schemes, open_backend(threads=threads), progress or (lambda *_: None)
+        schemes = schemes_for(scheme, checkpoint)
+        return write_myai(
+            checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)
         )
-        if work.config.tied and schemes["head"] != schemes["embedding"]:
-            raise SchemeError(
-                f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
-                "head is its embedding; give both one scheme"
-            )
-        need = planned_bytes(work.config, schemes) + sum(
-            len(checkpoint.document(n) or b"") for n in DOCUMENTS
-        )
-        free = machine.disk_free(out.absolute().parent)
-        if free < need:
-            raise LimitError(
-                f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
-                "free some space or choose another place"
-            )
-        with MyaiWriter(out) as writer:
-            work.write(writer)
-            said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
-            writer.finish(
-                msgspec.to_builtins(work.config),
-                Source(Path(str(source)).name, work.digest.hexdigest(), said, __version__),
-                lambda partial: check_text(checkpoint, partial),
-            )
-            kinds = tuple(work.kinds(writer))
     finally:
         checkpoint.close()
+
+
+def write_myai(
+    checkpoint: Checkpoint,
+    out: Path,
+    schemes: Mapping[str, Scheme],
+    name: str,
+    command: str,
+    threads: int | None,
+    progress: Progress,
+) -> ConvertReport:
+    """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
+    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress)
+    if work.config.tied and schemes["head"] != schemes["embedding"]:
+        raise SchemeError(
+            f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
+            "head is its embedding; give both one scheme"
+        )
+    check_space(
+        out,
+        planned_bytes(work.config, schemes)
+        + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
+    )
+    with MyaiWriter(out) as writer:
+        work.progress("", 0, work.total)  # the source is good, and there is a place for it
+        work.write(writer)
+        writer.finish(
+            msgspec.to_builtins(work.config),
+            Source(name, work.digest.hexdigest(), command, __version__),
+            lambda partial: check_text(checkpoint, partial),
+        )
+        kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    return ConvertReport(str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds)
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes))
+    return ConvertReport(
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
+    )
+
+
+def source_error(checkpoint: Checkpoint, sizes: Mapping[str, tuple[float, float]]) -> float | None:
+    """The mean error that a source's tensors have, where all that are in codes say so.
+
+    `sizes` has each tensor's (error, sum of squares) of this conversion, by chalot's names.
+    """
+    infos = {n: checkpoint.tensors[hugging_face(n)] for n in sizes}
+    if any(i.error is None for i in infos.values()):
+        return None
+    had = sum(size for _, size in sizes.values())
+    lost = sum((infos[n].error or 0.0) * size for n, (_, size) in sizes.items())
+    return lost / had if had else None
+
+
+def check_space(out: Path, need: int) -> None:
+    """Raise LimitError if the disk that will hold `out` has fewer than `need` bytes free."""
+    free = machine.disk_free(out.absolute().parent)
+    if free < need:
+        raise LimitError(
+            f"{out}: needs {need:,} bytes, the disk has {free:,} free; "
+            "free some space or choose another place"
+        )
 
 
 def check_text(checkpoint: Checkpoint, partial: Path) -> None:

@@ -15,24 +15,29 @@ from typing import Any
 import msgspec
 
 from chalot import machine, memory
-from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
-from chalot.errors import FormatError, SchemeError, UnsupportedError
+from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes, scheme_of
+from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeError, UnsupportedError
+from chalot.fitting import Fit, fit
+from chalot.fitting import render as render_fit
 from chalot.formats import hub
 from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
+from chalot.formats.hub_cache import Repository
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
+from chalot.keeping import KEEP, kept, usual
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.kernels.program import CACHE
+from chalot.library import is_ready
 from chalot.load import read_model_config
 from chalot.memory import Memory, Stored
 from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
-from chalot.sources import resolve
+from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.table import pairs, rows, size
 from chalot.text.byte_pairs import TABLES
 
@@ -72,11 +77,12 @@ class KindReport:
 class Origin:
     """Where the description comes from. Bytes are of weights' files, or of the whole `.myai`."""
 
-    form: str  # ".myai", "folder" or "hub"
+    form: str  # ".myai", "folder", "file" or "hub"
     bytes: int
     download_bytes: int | None = None  # of a hub id: weights and documents
     documents: tuple[str, ...] | None = None  # None: not known before a download
     tables: int = 0  # bytes of tokenizer.bpe
+    document_bytes: int = 0  # of a checkpoint
     unused: tuple[str, ...] = ()  # tensors that the model does not need
     made_from: str | None = None  # of a .myai file: the source's name, its digest, the command
     digest: str | None = None
@@ -110,6 +116,7 @@ class Description:
     kernels: Kernels
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
+    fit: Fit | None = None  # of what is no .myai file yet: every scheme, and the best
 
     def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
@@ -145,33 +152,51 @@ class Description:
 
 
 def describe(
-    source: str | Path, scheme: str | None = None, context: int | None = None
+    source: str | Path,
+    scheme: str | None = None,
+    context: int | None = None,
+    folder: Path | None = None,
 ) -> Description:
-    """Describe a `.myai` file, a Hugging Face folder or a hub id.
+    """Describe a `.myai` file, a Hugging Face folder, another model's file, or a hub id.
 
-    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"); a `.myai` file has its
-    own. `memory_at` has 0, 1,000 and all positions, and `context` if it is given. Raises
-    FormatError, UnsupportedError, SchemeError, ContextError, HubError.
+    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"; "keep" for files, whose
+    weights may be quantised already); a `.myai` file has its own. `memory_at` has 0, 1,000 and all
+    positions, and `context` if it is given; `fit` has every scheme, for a file in `folder`
+    (default: the current one). Raises FormatError, UnsupportedError, SchemeError, ContextError,
+    HubError.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path, place = as_path(source), (context, folder)
+    if path.is_file() and is_ready(path):
         if scheme is not None:
             raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")
         found = _of_myai(path)
-    elif not path.exists() and isinstance(source, str) and hub.is_hub_id(source):
-        remote = hub.headers(source)
-        origin = Origin("hub", remote.weight_bytes, remote.download_bytes)
-        config = remote.document("config.json")
-        tensors = as_computed(remote.tensors, config, source)
-        found = _of_checkpoint(source, origin, tensors, {"config.json": config}.get, scheme)
+    elif (named := hub_id(source)) is not None:
+        try:
+            remote = on_hub(source, hub.headers)
+        except (HubOfflineError, HubBusyError):
+            copy = Repository(named).find("main")  # downloaded earlier
+            if copy is None:
+                raise
+            return describe(copy, scheme, context, folder)
+        length = remote.download_bytes - remote.weight_bytes
+        origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
+        tensors = as_computed(remote.tensors, remote.document("config.json"), named)
+        found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
     else:
         checkpoint = open_checkpoint(resolve(path))
         try:
             held = sum(info.nbytes for info in checkpoint.tensors.values())
-            documents = tuple(n for n in DOCUMENTS if (path / n).exists())
-            origin = Origin("folder", held, documents=documents)
+            there = {n: d for n in DOCUMENTS if (d := checkpoint.document(n)) is not None}
+            form, length = "folder" if path.is_dir() else "file", sum(map(len, there.values()))
+            origin = Origin(form, held, documents=tuple(there), document_bytes=length)
+            scheme = scheme or usual(path, DEFAULT_SCHEME)
             found = _of_checkpoint(
-                str(source), origin, checkpoint.tensors, checkpoint.document, scheme
+                str(source),
+                origin,
+                checkpoint.tensors,
+                checkpoint.document,
+                scheme,
+                (context, folder),
             )
         finally:
             checkpoint.close()
@@ -214,8 +239,9 @@ def _of_checkpoint(
     found: Mapping[str, TensorInfo],
     document: Callable[[str], bytes | None],
     scheme: str | None,
+    place: tuple[int | None, Path | None],
 ) -> Description:
-    """A folder or a hub id. Raises FormatError where tensors contradict the configuration."""
+    """A folder, a file or a hub id. Raises FormatError where tensors contradict config.json."""
     schemes = parse_schemes(scheme or DEFAULT_SCHEME)
     raw = document("config.json")
     if raw is None:
@@ -224,6 +250,8 @@ def _of_checkpoint(
     if not isinstance(parsed, dict):
         raise FormatError(f"{source}: config.json: expected an object")
     config = from_hugging_face(parsed)
+    if scheme == KEEP:
+        schemes |= kept(found, config)
     tensors = []
     for spec in model_tensors(config):
         name = hugging_face(spec.name)
@@ -240,12 +268,24 @@ def _of_checkpoint(
         if spec.kind == "vector":
             tensors.append(TensorReport(*here, VECTOR, spec.shape[0] * 4))
         else:
-            s = schemes[spec.kind]
+            s = scheme_of(schemes, spec)
             need = stored_bytes(s, spec.shape[0], spec.shape[1])
             tensors.append(TensorReport(*here, str(s), need, 8 if s.is_coded else None))
     needed = {hugging_face(t.name) for t in tensors}
     origin = dataclasses.replace(origin, unused=tuple(sorted(found.keys() - needed)))
-    return _description(source, origin, config, tensors, planned_bytes(config, schemes))
+    report = _description(source, origin, config, tensors, planned_bytes(config, schemes))
+    is_remote = origin.download_bytes is not None
+    judged = fit(
+        config,
+        found,
+        context=place[0],
+        folder=place[1],
+        documents=origin.document_bytes,
+        text=origin.documents is None or "tokenizer.json" in origin.documents,
+        hub_id=source if is_remote else None,
+        download_bytes=origin.download_bytes or 0,
+    )
+    return dataclasses.replace(report, fit=judged)
 
 
 def _description(
@@ -299,6 +339,8 @@ def _names(names: Iterable[str]) -> str:
 def render(report: Description, verbose: bool = False) -> str:
     """The report as text; with `verbose` every tensor."""
     parts = [_facts(report), _kind_table(report), _memory_table(report)]
+    if report.fit is not None:
+        parts.append(render_fit(report.fit))
     if verbose:
         parts.insert(2, _tensor_table(report))
     return "\n\n".join(parts)

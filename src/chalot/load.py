@@ -22,7 +22,7 @@ from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import open_backend
+from chalot.kernels.backend import byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
@@ -150,7 +150,7 @@ class Model:
             from chalot.text.byte_pairs import TABLES
             from chalot.text.tokenizer import from_source
 
-            self._tokenizer = from_source(self.file, self.file.document(TABLES))
+            self._tokenizer = from_source(self.file, self.file.document(TABLES), byte_pairs)
         return self._tokenizer
 
     def generation_defaults(self) -> dict[str, Any]:

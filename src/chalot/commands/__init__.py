@@ -7,6 +7,11 @@ VERBS = {  # in the order of `chalot --help`
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
     "verify": "check every extent and checksum of a .myai file",
+    "models": "short names, what is converted, what was downloaded",
+    "rm": "remove a converted model",
+    "validate": "how far a model's weights and answers are from its source",
+    "tensor": "one weight of a model times one input",
+    "tokenizer": "train a tokenizer, use any model's, compare two",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",
 }

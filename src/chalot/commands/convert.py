@@ -1,49 +1,203 @@
-"""chalot convert SOURCE -o OUT"""
+"""chalot convert SOURCE ..."""
 
 import sys
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from chalot.commands.output import as_json, progress, say
+from chalot.errors import OutputError, UnsupportedError
+from chalot.short_names import BITS
 from chalot.table import rows
 
 
 def arguments(parser: ArgumentParser) -> None:
     """What it takes."""
-    parser.add_argument("source", help="a Hugging Face folder or a hub id")
-    parser.add_argument("-o", "--out", required=True, help="the file to write")
+    parser.add_argument("source", nargs="*", help="short names, hub ids, folders, models' files")
     parser.add_argument(
-        "--scheme",
-        default="nl4",
-        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
-        "with kinds attention, ffn, embedding, head",
+        "--all",
+        action="store_true",
+        help="every checkpoint below the folders SOURCE; without one, all that were downloaded",
     )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-o", "--out", help="what to write (default: NAME-SCHEME.myai)")
+    where.add_argument("--output-dir", metavar="DIR", help="where to write NAME-SCHEME.myai")
+    parser.add_argument(
+        "--to",
+        help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
+    )
+    parser.add_argument(
+        "--type",
+        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q4_k, ..., or TYPE,KIND=TYPE,...; "
+        "for safetensors: bf16 (default), f16, f32",
+    )
+    parser.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="for gguf: leave out a tokenizer that such files cannot hold",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--scheme",
+        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
+        "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
+        "already goes to the scheme that loses least of it",
+    )
+    how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
+    how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
+    parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only read headers, and say what fits"
+    )
+    parser.add_argument(
+        "--no-validate",
+        dest="validate",
+        action="store_false",
+        help="for npz: do not compare what was written with SOURCE",
+    )
+    parser.add_argument("--tolerance", type=float, help="for npz: as for chalot validate")
 
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot.convert import convert as run_it
+    from chalot import batch
 
+    if arguments.out and (len(arguments.source) > 1 or arguments.all):
+        arguments.parser.error("-o names one file; expected --output-dir DIR for several")
+    if not (arguments.source or arguments.all):
+        arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
+    if (arguments.fit or arguments.dry_run) and arguments.to not in (None, "myai"):
+        arguments.parser.error("--fit and --dry-run are for .myai files; leave out --to")
+    named = batch.sources(arguments.source, arguments.all)
+    if len(named) == 1 and not arguments.all:
+        report = one(named[0], arguments)
+        if arguments.json:
+            print(as_json(report))
+        return 0 if passed(report) else 1
+
+    def failed(failure: batch.Failure) -> None:
+        say(f"chalot: {failure.error}")
+
+    found = batch.run(named, lambda source: one(source, arguments), failed)
+    if arguments.json:
+        print(as_json(found))
+    say(f"{len(found.reports)} of {len(named)} {'read' if arguments.dry_run else 'converted'}")
+    for failure in found.failed:
+        say(f"failed: {failure.source}")
+    return 0 if not found.failed and all(map(passed, found.reports)) else 1
+
+
+def one(source: str, arguments: Arguments) -> Any:
+    """Convert one source, say what that cost or would cost, and return the report."""
+    from chalot import batch, fitting
+    from chalot.convert import DEFAULT_SCHEME
+    from chalot.export import export
+    from chalot.keeping import usual
+
+    out = arguments.out or ""
+    to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
+    scheme = arguments.scheme or BITS.get(arguments.bits) or usual(source, DEFAULT_SCHEME)
+    fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
+    if fit is not None and arguments.fit:
+        scheme = fitting.chosen(fit, source)
+    if to == "npz":
+        out = out or arguments.output_dir or "."
+    elif not out:
+        kind = scheme if to == "myai" else arguments.type or ""
+        out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
+    if fit is not None and arguments.dry_run:
+        if not arguments.json:
+            print(f"{fitting.render(fit)}\n{source} would become {out}, in {scheme}.")
+        return {"source": source, "path": out, "scheme": scheme, "fit": fit}
+    make_folder(arguments.output_dir)
     command = "chalot " + " ".join(sys.argv[1:])
-    with progress(arguments, "converting") as advance:
-        report = run_it(
-            arguments.source,
-            arguments.out,
-            arguments.scheme,
+    with progress(arguments, f"converting {source}") as advance:
+        report = export(
+            source,
+            out,
+            to,
+            arguments.type,
+            scheme=scheme,
+            bits=arguments.bits or "4",
+            tokenizer=arguments.tokenizer,
             threads=arguments.threads,
             progress=advance,
             command=command,
         )
-    if arguments.json:
-        print(as_json(report))
-        return 0
+    if not arguments.json:
+        show(report, arguments)
+    if to == "npz" and arguments.validate:
+        report = validated(report, source, arguments)
+    return report
+
+
+def fit_of(source: str, arguments: Arguments) -> Any:
+    """What the source would take in each scheme, by its headers. Raises UnsupportedError."""
+    from chalot.describe import describe
+
+    place = arguments.out and Path(arguments.out).parent
+    folder = Path(place or arguments.output_dir or "")
+    found = describe(source, context=arguments.context, folder=folder).fit
+    if found is None:
+        raise UnsupportedError(
+            f"{source}: is a .myai file; --fit and --dry-run judge what is not converted yet"
+        )
+    return found
+
+
+def validated(report: Any, source: str, arguments: Arguments) -> Any:
+    """The report, with what comparing the files with their source found; shown, too."""
+    from chalot.validate import render, validate
+
+    with progress(arguments, "validating") as advance:
+        found = validate(
+            report.path,
+            source,
+            tolerance=arguments.tolerance,
+            threads=arguments.threads,
+            progress=advance,
+        )
+    if not arguments.json:
+        print(render(found, arguments.verbose))
+    return replace(report, validation=found)
+
+
+def passed(report: Any) -> bool:
+    """Whether a conversion was compared with its source, if at all, and found near enough."""
+    found = getattr(report, "validation", None)
+    return found is None or found.ok
+
+
+def make_folder(name: str | None) -> None:
+    """Make the folder of --output-dir. Raises OutputError if it cannot be made."""
+    try:
+        Path(name or "").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"--output-dir {name}: cannot be made ({error.strerror}); choose another place"
+        ) from None
+
+
+def show(report: Any, arguments: Arguments) -> None:
+    """The cost of each kind of tensor on stderr, the file on stdout."""
     if not arguments.quiet:
+        for note in report.notes:
+            say(note)
         table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
+        again = any(k.source_error is not None for k in report.kinds)
         for k in report.kinds:
             cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
             table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
+            if again:
+                table[-1].append("" if k.source_error is None else f"{k.source_error:.2g}")
+        if again:
+            table[0].append("source's")
         say(rows(table))
+        if again:
+            say("source's: the error that the source has already; error: what came on top")
         say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
         say("activations; folded: tensors whose columns were balanced by powers of two")
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
-    return 0

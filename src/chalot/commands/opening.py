@@ -1,13 +1,11 @@
 """The model that a command works on: options of sampling and cache, and conversion once."""
 
-import hashlib
 from argparse import ArgumentParser, ArgumentTypeError
 from argparse import Namespace as Arguments
 from pathlib import Path
 from typing import Any
 
 from chalot.commands.output import progress, speaker
-from chalot.errors import FormatError
 
 SAMPLING: dict[str, dict[str, Any]] = {  # flag -> argparse's arguments
     "--temperature": {"type": float, "help": "0 takes the most likely token"},
@@ -17,7 +15,7 @@ SAMPLING: dict[str, dict[str, Any]] = {  # flag -> argparse's arguments
     "--repetition-penalty": {"type": float, "help": "above 1: tokens just used become rarer"},
     "--seed": {"type": int, "help": "same seed, same text (default: drawn and shown)"},
 }
-MODEL = "a .myai file, a folder, or a hub id (converted once)"
+MODEL = "a .myai file; or a folder, file, short name or hub id, converted once"
 
 
 def size(text: str) -> int:
@@ -54,33 +52,11 @@ def sampling_arguments(parser: ArgumentParser) -> None:
 
 
 def converted(model: str, arguments: Arguments) -> Path:
-    """The `.myai` file of what a user named: a checkpoint is converted once into CHALOT_HOME."""
-    from chalot.sources import resolve
+    """The `.myai` file of what a user named: anything else is converted once into CHALOT_HOME."""
+    from chalot.library import converted as run_it
 
-    path = Path(model).expanduser()
-    if path.is_file():
-        return path
-    from chalot.home import home
-
-    name = model.strip("/").replace("/", "--") if not path.exists() else path.resolve().name
-    key = hashlib.sha256(str(path.resolve() if path.exists() else model).encode()).hexdigest()[:12]
-    kept = home() / "models" / f"{name}-{key}-nl4.myai"
-    if kept.exists() and not path.exists():
-        return kept
-    source = resolve(model)
-    newest = max(p.stat().st_mtime for p in [source, *source.iterdir()])
-    if kept.exists() and kept.stat().st_mtime >= newest:
-        return kept
-    from chalot.convert import convert as run_it
-
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FormatError(f"{kept.parent}: cannot be made ({error}); set CHALOT_HOME") from None
-    speaker(arguments)(f"converting {model} to nl4, once, into {kept}")
     with progress(arguments, "converting") as advance:
-        run_it(source, kept, threads=arguments.threads, progress=advance)
-    return kept
+        return run_it(model, threads=arguments.threads, say=speaker(arguments), progress=advance)
 
 
 def sampling_of(arguments: Arguments) -> dict[str, Any]:

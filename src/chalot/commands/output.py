@@ -52,23 +52,41 @@ def as_json(report: Any) -> str:
 
 @contextmanager
 def progress(arguments: Arguments, what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr when it is a terminal; silent otherwise and with --quiet."""
+    """A bar on stderr from the first call on, on a terminal; silent otherwise and with --quiet."""
     if arguments.quiet or not sys.stderr.isatty():
         yield lambda *_: None
         return
+    bar: Any = None
+
+    def advance(name: str, done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = new_bar()
+            bar.add_task(what, total=None, name="")
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, total=total, name=name)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def new_bar() -> Any:
+    """A bar that goes when its work is done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
+        console=Console(stderr=True),
+        transient=True,
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, name="")
-        yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
 
 
 if os.environ.get("PYTHONUTF8") != "1":  # a terminal that cannot show a character gets a substitute

@@ -18,7 +18,8 @@ class TensorInfo(NamedTuple):
     """A tensor as its file's header describes it.
 
     `dtype` is "bf16", "f16", "f32", or the format's own name of a quantised type; `scheme` is
-    chalot's scheme that loses least of such a type, "" for numbers.
+    chalot's scheme that loses least of such a type, "" for numbers. `error` is the relative squared
+    error that quantising already cost, where the file says so.
     """
 
     name: str
@@ -26,6 +27,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     scheme: str = ""
+    error: float | None = None
 
 
 class Checkpoint(Protocol):
@@ -55,7 +57,7 @@ class Checkpoint(Protocol):
 
 READERS = (  # how a file begins -> where its reader is
     (b"GGUF", "chalot.formats.gguf", "GgufFile"),
-    (b"IAYM", "chalot.formats.myai_source", "MyaiSource"),  # both versions
+    (b"IAYM", "chalot.formats.myai_source", "open_myai"),  # both versions
     (b"PK\x03\x04", "chalot.formats.npz", "NpzModel"),
     (b"{", "chalot.formats.npz", "NpzModel"),  # its manifest
 )

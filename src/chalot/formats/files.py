@@ -6,6 +6,7 @@ directory (its snapshots are symbolic links to ../../blobs). Writing: a temporar
 directory, synced, then renamed, so that a kill or a full disk leaves nothing under the final name.
 """
 
+import errno
 import os
 import secrets
 import stat
@@ -22,6 +23,26 @@ def quoted(name: object, width: int = 80) -> str:
     if not isinstance(name, str):
         return f"a {type(name).__name__}"
     return repr(name) if len(name) <= width else f"{name[:width]!r}..."
+
+
+REMEDIES = {  # what the system said -> what helps
+    errno.ENOSPC: "Free some space, or choose another place",
+    errno.EDQUOT: "Free some space, or choose another place",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another place",
+    errno.ENOENT: "Make the folder {folder} first, or choose another place",
+    errno.ENOTDIR: "{folder} is no folder; choose another place",
+    errno.EACCES: "Choose a place that you may write to",
+    errno.EPERM: "Choose a place that you may write to",
+    errno.EROFS: "Choose a place that you may write to",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
+
+
+def remedy(error: Exception, path: Path) -> str:
+    """What helps against an error of writing `path`."""
+    code = getattr(error, "errno", None)
+    text = REMEDIES.get(code, "Choose another place") if code else "Choose another place"
+    return text.format(folder=path.parent)
 
 
 def boundary(folder: Path) -> Path:
@@ -63,15 +84,39 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
                 f"{path}: is a link to {target}, outside the checkpoint's folder; "
                 "copy the file into the folder"
             )
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: cannot be opened ({reason})") from error
+    return open_regular(target, path)
+
+
+def open_regular(target: Path, path: Path) -> BinaryIO:
+    """Open a regular file for reading; `path` is what errors call it. Raises FormatError."""
+    try:
         # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
         descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FormatError(f"{path}: cannot be opened ({reason})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path}: is not a regular file; expected one")
     return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def read_at(file: BinaryIO, path: Path, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes at `offset` of an open file. Raises FormatError where it ends before."""
+    pieces = []
+    while size:
+        try:
+            piece = os.pread(file.fileno(), size, offset)
+        except (OSError, ValueError) as error:  # a failing disk; a file closed already
+            raise FormatError(f"{path}: cannot be read ({error})") from error
+        if not piece:
+            raise FormatError(f"{path}: file ends at {offset}; it was cut while being read")
+        pieces.append(piece)
+        offset, size = offset + len(piece), size - len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 @contextmanager
@@ -93,8 +138,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(
-            f"{path}: cannot be written ({reason}); nothing was left there. "
-            "Free some space, or choose another place"
+            f"{path}: cannot be written ({reason}); nothing was left there. {remedy(error, path)}"
         ) from error
     finally:
         with suppress(OSError):

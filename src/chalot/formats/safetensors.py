@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from chalot.errors import FormatError, LimitError, UnsupportedError, WeightError
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS, read_document
-from chalot.formats.files import open_inside, quoted, whole_file
+from chalot.formats.files import open_inside, quoted, read_at, whole_file
 from chalot.formats.floats import bf16_to_float32, float32_to_bf16
 from chalot.formats.safetensors_header import (
     INDEX,
@@ -71,19 +71,7 @@ class _Shard:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes at `offset` of the file."""
-        pieces = []
-        while size:
-            try:
-                piece = os.pread(self.file.fileno(), size, offset)
-            except (OSError, ValueError) as error:  # a failing disk; a file closed already
-                raise FormatError(f"{self.path}: cannot be read ({error})") from error
-            if not piece:
-                raise FormatError(
-                    f"{self.path}: file ends at {offset}; it was cut while being read"
-                )
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return read_at(self.file, self.path, offset, size)
 
     def view(self, extent: Extent) -> NDArray[Any]:
         """A tensor's stored values, mapped and read-only; a copy where they are not aligned."""

@@ -28,6 +28,8 @@ except ImportError as error:  # not built, or built for another Python
 else:
     MISSING = None
 
+byte_pairs = None if native is None else native.BytePairs  # merges the words of texts
+
 
 class Runnable(Protocol):
     """A program made ready by a backend."""

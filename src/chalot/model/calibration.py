@@ -141,8 +141,13 @@ class Calibration:
         self.hidden = hidden
         self.plan = Plan()
 
-    def layer(self, i: int, read: Callable[[str], Floats], dense_scheme: Scheme) -> None:
-        """Take the hidden states through layer i, and plan its tensors. `read` gives a tensor."""
+    def layer(
+        self, i: int, read: Callable[[str], Floats], dense_scheme: Scheme
+    ) -> dict[str, Floats]:
+        """Take the hidden states through layer i, and plan its tensors. `read` gives a tensor.
+
+        Returns what its matrices are multiplied with, by slot.
+        """
         matrices, vectors, samples = {}, {}, {}
         for spec in layer_tensors(self.config, i):
             weights = read(spec.name)
@@ -154,9 +159,11 @@ class Calibration:
             if self.schemes[spec.name].is_coded:
                 rows = weights[some_rows(len(weights))]
                 samples[spec.name] = (rows, self.schemes[spec.name])
+            del weights  # before the next one is read
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
             self._plan(f"layers.{i}.", inputs, samples)
+        return inputs
 
     def _run(self, i: int, weights: Weights) -> dict[str, Floats]:
         """What the layer's matrices are multiplied with, by slot; the hidden states move on."""

@@ -127,9 +127,9 @@ def values(coded: Codes, tables: NDArray[np.int8] | None = None) -> NDArray[np.i
     return coded.codes.view(np.int8) * np.int8(scheme.step) - np.int8(scheme.middle)
 
 
-def dequantize(coded: Codes) -> NDArray[np.float32]:
-    """The matrix (rows, columns) float32 that the codes stand for."""
-    v = values(coded).astype(F32)
+def dequantize(coded: Codes, tables: NDArray[np.int8] | None = None) -> NDArray[np.float32]:
+    """The matrix (rows, columns) float32 that the codes stand for, by a file's tables."""
+    v = values(coded, tables).astype(F32)
     unit = units(coded.row_scale, coded.segments)
     w = v * spread(unit, coded.scheme.segment, v.shape[1])
     if coded.row_offset is not None:

@@ -160,11 +160,15 @@ def numbers(matrix: Matrix) -> NDArray[np.float32]:
     return np.asarray(stored, np.float32)
 
 
-def take_panels(data: NDArray[np.uint8], whole: Layout, few: Layout) -> NDArray[np.uint8]:
-    """The extent of a matrix's first rows, out of the extent of all its rows."""
+def take_panels(
+    data: NDArray[np.uint8], whole: Layout, few: Layout, first: int = 0
+) -> NDArray[np.uint8]:
+    """The extent of some of a matrix's panels, from `first`, out of the extent of all."""
     out = aligned(few.nbytes)
     for to, of in zip(few.parts, whole.parts, strict=True):
-        out[to] = data[of.start : of.start + to.stop - to.start]
+        size = (to.stop - to.start) // few.panels  # of a panel
+        taken = data[of.start + first * size : of.stop][: few.panels * size]
+        out[to.start : to.start + taken.size] = taken
     return out
 
 

@@ -3,7 +3,8 @@
 `compile_tables` makes them when a model is converted, of every BPE whose text is split into words
 first (GPT-2, Llama 3, Qwen ...; not SentencePiece's). The `tokenizers` library still does all but
 merging: it opens a *skeleton* of tokenizer.json, whose model has letters and no merges, and so
-normalises, splits, and finds added tokens as before; the letters of each word are merged here.
+normalises, splits, and finds added tokens as before; the letters of each word are merged here, by
+the compiled extension where there is one. Long texts do without the library (long_text.py).
 
 Sennrich et al., arXiv 1508.07909: of all neighbours in a word, the pair of the least rank (then the
 leftmost) becomes one token, until no pair has a rank.
@@ -13,6 +14,7 @@ import json
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from heapq import heappop, heappush
 from itertools import groupby
 from operator import itemgetter
@@ -22,12 +24,15 @@ import msgspec
 import numpy as np
 
 from chalot.errors import TokenizerError
+from chalot.text.long_text import LongText
 
 TABLES = "tokenizer.bpe"  # what the tables are called in a .myai file
 SEPARATOR = b"\xff"  # between tokens: no byte of UTF-8
-WORDS = 20_000  # remembered with their tokens
+WORDS, LETTERS = 20_000, 64  # remembered with their tokens: so many words of so many letters
+LONG = 4_000  # characters from which a text is worth the 2 ms that LongText takes to set up
 
 Open = Callable[[bytes], Any]  # tokenizer.json -> a `tokenizers.Tokenizer`
+Native = Callable[[Any, Any, int], Any]  # BytePairs of the extension, given (pairs, merges, tokens)
 
 
 class Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,9 +77,11 @@ class Merges:
         """Ids of a word, given as ids of its letters."""
         found = self.known.get(letters)
         if found is None:
-            if len(self.known) >= WORDS:
-                self.known.clear()
-            found = self.known[letters] = self._merged(letters)
+            found = self._merged(letters)
+            if len(letters) <= LETTERS:
+                if len(self.known) >= WORDS:
+                    self.known.clear()
+                self.known[letters] = found
         return found
 
     def _merged(self, letters: tuple[int, ...]) -> list[int]:
@@ -107,6 +114,7 @@ class Merges:
 
 def compile_tables(content: bytes, open_core: Open) -> bytes | None:
     """The tables of a tokenizer.json; None for one that is opened as it is."""
+    opened = open_core(content)  # raises for what is no tokenizer.json
     document = json.loads(content)
     try:
         model = msgspec.convert(document.get("model"), _Model)
@@ -126,12 +134,15 @@ def compile_tables(content: bytes, open_core: Open) -> bytes | None:
     letters = [token for token in model.vocab if len(token) == 1]
     if model.ignore_merges:  # words that are tokens, and that their merges do not make
         letters += _unmade(model.vocab, Merges(memoryview(pairs), memoryview(merges)))
-    known = open_core(content).get_vocab(with_added_tokens=True)
+    known = opened.get_vocab(with_added_tokens=True)
     few = {token: n for n, token in enumerate(sorted(letters))}
     document["model"] = {**document["model"], "vocab": few, "merges": []}
     skeleton = json.dumps(document, ensure_ascii=False).encode()
     opened = open_core(skeleton)
-    ids = [known[opened.id_to_token(n)] for n in range(opened.get_vocab_size())]
+    names = [opened.id_to_token(n) for n in range(opened.get_vocab_size())]
+    if not known.keys() >= set(names):  # an added token that normalising changes
+        return None
+    ids = [known[name] for name in names]
     tokens = [b""] * (max(known.values()) + 1)
     for token, id_ in known.items():
         tokens[id_] = token.encode()
@@ -152,13 +163,13 @@ class Encoded(NamedTuple):
     """A text's ids, and what the library made of it."""
 
     ids: list[int]
-    letters: Any  # a `tokenizers.Encoding` of the skeleton's ids
+    letters: Any  # a `tokenizers.Encoding` of the skeleton's ids, None of a long text
 
 
 class BytePairs:
     """What vocabulary.py uses of a `tokenizers.Tokenizer`, by tables; ids are the model's own."""
 
-    def __init__(self, raw: bytes, open_core: Open) -> None:
+    def __init__(self, raw: bytes, open_core: Open, native: Native | None = None) -> None:
         """Raises TokenizerError for tables that do not fit together."""
         try:
             tables = msgspec.msgpack.decode(raw, type=Tables)
@@ -174,19 +185,52 @@ class BytePairs:
         if len(self._own) != self._core.get_vocab_size() or max(self._own) >= len(self._ends):
             raise _damaged("ids do not fit their tokens")
         self._merges = Merges(pairs, merges)
+        self._native, self._skeleton = None, tables.skeleton
+        if native is not None:
+            try:
+                arrays = np.frombuffer(tables.pairs, "<u8"), np.frombuffer(tables.merges, "<u4")
+                self._native = native(*arrays, len(self._ends))
+            except ValueError as error:
+                raise _damaged(str(error)) from None
         self._new: dict[int, str] = {}  # tokens that were added since, by id
 
     # ---- texts
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoded:
         """See `tokenizers.Tokenizer.encode`."""
+        if len(text) >= LONG and self._long is not None:
+            ids = self._long.encode(text)
+            if ids is not None:
+                encoded = Encoded(ids, None)
+                return self.post_process(encoded) if add_special_tokens else encoded
         return self._encoded(self._core.encode(text, add_special_tokens=add_special_tokens))
 
     def post_process(self, encoded: Encoded) -> Encoded:
         """See `tokenizers.Tokenizer.post_process`."""
+        if encoded.letters is None:
+            before, after = self._around or ([], [])
+            return Encoded([*before, *encoded.ids, *after], None)
         return self._encoded(self._core.post_process(encoded.letters))
 
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]] | None:
+        """Ids that the post-processor puts around a text; None if it does anything else."""
+        bare = self._core.encode("a", add_special_tokens=False)
+        ids = self._core.encode("a", add_special_tokens=True).ids
+        if len(bare.ids) != 1 or ids.count(bare.ids[0]) != 1:
+            return None
+        at = ids.index(bare.ids[0])
+        return ids[:at], ids[at + 1 :]
+
+    @cached_property
+    def _long(self) -> LongText | None:
+        if self._native is None or self._around is None:
+            return None
+        return LongText.of(self._core, self._native, self._skeleton, self._own, self.token_to_id)
+
     def _encoded(self, letters: Any) -> Encoded:
+        if self._native is not None and len(letters) > 0:
+            return Encoded(self._merged(letters), letters)
         out: list[int] = []
         for word, pairs in groupby(zip(letters.word_ids, letters.ids, strict=True), itemgetter(0)):
             ids = [id_ for _, id_ in pairs]
@@ -195,6 +239,17 @@ class BytePairs:
             else:
                 out += self._merges.word(tuple(self._own[id_] for id_ in ids))
         return Encoded(out, letters)
+
+    def _merged(self, letters: Any) -> list[int]:
+        """As `_encoded`, by the extension."""
+        ids = np.array(letters.ids, np.uint32)
+        word = np.array([-1 if w is None else w for w in letters.word_ids], np.int64)
+        own = np.array(self._own, np.uint32)
+        real = np.where(word < 0, ids, own[np.minimum(ids, len(own) - 1)])
+        last = np.flatnonzero((word[1:] != word[:-1]) | (word[1:] < 0))  # of each word but one
+        ends = np.append(last, len(ids) - 1).astype(np.uint64) + np.uint64(1)
+        found: list[int] = self._native.words(real, ends)  # type: ignore[union-attr]
+        return found
 
     # ---- tokens
 

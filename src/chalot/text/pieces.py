@@ -22,7 +22,7 @@ from chalot.errors import TokenizerError, UnsupportedError
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones are themselves, the others follow from U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -52,7 +52,7 @@ class Decoder:
                 for one in steps:
                     self._read(one)
             case {"type": "ByteLevel"}:
-                self.letters = _byte_letters()
+                self.letters = byte_letters()
             case {"type": "ByteFallback"}:
                 self.byte_tokens = True
             case {"type": "Fuse"}:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import msgspec
 
 from chalot.errors import TokenizerError
-from chalot.text.byte_pairs import BytePairs, compile_tables
+from chalot.text.byte_pairs import BytePairs, Native, compile_tables
 from chalot.text.marks import Disguise, private_characters
 from chalot.text.pieces import Incremental
 from chalot.text.settings import Settings, read_settings
@@ -68,16 +68,17 @@ class Tokenizer:
         generation_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         tables: bytes | None = None,
+        native: Native | None = None,
     ) -> "Tokenizer":
         """From the documents of a Hugging Face folder, those in JSON already parsed.
 
-        `tables` were compiled from tokenizer.json, which then is not read. Raises TokenizerError if
-        a configuration has values of another type; what is wrong with tokenizer.json itself is
-        found when text is first used.
+        `tables` were compiled from tokenizer.json, which then is not read; `native`, the
+        extension's BytePairs, reads them fast. Raises TokenizerError if a configuration has values
+        of another type; what is wrong with tokenizer.json itself is found when text is first used.
         """
 
         def core() -> Any:
-            return parse(tokenizer_json) if tables is None else BytePairs(tables, parse)
+            return parse(tokenizer_json) if tables is None else BytePairs(tables, parse, native)
 
         return cls(core, read_settings(tokenizer_config, generation_config, chat_template))
 
@@ -139,6 +140,10 @@ class Tokenizer:
         """Text of ids. Bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""
         stream = self.incremental(skip_specials=skip_specials)
         return "".join([stream.push(id_) for id_ in ids]) + stream.flush()
+
+    def piece(self, id_: int) -> bytes:
+        """The bytes that a token stands for inside a text; none for an id without a token."""
+        return self._opened.pieces.piece(id_, False)
 
     def incremental(self, *, skip_specials: bool = True) -> Incremental:
         """A decoder that takes one id after the other."""
@@ -244,7 +249,9 @@ def compiled(tokenizer_json: bytes) -> bytes | None:
     return compile_tables(tokenizer_json, parse)
 
 
-def from_source(source: Source, tables: bytes | None = None) -> Tokenizer:
+def from_source(
+    source: Source, tables: bytes | None = None, native: Native | None = None
+) -> Tokenizer:
     """The tokenizer of a checkpoint or a `.myai` file; from its tables, if it has them.
 
     Raises TokenizerError if there is none.
@@ -264,6 +271,7 @@ def from_source(source: Source, tables: bytes | None = None) -> Tokenizer:
         _json(source, "generation_config.json"),
         jinja,
         tables,
+        native,
     )
 
 

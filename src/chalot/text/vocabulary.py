@@ -5,11 +5,12 @@ where there are no tables instead (byte_pairs.py).
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from chalot.errors import TokenizerError
+from chalot.errors import ChalotError, TokenizerError
 from chalot.text.marks import any_of, is_bracketed, is_mark, make_aliases
 from chalot.text.pieces import Decoder, Pieces
 from chalot.text.settings import Settings
@@ -68,6 +69,7 @@ class Vocabulary:
         self.core.add_tokens(aliases)
         self.core.encode_special_tokens = True
         number = self.core.token_to_id
+        self._alias_ids = frozenset(number(alias) for alias in self._aliases.values())
         return {
             number(alias): number(text) for text, alias in self._aliases.items() if text != _CUT
         }
@@ -89,19 +91,26 @@ class Vocabulary:
             ) from None
         wanted = self._find_all if marks else self._find_words
         aliased = finish(wanted.sub(lambda mark: self._aliases[mark[0]], text))
-        encoding = self.core.encode(aliased, add_special_tokens=False)
+        encoding = self._encode(aliased)
         if not self._mark_ids.isdisjoint(encoding.ids):
             # A model with marks among its words (Unigram) finds typed ones: take those apart.
             cut = self._find_all.sub(lambda m: m[0][0] + self._aliases[_CUT] + m[0][1:], aliased)
-            encoding = self.core.encode(cut, add_special_tokens=False)
+            encoding = self._encode(cut)
         if not self._mark_ids.isdisjoint(encoding.ids):
             raise TokenizerError(
                 "text: found a special token that this tokenizer cannot spell, expected other text"
             )
         if post_process:
             encoding = self.core.post_process(encoding)
+        ids: list[int] = encoding.ids
+        if self._alias_ids.isdisjoint(ids):
+            return ids
         nothing = self.core.token_to_id(self._aliases[_CUT])
-        return [self._real.get(id_, id_) for id_ in encoding.ids if id_ != nothing]
+        return [self._real.get(id_, id_) for id_ in ids if id_ != nothing]
+
+    def _encode(self, text: str) -> Any:
+        with _typed("text", "expected one that this tokenizer.json's rules can take"):
+            return self.core.encode(text, add_special_tokens=False)
 
     @cached_property
     def size(self) -> int:
@@ -127,18 +136,29 @@ class Vocabulary:
         return frozenset(self._aliases.values())
 
 
+@contextmanager
+def _typed(what: str, expected: str) -> Iterator[None]:
+    """What the library raises, as TokenizerError.
+
+    A panic of Rust is no Exception: of a pattern that needs more than 10 million steps, say.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if isinstance(error, ChalotError | MemoryError) or not (
+            panic or isinstance(error, Exception)
+        ):
+            raise
+        raise TokenizerError(f"{what}: {str(error)[:200]}; {expected}") from None
+
+
 def parse(content: bytes) -> Any:
     """tokenizer.json as a `tokenizers.Tokenizer` that neither cuts, pads nor draws lots."""
     from tokenizers import Tokenizer as Core
 
-    try:
+    with _typed("tokenizer.json", "expected what `tokenizers` writes"):
         core = Core.from_buffer(content)
-    except BaseException as error:  # a panic of the Rust library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TokenizerError(
-            f"tokenizer.json: {str(error)[:200]}; expected what `tokenizers` writes"
-        ) from None
     core.no_padding()
     core.no_truncation()
     if getattr(core.model, "dropout", None):

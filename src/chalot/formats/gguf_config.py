@@ -1,0 +1,231 @@
+"""A GGUF file's metadata as the `config.json` that its Hugging Face model would have.
+
+An architecture is a row of `ARCHITECTURES`. What the metadata asks for and no row knows is an
+error, never passed over. Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.errors import FormatError, UnsupportedError
+from chalot.formats.gguf_header import Metadata, Stored, quoted_value
+
+Config = dict[str, Any]
+Values = Callable[[str], NDArray[np.float32]]  # a tensor by GGUF's name
+
+ROPE_DIVISORS = "rope_freqs.weight"
+
+
+class Architecture(NamedTuple):
+    """`fields` are the same for all models, `caps` come from the metadata."""
+
+    fields: Config
+    caps: Mapping[str, tuple[str, float]] = {}  # field -> (key, default)
+
+
+GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture({"model_type": "llama", "hidden_act": "silu"}),
+    "qwen2": Architecture({"model_type": "qwen2", "hidden_act": "silu"}),
+    "qwen3": Architecture({"model_type": "qwen3", "hidden_act": "silu"}),
+    "gemma": Architecture({"model_type": "gemma", **GELU}),
+    "gemma2": Architecture(
+        {"model_type": "gemma2", **GELU},
+        {
+            "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+        },
+    ),
+    "bitnet": Architecture({"model_type": "bitnet", "hidden_act": "silu"}),
+    "bitnet-b1.58": Architecture({"model_type": "bitnet", "hidden_act": "relu2"}),
+}
+CLASSES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "bitnet": "BitNetForCausalLM",
+}  # fmt: skip
+GEMMA2_27B_LAYERS = 46  # the one whose scores are not scaled by its head's size
+
+
+def architecture_of(metadata: Metadata) -> str:
+    """The architecture's name. Raises UnsupportedError for one that is not known."""
+    kind = metadata.text("general.type", "model")
+    if kind != "model":
+        raise UnsupportedError(
+            f"{metadata.where}: holds a {quoted_value(kind)}, expected a whole model"
+        )
+    found = metadata.text("general.architecture")
+    if found not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{metadata.where}: architecture {quoted_value(found)} is not known; "
+            f"chalot runs: {', '.join(ARCHITECTURES)}"
+        )
+    return found
+
+
+def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values) -> Config:
+    """The fields of `config.json`. `tensors` have GGUF's names; `read` gives small ones.
+
+    Raises FormatError where metadata is missing or contradicts itself, UnsupportedError for
+    features that no row knows.
+    """
+    name = architecture_of(metadata)
+    row = ARCHITECTURES[name]
+
+    def integer(key: str, default: int | None = None) -> int:
+        return metadata.integer(f"{name}.{key}", default)
+
+    if integer("expert_count", 0):
+        raise UnsupportedError(f"{metadata.where}: mixtures of experts cannot be run")
+    hidden, heads = integer("embedding_length"), integer("attention.head_count")
+    theta = metadata.number(f"{name}.rope.freq_base", 10_000.0)
+    if hidden < 1 or heads < 1 or theta <= 0:
+        raise FormatError(
+            f"{metadata.where}: found {heads} heads of {hidden} numbers in all, and {theta} as "
+            "rope's base; expected positive numbers"
+        )
+    head = integer("attention.key_length", integer("rope.dimension_count", hidden // heads))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if integer(key, head) != head:
+            raise UnsupportedError(
+                f"{metadata.where}: {name}.{key} is {integer(key)}, expected the {head} numbers "
+                "that a head has"
+            )
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise FormatError(f"{metadata.where}: tensor token_embd.weight is missing or no matrix")
+    config = {
+        "architectures": [CLASSES[row.fields["model_type"]]],
+        **row.fields,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": integer("attention.head_count_kv", heads),
+        "head_dim": head,
+        "intermediate_size": integer("feed_forward_length"),
+        "max_position_embeddings": integer("context_length"),
+        "rms_norm_eps": metadata.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": theta,
+        "rope_scaling": _scaling(metadata, name, tensors, read, theta, head),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        **{f: metadata.number(f"{name}.{key}", d) for f, (key, d) in row.caps.items()},
+    }
+    if name == "gemma2":
+        wide = config["num_hidden_layers"] == GEMMA2_27B_LAYERS
+        config["query_pre_attn_scalar"] = hidden // heads if wide else head
+        config["sliding_window"] = integer("attention.sliding_window", 4096)
+    for token in ("bos", "eos", "padding"):
+        key = f"tokenizer.ggml.{token}_token_id"
+        if key in metadata:
+            config[f"{token.removesuffix('ding')}_token_id"] = metadata.integer(key)
+    return {key: value for key, value in config.items() if value is not None}
+
+
+# ---- rope
+
+
+def _scaling(
+    metadata: Metadata,
+    name: str,
+    tensors: Mapping[str, Stored],
+    read: Values,
+    theta: float,
+    head: int,
+) -> Config | None:
+    """`rope_scaling`, from metadata or from the tensor that divides frequencies."""
+    key = f"{name}.rope.scaling"
+    kind = metadata.text(f"{key}.type", "none")
+    factor = metadata.number(f"{key}.factor", metadata.number(f"{name}.rope.scale_linear", 1.0))
+    if ROPE_DIVISORS in tensors:
+        if tensors[ROPE_DIVISORS].shape != (head // 2,):
+            raise FormatError(
+                f"{metadata.where}: tensor {ROPE_DIVISORS} has shape "
+                f"{tensors[ROPE_DIVISORS].shape}, expected ({head // 2},)"
+            )
+        divisors = [float(d) for d in read(ROPE_DIVISORS)]
+        return llama3_scaling(divisors, theta, head, metadata.where)
+    if factor == 1 or kind == "none" and f"{name}.rope.scale_linear" not in metadata:
+        return None
+    scaling: Config = {"rope_type": "linear" if kind == "none" else kind, "factor": factor}
+    if kind == "yarn":
+        original = f"{key}.original_context_length"
+        scaling["original_max_position_embeddings"] = metadata.integer(original)
+        for field, setting in (
+            ("attention_factor", "attn_factor"),
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+        ):
+            if f"{key}.{setting}" in metadata:
+                scaling[field] = metadata.number(f"{key}.{setting}")
+    return scaling
+
+
+def llama3_scaling(
+    divisors: Sequence[float], theta: float, head: int, where: object
+) -> Config | None:
+    """The "llama3" rule that gives these divisors of rope's frequencies, by pair; None for ones.
+
+    A pair that turns `turns` times in the original context keeps (turns - low) / (high - low) of
+    its frequency, between 0 and 1, and has the rest divided by `factor`. Files hold only what
+    follows from low, high and the original context: a line through the pairs in between, up to a
+    common factor, which is chosen so that low is 1. Raises UnsupportedError for other divisors.
+    """
+    if not all(math.isfinite(d) and d > 0 for d in divisors):
+        raise FormatError(f"{where}: tensor {ROPE_DIVISORS} has values that are no divisors")
+    factor = max(divisors)
+    if factor == min(divisors) == 1:
+        return None
+    turns = [theta ** (-2 * i / head) / (2 * math.pi) for i in range(head // 2)]  # in one position
+    kept = [(1 / d - 1 / factor) / (1 - 1 / factor) if factor > 1 else 1.0 for d in divisors]
+    between = [(t, k) for t, k in zip(turns, kept, strict=True) if 1e-4 < k < 1 - 1e-4]
+    for low, high, context in _candidates(between, turns, kept):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(f"{factor:.7g}"),
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": context,
+        }
+        if context > 0 and 0 < low < high and _gives(scaling, divisors, turns):
+            return scaling
+    raise UnsupportedError(
+        f"{where}: tensor {ROPE_DIVISORS} does not follow llama3's rule, the only one known"
+    )
+
+
+def _candidates(
+    between: list[tuple[float, float]], turns: list[float], kept: list[float]
+) -> list[tuple[float, float, int]]:
+    """(low, high, original context), the usual ones first."""
+    found = [(1.0, 4.0, round((3 * k + 1) / t)) for t, k in between[:1]]
+    if len(between) > 1 and between[0][0] != between[-1][0]:
+        (t1, k1), (t2, k2) = between[0], between[-1]
+        slope = (k1 - k2) / (t1 - t2)
+        offset = k1 - slope * t1
+        if slope > 0 > offset:
+            context = round(slope / -offset)
+            low, width = context * -offset / slope, context / slope
+            found.append((1.0, float(f"{1 + width:.5g}"), context))
+            found.append((low, low + width, context))
+    if not between:
+        slow = max((t for t, k in zip(turns, kept, strict=True) if k < 0.5), default=0.0)
+        fast = min((t for t, k in zip(turns, kept, strict=True) if k > 0.5), default=1.0)
+        found += [(1.0, 4.0, 8192), (slow * 8192, fast * 8192, 8192)]
+    return found
+
+
+def _gives(scaling: Config, divisors: Sequence[float], turns: list[float]) -> bool:
+    """Whether the rule gives these divisors, to float32's precision."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    for divisor, turn in zip(divisors, turns, strict=True):
+        share = (scaling["original_max_position_embeddings"] * turn - low) / (high - low)
+        keep = min(max(share, 0.0), 1.0)
+        if abs(divisor * ((1 - keep) / scaling["factor"] + keep) - 1) > 1e-5:
+            return False
+    return True

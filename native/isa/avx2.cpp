@@ -141,13 +141,23 @@ inline __m256i add_product(__m256i acc, __m256i size, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// The same of weights that are unsigned and small: two pairs stay below 32,767.
+// The same of unsigned weights: no sum of two products leaves 16 bits, and of small weights none of a block's eight
+// sets, so that those are summed as they are and widened once (`widened`).
+template <class C>
 inline __m256i add_unsigned(__m256i acc, __m256i w0, __m256i x0, __m256i w1, __m256i x1) {
 #ifdef __AVXVNNI__
   return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, w0, x0), w1, x1);
 #endif
   __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+  if (C::plus <= 8) return _mm256_add_epi16(acc, pairs);
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+template <class C>
+inline __m256i widened(__m256i acc) {
+#ifdef __AVXVNNI__
+  return acc;
+#endif
+  return C::plus <= 8 ? _mm256_madd_epi16(acc, _mm256_set1_epi16(1)) : acc;
 }
 
 // Two sets of sixteen columns of two rows, as bytes.
@@ -307,7 +317,8 @@ inline void dot_of_trits(const uint8_t* block, const int8_t* x, int stride, int 
     for (int s = 0; s < N; s++)
       for (int set = 0; set < 8; set += 2) {
         const int8_t* columns = x + size_t(s) * stride + set * 16;
-        acc[s][j] = add_unsigned(acc[s][j], sets[set], broadcast(columns), sets[set + 1], broadcast(columns + 16));
+        acc[s][j] =
+            add_unsigned<Trits>(acc[s][j], sets[set], broadcast(columns), sets[set + 1], broadcast(columns + 16));
       }
   }
 }
@@ -334,13 +345,14 @@ inline __attribute__((always_inline)) void dot(const uint8_t* block, int groups,
                   acc[s][j] = add_product(acc[s][j], size0, w.w0, broadcast(row));
                   acc[s][j] = add_product(acc[s][j], size1, w.w1, broadcast(row + 16));
                 } else {
-                  acc[s][j] = add_unsigned(acc[s][j], w.w0, broadcast(row), w.w1, broadcast(row + 16));
+                  acc[s][j] = add_unsigned<C>(acc[s][j], w.w0, broadcast(row), w.w1, broadcast(row + 16));
                 }
               }
             }
           });
     }
     for (int s = 0; s < N; s++) {
+      for (__m256i& a : acc[s]) a = widened<C>(a);
       __m256i total = row_sums(acc[s]);
       if (!with_sign) total = _mm256_sub_epi32(total, _mm256_set1_epi32(C::plus * sums[size_t(s) * sums_stride]));
       (h ? out[s].b : out[s].a) = total;

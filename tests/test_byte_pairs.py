@@ -136,10 +136,9 @@ def test_all_else_is_the_same(name: str) -> None:
             lean.id_to_token(wrong)
 
 
-def test_what_is_no_gpt2_like_bpe_is_opened_as_it_is() -> None:
-    for raw in (vocabularies.sentencepiece(), vocabularies.unigram()):
-        assert compiled(raw) is None
-    for setting in ({"dropout": 0.1}, {"byte_fallback": True}, {"end_of_word_suffix": "</w>"}):
+def test_what_is_no_plain_bpe_is_opened_as_it_is() -> None:
+    assert compiled(vocabularies.unigram()) is None
+    for setting in ({"dropout": 0.1}, {"end_of_word_suffix": "</w>"}):
         assert compiled(json.dumps(changed(**setting)).encode()) is None
 
 

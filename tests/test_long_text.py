@@ -282,3 +282,96 @@ def test_no_text_takes_more_than_n_log_n(style: str, text: str) -> None:
     seconds(1000)
     small = min(seconds(30_000) for _ in range(2))
     assert seconds(120_000) < 10 * small + 0.05
+
+
+# ---- SentencePiece's kind
+
+
+def sentencepiece(kind: str) -> bytes:
+    """As Llama 2's, Mistral's and Gemma's; "words" has no token across a space."""
+    if kind in ("legacy", "first", "none"):
+        return vocabularies.sentencepiece(kind)
+    found = json.loads(vocabularies.sentencepiece("none" if kind == "gemma" else "legacy"))
+    if kind == "gemma":
+        found["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        }
+    elif kind in ("always", "never"):
+        found["normalizer"] = None
+        found["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": kind, "split": False
+        }  # fmt: skip
+    elif kind == "words":
+        model = found["model"]
+        crossing = {t for t in model["vocab"] if "▁" in t.lstrip("▁")}
+        merges = [m for m in model["merges"] if not crossing & {*m, m[0] + m[1]}]
+        added = {t["content"] for t in found["added_tokens"]}
+        kept = [t for t in model["vocab"] if t not in crossing and t not in added]
+        names = [t["content"] for t in found["added_tokens"]]
+        model["vocab"] = {t: n for n, t in enumerate(names[:3] + kept)}
+        model["merges"] = merges
+        for n, token in enumerate(found["added_tokens"]):
+            token["id"] = n if n < 3 else len(model["vocab"]) + n
+        found["added_tokens"] = found["added_tokens"][:3]
+    elif kind == "unknown":
+        found["model"]["byte_fallback"] = False
+    return json.dumps(found).encode()
+
+
+KINDS = ("legacy", "first", "none", "gemma", "always", "never", "words", "unknown")
+
+
+@cache
+def pieces_of(kind: str) -> tuple[Tokenizer, Tokenizer, BytePairs, Core]:
+    raw, settings = sentencepiece(kind), {"bos_token": "<s>", "eos_token": "</s>"}
+    tables = compiled(raw) or b""
+    return (
+        Tokenizer.from_documents(raw, settings),
+        Tokenizer.from_documents(b"", settings, tables=tables, native=native),
+        BytePairs(tables, parse, native),
+        Core.from_buffer(raw),
+    )
+
+
+SPACES = st.sampled_from(
+    [" ", "  ", "▁", "a ▁ b", " x", "\n ", "<0x41>", "<unk>", "</s>", "[INST]", "<|user|>"]
+)
+LINES = st.one_of(SPACES, st.sampled_from(vocabularies.TEXTS[:5]), TEXTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.lists(LINES, max_size=6).map("".join))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_sentencepieces_are_the_librarys(kind: str, text: str) -> None:
+    library, fast, core, raw = pieces_of(kind)
+    assert core._long is not None and core._long.__class__.__name__ == "_Characters"
+    assert core.encode(text).ids == raw.encode(text, add_special_tokens=False).ids
+    assert core.encode(text, True).ids == raw.encode(text).ids
+    for specials in (False, True):
+        wanted = library.encode(text, specials=specials)
+        assert fast.encode(text, specials=specials) == wanted
+    assert fast.decode(wanted) == library.decode(wanted)
+
+
+def test_both_ways_of_cutting_sentencepieces_are_tried() -> None:
+    splits = {kind: pieces_of(kind)[2]._long._splits for kind in KINDS}  # type: ignore[union-attr]
+    assert splits["words"] and not splits["legacy"]
+    text = "The quick  brown fox ▁▁ é\u0301 你好 " * 3
+    assert pieces_of("words")[2]._long.encode(text) is not None  # type: ignore[union-attr]
+    assert pieces_of("unknown")[2]._long.encode(text) is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["legacy", "none", "words"])
+def test_streams_of_bytes_are_whole_characters(kind: str) -> None:
+    """Of characters without a token: nothing until the last byte is there."""
+    _, fast, _, _ = pieces_of(kind)
+    text = "x 🦊é\u0301漢 y"
+    ids = fast.encode(text)
+    stream, shown = fast.incremental(), []
+    for id_ in ids:
+        shown.append(stream.push(id_))
+    assert "".join(shown) + stream.flush() == text == fast.decode(ids)
+    assert all("\ufffd" not in piece for piece in shown) and "" in shown

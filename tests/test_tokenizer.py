@@ -474,3 +474,13 @@ def test_a_pattern_without_end_is_a_typed_error() -> None:
     )
     with pytest.raises(TokenizerError, match="retry-limit"):
         tokenizer.encode("a" * 40 + "!")
+
+
+def test_characters_without_a_token_are_unknown() -> None:
+    tokenizer = Tokenizer.from_documents(vocabularies.unigram(), {"eos_token": "</s>"})
+    unknown = tokenizer.special_tokens["<unk>"]
+    raw = Core.from_buffer(vocabularies.unigram())
+    for text in ("a\u263a", "\u4f60\u597d b", "a"):
+        assert tokenizer.encode(text) == raw.encode(text).ids
+    ids = tokenizer.encode("a<s>\u263a</s>")
+    assert set(ids) & set(tokenizer.special_tokens.values()) == {unknown}

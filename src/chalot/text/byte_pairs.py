@@ -1,10 +1,11 @@
 """Byte-pair merges as sorted tables, which open at once; tokenizer.json takes 0.3 s and 100 MB.
 
-`compile_tables` makes them when a model is converted, of every BPE whose text is split into words
-first (GPT-2, Llama 3, Qwen ...; not SentencePiece's). The `tokenizers` library still does all but
-merging: it opens a *skeleton* of tokenizer.json, whose model has letters and no merges, and so
-normalises, splits, and finds added tokens as before; the letters of each word are merged here, by
-the compiled extension where there is one. Long texts do without the library (long_text.py).
+`compile_tables` makes them when a model is converted, of every BPE: of GPT-2's, Llama 3's or Qwen's
+kind, whose text is split into words first, and of SentencePiece's, whose text is one word. The
+`tokenizers` library still does all but merging: it opens a *skeleton* of tokenizer.json, whose
+model has letters and no merges, and so normalises, splits, and finds added tokens as before; the
+letters of each word are merged here, by the compiled extension where there is one. Long texts do
+without the library (long_text.py).
 
 Sennrich et al., arXiv 1508.07909: of all neighbours in a word, the pair of the least rank (then the
 leftmost) becomes one token, until no pair has a rank.
@@ -24,7 +25,7 @@ import msgspec
 import numpy as np
 
 from chalot.errors import TokenizerError
-from chalot.text.long_text import LongText
+from chalot.text.long_text import BYTES, LongText, open_long
 
 TABLES = "tokenizer.bpe"  # what the tables are called in a .myai file
 SEPARATOR = b"\xff"  # between tokens: no byte of UTF-8
@@ -120,10 +121,8 @@ def compile_tables(content: bytes, open_core: Open) -> bytes | None:
         model = msgspec.convert(document.get("model"), _Model)
     except msgspec.ValidationError:  # a Unigram model, say
         return None
-    special = (model.dropout, model.unk_token, model.continuing_subword_prefix)
-    if model.type != "BPE" or any((*special, model.end_of_word_suffix, model.byte_fallback)):
-        return None
-    if document.get("pre_tokenizer") is None:  # a text is one long word: the library is faster
+    unusual = (model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix)
+    if model.type != "BPE" or any(unusual):
         return None
     table: dict[int, tuple[int, int]] = {}
     for rank, merge in enumerate(model.merges):
@@ -131,7 +130,8 @@ def compile_tables(content: bytes, open_core: Open) -> bytes | None:
         table[model.vocab[left] << 32 | model.vocab[right]] = rank, model.vocab[left + right]
     pairs = array("Q", sorted(table))
     merges = array("I", [number for pair in pairs for number in table[pair]])
-    letters = [token for token in model.vocab if len(token) == 1]
+    # what the library makes of a text before it merges: characters, or bytes where one is unknown
+    letters = [t for t in model.vocab if len(t) == 1 or t == model.unk_token or t in BYTES]
     if model.ignore_merges:  # words that are tokens, and that their merges do not make
         letters += _unmade(model.vocab, Merges(memoryview(pairs), memoryview(merges)))
     known = opened.get_vocab(with_added_tokens=True)
@@ -215,18 +215,18 @@ class BytePairs:
     @cached_property
     def _around(self) -> tuple[list[int], list[int]] | None:
         """Ids that the post-processor puts around a text; None if it does anything else."""
-        bare = self._core.encode("a", add_special_tokens=False)
+        bare = self._core.encode("a", add_special_tokens=False).ids
         ids = self._core.encode("a", add_special_tokens=True).ids
-        if len(bare.ids) != 1 or ids.count(bare.ids[0]) != 1:
-            return None
-        at = ids.index(bare.ids[0])
-        return ids[:at], ids[at + 1 :]
+        size = len(bare)
+        at = [n for n in range(len(ids) - size + 1) if ids[n : n + size] == bare]
+        return (ids[: at[0]], ids[at[0] + size :]) if bare and len(at) == 1 else None
 
     @cached_property
     def _long(self) -> LongText | None:
         if self._native is None or self._around is None:
             return None
-        return LongText.of(self._core, self._native, self._skeleton, self._own, self.token_to_id)
+        own, tokens = self._own, self._tokens
+        return open_long(self._core, self._native, self._skeleton, own, self.token_to_id, tokens)
 
     def _encoded(self, letters: Any) -> Encoded:
         if self._native is not None and len(letters) > 0:

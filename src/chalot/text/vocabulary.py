@@ -15,6 +15,7 @@ from chalot.text.marks import any_of, is_bracketed, is_mark, make_aliases
 from chalot.text.pieces import Decoder, Pieces
 from chalot.text.settings import Settings
 
+_UNKNOWN = "\U000ffffd"  # the last private character of plane 15: in no vocabulary
 _CUT = ""  # an alias of its own, that stands for nothing: it keeps two pieces of a text apart
 
 
@@ -96,10 +97,13 @@ class Vocabulary:
             # A model with marks among its words (Unigram) finds typed ones: take those apart.
             cut = self._find_all.sub(lambda m: m[0][0] + self._aliases[_CUT] + m[0][1:], aliased)
             encoding = self._encode(cut)
-        if not self._mark_ids.isdisjoint(encoding.ids):
-            raise TokenizerError(
-                "text: found a special token that this tokenizer cannot spell, expected other text"
-            )
+            # what stands for an unknown character may be there
+            unknown = self._encode(_UNKNOWN).ids
+            if not self._mark_ids.difference(unknown).isdisjoint(encoding.ids):
+                raise TokenizerError(
+                    "text: found a special token that this tokenizer cannot spell, expected other "
+                    "text"
+                )
         if post_process:
             encoding = self.core.post_process(encoding)
         ids: list[int] = encoding.ids

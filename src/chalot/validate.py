@@ -353,7 +353,9 @@ def worst(same: list[TensorCheck]) -> list[str]:
 
 def advice(failed: list[TensorCheck]) -> Iterator[str]:
     """Why, and what helps, for each width that failed."""
-    for stored in dict.fromkeys(t.stored for t in failed if t.better is not None):
+    for stored in dict.fromkeys(
+        t.stored for t in failed if t.better_scheme not in (None, t.stored)
+    ):
         t = max((t for t in failed if t.stored == stored), key=lambda t: t.error)
         per_row = stored.startswith(("q", "row"))
         how = f"{t.bits:g} bits a weight"

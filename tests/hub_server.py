@@ -18,6 +18,22 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "c0ffee" + "0" * 34
 
 
+class HeaderOnly(bytes):
+    """A file of weights that has its header and its size; the rest reads as zeros."""
+
+    size = 0
+
+    @classmethod
+    def of(cls, content: bytes, payload: int) -> "HeaderOnly":
+        """A safetensors file's length and header, and so many bytes after them."""
+        made = cls(content)
+        made.size = len(content) + payload
+        return made
+
+    def __len__(self) -> int:
+        return self.size
+
+
 @dataclass
 class Fault:
     """What happens to the next `times` requests whose path ends with `suffix`."""

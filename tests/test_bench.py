@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import chalot
-from chalot import bench, cli
+from chalot import bench, cli, machine
 from chalot.bench import AtDepth, BenchReport, Energy
 from chalot.demo import FOLDER
 from chalot.errors import ContextError
@@ -154,3 +154,12 @@ def test_the_command_prints_a_table_or_json(
     assert any(line.startswith("kernels") and "1 threads" in line for line in lines)
     assert cli.main(["bench", str(demo_file), "--depths", "9999"]) == 1
     assert "--depths 9999" in capsys.readouterr().err
+
+
+def test_a_loaded_machine_is_said() -> None:
+    before = machine.CpuTime(100.0, 50.0, 1.0, 10.0)
+    idle = machine.CpuTime(120.0, 60.0, 1.0, 20.0)
+    assert machine.others_share(before, idle) == (0.0, 0.0)
+    busy = machine.CpuTime(120.0, 66.0, 3.0, 20.0)
+    assert machine.others_share(before, busy) == pytest.approx((0.3, 0.1))
+    assert machine.others_share(None, busy) is machine.others_share(before, before) is None

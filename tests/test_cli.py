@@ -12,7 +12,7 @@ import pytest
 from chalot import cli
 from chalot.demo import FOLDER
 
-VERBS = ["convert", "run", "chat", "describe", "bench", "verify", "doctor", "demo"]
+VERBS = ["convert", "run", "chat", "describe", "bench", "verify", "models", "rm", "doctor", "demo"]
 
 
 def chalot(
@@ -107,8 +107,14 @@ def test_convert_reports(tmp_path: Path) -> None:
         (("run", "nowhere.myai", "x"), "no such file"),
         (("run", "/etc/hostname", "x"), ""),
         (("convert", "nowhere/at/all", "-o", "x.myai"), "no such file"),
+        (
+            ("convert", "no/where", "-o", "x.myai"),
+            "no such file or folder here; asked the hub: no/",
+        ),
+        (("run", "tinylama", "x"), "did you mean tinyllama?"),
+        (("rm", "nothing"), "no converted model of that name"),
         (("convert", str(FOLDER), "-o", "x.myai", "--scheme", "nl5"), "nl4"),
-        (("convert", str(FOLDER), "-o", "/nowhere/x.myai"), "cannot be written"),
+        (("convert", str(FOLDER), "-o", "/nowhere/x.myai"), "Make the folder /nowhere first"),
         (("convert", str(FOLDER), "-o", "/"), "directory"),
         (
             ("convert", str(FOLDER), "-o", "x.myai", "--scheme", "head=int8"),
@@ -155,6 +161,43 @@ def test_bad_options_are_one_line(demo_file: Path) -> None:
     assert done.returncode == 1 and "avx9" in done.stderr
     done = chalot("run", str(demo_file), "x", CHALOT_THREADS="many")
     assert done.returncode == 1 and "CHALOT_THREADS" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kv-budget", "-5MB"), "'-5MB' is no size; expected bytes"),
+        (("--max-tokens", "many"), "found 'many', expected a whole number"),
+        (("--temperature", "hot"), "found 'hot', expected a number"),
+        (("--temprature", "1"), "'--temprature', which chalot run does not take; did you mean"),
+        (("--zzz",), "found option '--zzz', which chalot run does not take"),
+        (("y", "z"), "found argument 'z', which chalot run does not take"),
+        (("--kv", "f8"), "invalid choice: 'f8' (choose from"),
+    ],
+)
+def test_usage_errors_say_found_and_expected(
+    options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = () if options[0] == "y" else ("x",)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", "m.myai", *text, *options])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and said.endswith("Try: chalot run --help\n")
+
+
+def test_a_budget_that_is_too_small_names_one_that_works(demo_file: Path) -> None:
+    run = ("run", str(demo_file), "x", "--max-tokens", "2", "-q", "--kv-budget")
+    done = chalot(*run, "1kB")
+    found = re.search(r"--kv-budget (\w+) would do", done.stderr)
+    assert done.returncode == 1 and found, done.stderr
+    assert chalot(*run, found[1]).returncode == 0
+
+
+def test_more_threads_than_cores_are_said(demo_file: Path) -> None:
+    run = ("run", str(demo_file), "x", "--max-tokens", "1")
+    for done in (chalot(*run, "--threads", "300"), chalot(*run, CHALOT_THREADS="300")):
+        assert done.returncode == 0 and "300 threads share" in done.stderr
+    assert "share" not in chalot(*run, "--threads", "1").stderr
 
 
 def test_prompt_over_the_context_is_refused_with_both_numbers(demo_file: Path) -> None:

@@ -9,6 +9,7 @@ from chalot.convert import ConvertReport
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.files import boundary
 from chalot.formats.hub_cache import downloaded
+from chalot.sources import as_path
 
 SUFFIXES = {"myai": ".myai", "gguf": ".gguf", "safetensors": "", "npz": ""}  # "": a folder
 DEPTH = 4  # folders below the one that is searched
@@ -33,7 +34,7 @@ class BatchReport:
 
 def name_of(source: str) -> str:
     """What to call a source: a short name or a hub id's last part; a folder's, a file's name."""
-    path = Path(source).expanduser()
+    path = as_path(source)
     if not path.exists():
         return source.split("/")[-1] if "/" in source else source.lower()
     if path.is_file():
@@ -77,7 +78,7 @@ def sources(named: Sequence[str], everything: bool) -> list[str]:
 
 def _checkpoints_in(folder: str) -> list[Path]:
     """Checkpoints in a folder or below it. Raises FormatError if there are none."""
-    path = Path(folder).expanduser()
+    path = as_path(folder)
     if not path.is_dir():
         raise FormatError(f"{folder}: is no folder here; --all takes folders of checkpoints")
     found = list(_search(path, DEPTH))

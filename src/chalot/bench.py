@@ -31,6 +31,7 @@ LONGEST = 10.0  # seconds that a figure's rounds may take; two are always made
 LOADS = 3
 READ_BYTES = 256 << 20  # more than a cache holds
 PASSES = 3  # of the read loop, in a round
+DISTURBED = 0.05  # share of the processors, from which on figures mean little
 POWERCAP = Path("/sys/class/powercap")
 
 Progress = Callable[[str, int, int], None]
@@ -85,6 +86,18 @@ class BenchReport:
     verified_tokens: int
     verify_ratio: Figure  # seconds of a step of so many tokens, all with logits, to those of one
     energy: str  # where joules come from, or why there are none
+    others: float | None = None  # share of the processors that other processes took meanwhile
+    stolen: float | None = None  # share that the host of a virtual machine gave to others
+
+    @property
+    def disturbed(self) -> str:
+        """What took so much of the processors that the figures mean little; "" for nothing."""
+        parts = []
+        if (self.others or 0) > DISTURBED:
+            parts.append(f"other processes took {self.others:.0%} of the processors")
+        if (self.stolen or 0) > DISTURBED:
+            parts.append(f"the host gave {self.stolen:.0%} of them to other machines")
+        return " and ".join(parts)
 
 
 class Energy:
@@ -263,7 +276,7 @@ def bench(
         start = time.perf_counter()
         with load(path, **options):
             loads.append(time.perf_counter() - start)
-    energy, found = Energy(), []
+    energy, found, before = Energy(), [], machine.cpu_time()
     with load(path, **options) as model, model.session(temperature=0) as session:
         loop = ReadLoop(model)
         session.prefill(made_up_ids(model, wanted[0]))  # brings every weight into memory
@@ -274,6 +287,7 @@ def bench(
         progress("several tokens a step", len(wanted), len(wanted) + 1)
         session.rewind(wanted[0])
         ratio = measure_verify(model, session)
+        others, stolen = machine.others_share(before, machine.cpu_time()) or (None, None)
         return BenchReport(
             str(path),
             model.file.digest,
@@ -289,6 +303,8 @@ def bench(
             VERIFIED,
             ratio,
             energy.reason or "processor packages, by RAPL; other processes' work is in it",
+            others,
+            stolen,
         )
 
 
@@ -339,4 +355,6 @@ def render(report: BenchReport) -> str:
         "Median (least-greatest) of rounds. MB/token has the keys and values of that depth; a\n"
         "model that fits in the processor's caches is not bound by memory."
     )
+    if report.disturbed:
+        facts.append(("disturbed", f"{report.disturbed}: measure again on an idle machine"))
     return f"{pairs(facts)}\n\n{rows(table)}\n{note}"

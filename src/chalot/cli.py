@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupte
 
 import argparse
 import os
+import re
 import sys
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,8 @@ from chalot import __version__
 from chalot.commands import TALKS, VERBS
 from chalot.errors import ChalotError
 
+# benchmarks/threads.py: with twice as many threads as cores
+SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
 NEXT = """\
 chalot shrinks a language model and runs it on this machine. What to do next:
 
@@ -25,12 +28,70 @@ chalot shrinks a language model and runs it on this machine. What to do next:
 """
 
 
+def whole_number(text: str) -> int:
+    """What `type=int` of every verb stands for."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number") from None
+
+
+def number(text: str) -> float:
+    """What `type=float` of every verb stands for."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number") from None
+
+
 class Parser(argparse.ArgumentParser):
     """Usage errors go to stderr with the verb's own help named."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register("type", int, whole_number)
+        self.register("type", float, number)
 
     def error(self, message: str) -> Any:
         """Two lines, exit code 2."""
         self.exit(2, f"chalot: {message}\nTry: {self.prog} --help\n")
+
+
+def with_values(argv: list[str]) -> list[str]:
+    """`--kv-budget -5MB` as `--kv-budget=-5MB`: argparse takes -5MB for an option else."""
+    out: list[str] = []
+    for word in argv:
+        last = out[-1] if out else ""
+        is_size = re.fullmatch(r"-\.?\d[\d.]*[A-Za-z]+", word)
+        if is_size and re.fullmatch(r"--[a-z-]+", last) and "--" not in out:
+            out[-1] = f"{last}={word}"
+        else:
+            out.append(word)
+    return out
+
+
+def refuse_unknown(unknown: list[str], parser: argparse.ArgumentParser) -> None:
+    """Usage error for options that a verb does not have, with the one that was perhaps meant."""
+    from difflib import get_close_matches
+
+    name = unknown[0].partition("=")[0]
+    known = re.findall(r"--[a-z][a-z-]*", parser.format_help())
+    near = get_close_matches(name, known, n=1) if name.startswith("--") else []
+    what = "option" if name.startswith("-") else "argument"
+    meant = f"; did you mean {near[0]}?" if near else ""
+    parser.error(f"found {what} {unknown[0]!r}, which {parser.prog} does not take{meant}")
+
+
+def warn_of_threads(asked: int | None) -> None:
+    """One line when more threads are asked for than there are cores: it is never faster."""
+    text = os.environ.get("CHALOT_THREADS", "")
+    count = asked if asked is not None else int(text) if text.isdigit() else 0
+    if count > 1:
+        from chalot import machine
+
+        cores = machine.default_threads()
+        if count > cores:
+            sys.stderr.write(f"chalot: {count} threads share {cores} cores: {SHARED_CORES}\n")
 
 
 def common(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +111,7 @@ def build_parser(verb: str | None = None) -> Parser:
         if name != verb:
             continue
         common(found)
-        found.set_defaults(usage=found.error)  # for what only the verb can see is wrong usage
+        found.set_defaults(parser=found)  # for usage errors that only the verb can see
         if name not in TALKS:
             found.add_argument("--json", action="store_true", help="the report as JSON on stdout")
         import_module(f"chalot.commands.{name}").arguments(found)
@@ -61,12 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command `chalot`. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(next((a for a in argv if a in VERBS), None))
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(with_values(argv))
+    if unknown:
+        refuse_unknown(unknown, getattr(arguments, "parser", parser))
     if arguments.verb is None:
         sys.stdout.write(NEXT)
         return 0
     # numpy's BLAS, which only the oracle uses, else starts threads: 60 ms
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if not arguments.quiet:
+        warn_of_threads(arguments.threads)
     try:
         return int(import_module(f"chalot.commands.{arguments.verb}").main(arguments))
     except ChalotError as error:

@@ -311,16 +311,16 @@ class Conversion:
             if not scheme.is_coded:
                 data = packing.pack_dense(values, scheme)
                 yield data
-                dense = packing.Matrix(scheme, (values.shape[0], values.shape[1]), data)
-                stored = packing.numbers(dense)
-                again = stored[:PANEL, : values.shape[1]]
+                shape = (len(sample), values.shape[1])
+                part = data[: packing.stored_bytes(scheme, *shape)]
+                again = packing.numbers(packing.Matrix(scheme, shape, part))[:, : shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)
                 data = self.backend.encode(values, scheme)
                 yield data[: layout.panels * layout.panel_bytes]
                 end = layout.segments_at + layout.panels * layout.segment_count * PANEL * 2
-                segments.append(data[layout.segments_at : end])
-                row_scales.append(data[layout.row_scale_at :])
+                segments.append(data[layout.segments_at : end].copy())  # a view would keep all
+                row_scales.append(data[layout.row_scale_at :].copy())
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
@@ -373,18 +373,20 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    name: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
-    embedding, head, attention and ffn. Peak memory is about three times the largest tensor. The
+    embedding, head, attention and ffn. `command` and `name` are what the file says of its making
+    and of its source. Peak memory is that of a layer and its largest tensor (chalot.fitting). The
     file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
     """
-    from chalot.sources import resolve
+    from chalot.sources import called, resolve
 
     schemes = parse_schemes(scheme)
     said = command or shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
-    name = Path(str(source)).name
+    name = name or called(source)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return write_myai(

@@ -17,6 +17,8 @@ import msgspec
 from chalot import machine, memory
 from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes
 from chalot.errors import FormatError, SchemeError, UnsupportedError
+from chalot.fitting import Fit, fit
+from chalot.fitting import render as render_fit
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
@@ -25,13 +27,14 @@ from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.kernels.program import CACHE
+from chalot.library import is_ready
 from chalot.load import read_model_config
 from chalot.memory import Memory, Stored
 from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
-from chalot.sources import resolve
+from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.table import pairs, rows, size
 from chalot.text.byte_pairs import TABLES
 
@@ -76,6 +79,7 @@ class Origin:
     download_bytes: int | None = None  # of a hub id: weights and documents
     documents: tuple[str, ...] | None = None  # None: not known before a download
     tables: int = 0  # bytes of tokenizer.bpe
+    document_bytes: int = 0  # of a checkpoint
     unused: tuple[str, ...] = ()  # tensors that the model does not need
     made_from: str | None = None  # of a .myai file: the source's name, its digest, the command
     digest: str | None = None
@@ -109,6 +113,7 @@ class Description:
     kernels: Kernels
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
+    fit: Fit | None = None  # of what is no .myai file yet: every scheme, and the best
 
     def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
@@ -144,31 +149,44 @@ class Description:
 
 
 def describe(
-    source: str | Path, scheme: str | None = None, context: int | None = None
+    source: str | Path,
+    scheme: str | None = None,
+    context: int | None = None,
+    folder: Path | None = None,
 ) -> Description:
-    """Describe a `.myai` file, a Hugging Face folder or a hub id.
+    """Describe a `.myai` file, a Hugging Face folder, another model's file, or a hub id.
 
     `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"); a `.myai` file has its
-    own. `memory_at` has 0, 1,000 and all positions, and `context` if it is given. Raises
+    own. `memory_at` has 0, 1,000 and all positions, and `context` if it is given; `fit` has every
+    scheme, for a file in `folder` (default: the current one). Raises
     FormatError, UnsupportedError, SchemeError, ContextError, HubError.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path, place = as_path(source), (context, folder)
+    if path.is_file() and is_ready(path):
         if scheme is not None:
             raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")
         found = _of_myai(path)
-    elif not path.exists() and isinstance(source, str) and hub.is_hub_id(source):
-        remote = hub.headers(source)
-        origin = Origin("hub", remote.weight_bytes, remote.download_bytes)
-        found = _of_checkpoint(source, origin, remote.tensors, remote.document, scheme)
+    elif hub_id(source) is not None:
+        remote = on_hub(source, hub.headers)
+        length = remote.download_bytes - remote.weight_bytes
+        origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
+        found = _of_checkpoint(
+            remote.repo_id, origin, remote.tensors, remote.document, scheme, place
+        )
     else:
         checkpoint = open_checkpoint(resolve(path))
         try:
             held = sum(info.nbytes for info in checkpoint.tensors.values())
-            documents = tuple(n for n in DOCUMENTS if (path / n).exists())
-            origin = Origin("folder", held, documents=documents)
+            there = {n: d for n in DOCUMENTS if (d := checkpoint.document(n)) is not None}
+            form, length = "folder" if path.is_dir() else "file", sum(map(len, there.values()))
+            origin = Origin(form, held, documents=tuple(there), document_bytes=length)
             found = _of_checkpoint(
-                str(source), origin, checkpoint.tensors, checkpoint.document, scheme
+                str(source),
+                origin,
+                checkpoint.tensors,
+                checkpoint.document,
+                scheme,
+                (context, folder),
             )
         finally:
             checkpoint.close()
@@ -211,8 +229,9 @@ def _of_checkpoint(
     found: Mapping[str, TensorInfo],
     document: Callable[[str], bytes | None],
     scheme: str | None,
+    place: tuple[int | None, Path | None],
 ) -> Description:
-    """A folder or a hub id. Raises FormatError where tensors contradict the configuration."""
+    """A folder, a file or a hub id. Raises FormatError where tensors contradict config.json."""
     schemes = parse_schemes(scheme or DEFAULT_SCHEME)
     raw = document("config.json")
     if raw is None:
@@ -228,7 +247,7 @@ def _of_checkpoint(
         if info is None or info.shape != spec.shape:
             has = "is missing" if info is None else f"has shape {info.shape}"
             raise FormatError(f"{source}: tensor {name} {has}; config.json asks for {spec.shape}")
-        if info.dtype not in SCHEMES:
+        if info.dtype not in SCHEMES and not info.scheme:
             raise UnsupportedError(
                 f"{source}: tensor {name} is {info.dtype}; chalot reads bf16, f16 and f32: "
                 "use the model's original, not yet quantised checkpoint"
@@ -242,7 +261,19 @@ def _of_checkpoint(
             tensors.append(TensorReport(*here, str(s), need, 8 if s.is_coded else None))
     needed = {hugging_face(t.name) for t in tensors}
     origin = dataclasses.replace(origin, unused=tuple(sorted(found.keys() - needed)))
-    return _description(source, origin, config, tensors, planned_bytes(config, schemes))
+    report = _description(source, origin, config, tensors, planned_bytes(config, schemes))
+    is_remote = origin.download_bytes is not None
+    judged = fit(
+        config,
+        found,
+        context=place[0],
+        folder=place[1],
+        documents=origin.document_bytes,
+        text=origin.documents is None or "tokenizer.json" in origin.documents,
+        hub_id=source if is_remote else None,
+        download_bytes=origin.download_bytes or 0,
+    )
+    return dataclasses.replace(report, fit=judged)
 
 
 def _description(
@@ -296,6 +327,8 @@ def _names(names: Iterable[str]) -> str:
 def render(report: Description, verbose: bool = False) -> str:
     """The report as text; with `verbose` every tensor."""
     parts = [_facts(report), _kind_table(report), _memory_table(report)]
+    if report.fit is not None:
+        parts.append(render_fit(report.fit))
     if verbose:
         parts.insert(2, _tensor_table(report))
     return "\n\n".join(parts)

@@ -33,7 +33,9 @@ Target = Callable[[Checkpoint, Path, Options], ConvertReport]
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
     """A `.myai` file with the schemes of `options.scheme`."""
-    schemes, name = parse_schemes(options.scheme), Path(options.source).name
+    from chalot.sources import called
+
+    schemes, name = parse_schemes(options.scheme), called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress
     )

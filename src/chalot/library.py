@@ -7,12 +7,13 @@ converted again.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from chalot.errors import OutputError
 from chalot.home import home
-from chalot.sources import hub_id, resolve
+from chalot.sources import as_path, called, hub_id, resolve
 
 SCHEME = "nl4"  # of what is converted without being asked how
 SUFFIX = ".myai"
@@ -41,7 +42,7 @@ def is_ready(path: Path) -> bool:
 def place(source: str | Path, scheme: str = SCHEME) -> Path:
     """The file that a source's conversion is kept in."""
     named = hub_id(source)
-    path = Path(source).expanduser().resolve()
+    path = as_path(source).resolve()
     name = path.name if named is None else named.replace("/", "--")
     key = hashlib.sha256((named or str(path)).encode()).hexdigest()[:12]
     return folder() / f"{name}-{key}-{scheme}{SUFFIX}"
@@ -60,7 +61,7 @@ def converted(
     `say` gets a line once the source has been opened and found good. Raises a ChalotError as
     `convert` does, OutputError where CHALOT_HOME cannot be written.
     """
-    path = Path(source).expanduser()
+    path = as_path(source)
     if path.is_file() and is_ready(path):
         return path
     kept = place(source, scheme)
@@ -84,7 +85,11 @@ def converted(
             say(f"converting {source} to {scheme}, once, into {kept}")
         progress(what, done, total)
 
-    convert(found, kept, scheme, threads=threads, progress=advance)
+    command = shlex.join(["chalot", "convert", str(source), "--scheme", scheme])
+    convert(
+        found, kept, scheme,
+        threads=threads, progress=advance, command=command, name=called(source),
+    )  # fmt: skip
     return kept
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -51,6 +52,41 @@ def default_threads() -> int:
     quota = cpu_quota()
     cores = physical_cores()
     return max(1, cores if quota is None else min(cores, int(quota + 0.5)))
+
+
+class CpuTime(NamedTuple):
+    """Seconds since the system began, over the processors that this process may run on."""
+
+    total: float
+    busy: float  # of all processes
+    stolen: float  # that the host of a virtual machine gave to others
+    own: float  # of this process and its threads
+
+
+def cpu_time() -> CpuTime | None:
+    """What the processors did so far, None where the system does not say."""
+    try:
+        ticks = os.sysconf("SC_CLK_TCK")
+        lines = Path("/proc/stat").read_text().splitlines()
+        table = {line.split()[0]: [int(n) for n in line.split()[1:9]] for line in lines[1:]
+                 if line.startswith("cpu")}  # fmt: skip
+        counted = [
+            sum(n) / ticks for n in zip(*(table[f"cpu{i}"] for i in allowed_cpus()), strict=True)
+        ]
+        _, _, _, idle, waiting, _, _, stolen = counted
+    except (AttributeError, OSError, ValueError, KeyError):
+        return None
+    total, own = sum(counted), os.times()
+    return CpuTime(total, total - idle - waiting - stolen, stolen, own.user + own.system)
+
+
+def others_share(before: CpuTime | None, after: CpuTime | None) -> tuple[float, float] | None:
+    """Shares of the processors that other processes and other virtual machines took meanwhile."""
+    if before is None or after is None or after.total <= before.total:
+        return None
+    passed = after.total - before.total
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return max(0.0, others / passed), max(0.0, (after.stolen - before.stolen) / passed)
 
 
 def memory_limit() -> int | None:

@@ -1,6 +1,7 @@
 """What a user calls a model, a path, a short name or a hub id, to a path on this disk."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,9 +12,22 @@ Answer = TypeVar("Answer")
 Progress = Callable[[str, int, int], None]  # what, done, of
 
 
+def as_path(source: str | Path) -> Path:
+    """A source as a path, which need not exist. Raises FormatError for what can be none."""
+    try:
+        path = Path(source).expanduser()
+        with suppress(OSError):
+            path.lstat()
+        return path
+    except (ValueError, RuntimeError) as error:  # a zero byte, half a character; an unknown ~user
+        raise FormatError(
+            f"{str(source)[:80]!r}: is no path ({error}); expected a model's folder, file or name"
+        ) from None
+
+
 def hub_id(source: str | Path) -> str | None:
     """The hub id that a source stands for, None if it is none. A path that exists wins."""
-    if not isinstance(source, str) or Path(source).expanduser().exists():
+    if not isinstance(source, str) or as_path(source).exists():
         return None
     known = NAMES.get(source.lower())
     if known is not None:
@@ -23,13 +37,18 @@ def hub_id(source: str | Path) -> str | None:
     return source if hub.is_hub_id(source) else None
 
 
+def called(source: str | Path) -> str:
+    """What a file that is made from a source calls it: its hub id, or its own name."""
+    return hub_id(source) or Path(str(source)).name
+
+
 def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     """The folder or file that holds the source; what is on the hub is downloaded first.
 
     `progress` is told of the download: what, how many bytes are there, of how many.
     Raises FormatError when there is no such path and it is no name, HubError if the hub refuses.
     """
-    path = Path(source).expanduser()
+    path = as_path(source)
     if path.is_file() or path.is_dir():
         return path
     if path.exists():

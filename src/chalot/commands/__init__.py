@@ -9,6 +9,8 @@ VERBS = {  # in the order of `chalot --help`
     "verify": "check every extent and checksum of a .myai file",
     "validate": "how far a model's weights and answers are from its source",
     "tensor": "one weight of a model times one input",
+    "models": "short names, what is converted, what was downloaded",
+    "rm": "remove a converted model",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot.commands.output import as_json, progress, say
-from chalot.errors import OutputError
+from chalot.errors import OutputError, UnsupportedError
 from chalot.short_names import BITS
 from chalot.table import rows
 
@@ -35,7 +35,12 @@ def arguments(parser: ArgumentParser) -> None:
         help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
         "with kinds attention, ffn, embedding, head",
     )
+    how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
+    parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only read headers, and say what fits"
+    )
     parser.add_argument(
         "--no-validate",
         dest="validate",
@@ -50,9 +55,11 @@ def main(arguments: Arguments) -> int:
     from chalot import batch
 
     if arguments.out and (len(arguments.source) > 1 or arguments.all):
-        arguments.usage("-o names one file, for one SOURCE; expected --output-dir DIR for several")
+        arguments.parser.error("-o names one file; expected --output-dir DIR for several")
     if not (arguments.source or arguments.all):
-        arguments.usage("found no SOURCE; expected short names, hub ids, folders or files")
+        arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
+    if (arguments.fit or arguments.dry_run) and arguments.to not in (None, "myai"):
+        arguments.parser.error("--fit and --dry-run are for .myai files; leave out --to")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -66,26 +73,34 @@ def main(arguments: Arguments) -> int:
     found = batch.run(named, lambda source: one(source, arguments), failed)
     if arguments.json:
         print(as_json(found))
-    say(f"{len(found.reports)} of {len(named)} converted")
+    say(f"{len(found.reports)} of {len(named)} {'read' if arguments.dry_run else 'converted'}")
     for failure in found.failed:
         say(f"failed: {failure.source}")
     return 0 if not found.failed and all(map(passed, found.reports)) else 1
 
 
 def one(source: str, arguments: Arguments) -> Any:
-    """Convert one source, say what that cost, and return the report."""
-    from chalot import batch
+    """Convert one source, say what that cost or would cost, and return the report."""
+    from chalot import batch, fitting
     from chalot.convert import DEFAULT_SCHEME
     from chalot.export import export
 
     out = arguments.out or ""
     to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
     scheme = arguments.scheme or BITS.get(arguments.bits, DEFAULT_SCHEME)
+    fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
+    if fit is not None and arguments.fit:
+        scheme = fitting.chosen(fit, source)
     if to == "npz":
-        out = out or str(folder_for(arguments))
+        out = out or arguments.output_dir or "."
     elif not out:
         kind = scheme if to == "myai" else arguments.type or ""
-        out = str(batch.place(source, kind, to, folder_for(arguments)))
+        out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
+    if fit is not None and arguments.dry_run:
+        if not arguments.json:
+            print(f"{fitting.render(fit)}\n{source} would become {out}, in {scheme}.")
+        return {"source": source, "path": out, "scheme": scheme, "fit": fit}
+    make_folder(arguments.output_dir)
     command = "chalot " + " ".join(sys.argv[1:])
     with progress(arguments, f"converting {source}") as advance:
         report = export(
@@ -125,19 +140,32 @@ def validated(report: Any, source: str, arguments: Arguments) -> Any:
 
 def passed(report: Any) -> bool:
     """Whether a conversion was compared with its source, if at all, and found near enough."""
-    return report.validation is None or report.validation.ok
+    found = getattr(report, "validation", None)
+    return found is None or bool(found.ok)
 
 
-def folder_for(arguments: Arguments) -> Path:
-    """The folder of outputs that have no name yet. Raises OutputError if it cannot be made."""
-    folder = Path(arguments.output_dir or "")
+def fit_of(source: str, arguments: Arguments) -> Any:
+    """What the source would take in each scheme, by its headers. Raises UnsupportedError."""
+    from chalot.describe import describe
+
+    place = arguments.out and Path(arguments.out).parent
+    folder = Path(place or arguments.output_dir or "")
+    found = describe(source, context=arguments.context, folder=folder).fit
+    if found is None:
+        raise UnsupportedError(
+            f"{source}: is a .myai file; --fit and --dry-run judge what is not converted yet"
+        )
+    return found
+
+
+def make_folder(name: str | None) -> None:
+    """Make the folder of --output-dir. Raises OutputError if it cannot be made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(name or "").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"--output-dir {folder}: cannot be made ({error.strerror}); choose another place"
+            f"--output-dir {name}: cannot be made ({error.strerror}); choose another place"
         ) from None
-    return folder
 
 
 def show(report: Any, arguments: Arguments) -> None:
@@ -146,17 +174,10 @@ def show(report: Any, arguments: Arguments) -> None:
         for note in report.notes:
             say(note)
         table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
-        again = any(k.source_error is not None for k in report.kinds)
         for k in report.kinds:
             cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
             table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
-            if again:
-                table[-1].append("" if k.source_error is None else f"{k.source_error:.2g}")
-        if again:
-            table[0].append("source's")
         say(rows(table))
-        if again:
-            say("source's: the error that the source has already; error: what came on top")
         say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
         say("activations; folded: tensors whose columns were balanced by powers of two")
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")

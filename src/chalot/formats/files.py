@@ -6,6 +6,7 @@ directory (its snapshots are symbolic links to ../../blobs). Writing: a temporar
 directory, synced, then renamed, so that a kill or a full disk leaves nothing under the final name.
 """
 
+import errno
 import os
 import secrets
 import stat
@@ -22,6 +23,26 @@ def quoted(name: object, width: int = 80) -> str:
     if not isinstance(name, str):
         return f"a {type(name).__name__}"
     return repr(name) if len(name) <= width else f"{name[:width]!r}..."
+
+
+REMEDIES = {  # what the system said -> what helps
+    errno.ENOSPC: "Free some space, or choose another place",
+    errno.EDQUOT: "Free some space, or choose another place",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another place",
+    errno.ENOENT: "Make the folder {folder} first, or choose another place",
+    errno.ENOTDIR: "{folder} is no folder; choose another place",
+    errno.EACCES: "Choose a place that you may write to",
+    errno.EPERM: "Choose a place that you may write to",
+    errno.EROFS: "Choose a place that you may write to",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
+
+
+def remedy(error: Exception, path: Path) -> str:
+    """What helps against an error of writing `path`."""
+    code = getattr(error, "errno", None)
+    text = REMEDIES.get(code, "Choose another place") if code else "Choose another place"
+    return text.format(folder=path.parent)
 
 
 def boundary(folder: Path) -> Path:
@@ -93,8 +114,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(
-            f"{path}: cannot be written ({reason}); nothing was left there. "
-            "Free some space, or choose another place"
+            f"{path}: cannot be written ({reason}); nothing was left there. {remedy(error, path)}"
         ) from error
     finally:
         with suppress(OSError):

@@ -44,12 +44,17 @@ def is_hash(text: Any) -> TypeGuard[str]:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
 
 
-def downloaded() -> list[tuple[str, Path]]:
-    """(repository's id, folder) of every model that the cache holds whole, by id."""
+def cache_folder() -> Path:
+    """Where the hub's files are kept (HF_HOME, HF_HUB_CACHE). It may not exist yet."""
     from huggingface_hub import constants
 
+    return Path(constants.HF_HUB_CACHE)
+
+
+def downloaded() -> list[tuple[str, Path]]:
+    """(repository's id, folder) of every model that the cache holds whole, by id."""
     found = []
-    for path in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
+    for path in sorted(cache_folder().glob("models--*")):
         repo_id = path.name.removeprefix("models--").replace("--", "/")
         folder = Repository(repo_id).find("main")
         if folder is not None:
@@ -61,10 +66,8 @@ class Repository:
     """The cache's directory of one repository."""
 
     def __init__(self, repo_id: str) -> None:
-        from huggingface_hub import constants
-
         self.repo_id = repo_id
-        self.path = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+        self.path = cache_folder() / f"models--{repo_id.replace('/', '--')}"
         self.blobs = self.path / "blobs"
 
     def find(self, revision: str) -> Path | None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import OutputError
+from chalot.formats.files import remedy
 from chalot.formats.myai import (
     HEADER,
     MAGIC,
@@ -102,7 +103,7 @@ class MyaiWriter:
         reason = getattr(error, "strerror", None) or str(error)
         return OutputError(
             f"{self.path}: cannot be written ({reason}); nothing was left under that name. "
-            "Free some space, or choose another place"
+            f"{remedy(error, self.path)}"
         )
 
     def write(self, data: bytes | memoryview) -> None:

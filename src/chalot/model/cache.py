@@ -52,7 +52,7 @@ class PageCache:
         if not self.count:
             raise ContextError(
                 f"a cache of {budget} bytes holds nothing: {PAGE} positions of this model take "
-                f"{shape.page_bytes}; choose a larger --kv-budget"
+                f"{shape.page_bytes}; --kv-budget {-(-shape.page_bytes // 1000)}kB would do"
             )
         size = self.count * shape.page_bytes
         try:

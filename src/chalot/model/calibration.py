@@ -160,6 +160,7 @@ class Calibration:
             if self.schemes[spec.name].is_coded:
                 rows = weights[some_rows(len(weights))]
                 samples[spec.name] = (rows, self.schemes[spec.name])
+            del weights  # before the next one is read
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
             self._plan(f"layers.{i}.", inputs, samples)

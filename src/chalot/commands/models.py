@@ -1,0 +1,19 @@
+"""chalot models"""
+
+from argparse import ArgumentParser
+from argparse import Namespace as Arguments
+
+from chalot.commands.output import as_json
+
+
+def arguments(_: ArgumentParser) -> None:
+    """Nothing."""
+
+
+def main(arguments: Arguments) -> int:
+    """The exit code."""
+    from chalot.shelf import models, render
+
+    report = models()
+    print(as_json(report) if arguments.json else render(report))
+    return 0

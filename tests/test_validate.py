@@ -50,7 +50,7 @@ def test_errors_are_numpy_s(small: Path, tmp_path: Path) -> None:
     assert report.tokens > 0 and "32 tokens" in render(report)
 
 
-@pytest.mark.parametrize(("bits", "passes"), [(8, True), (4, False), (2, False), (1, False)])
+@pytest.mark.parametrize(("bits", "passes"), [(8, True), (4, False)])
 def test_the_bars_on_the_bundled_model(tmp_path: Path, bits: int, passes: bool) -> None:
     """Real weights: 8 bits a row keep the bar, fewer do not; the report shows what chalot has."""
     made = export(FOLDER, tmp_path, "npz", bits=str(bits)).path
@@ -72,18 +72,16 @@ def test_a_file_that_is_its_source_has_no_error(small: Path) -> None:
     assert report.ok and all(t.error == 0 and not t.output for t in report.tensors)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nl4"])
-def test_powers_of_two_that_are_folded_in_are_undone(tmp_path: Path, scheme: str) -> None:
+def test_powers_of_two_that_are_folded_in_are_undone(tmp_path: Path) -> None:
     """The outlier twin is folded hard; unfolded, its weights are the source's again."""
     write_twin(FOLDER, tmp_path / "twin")
     made = tmp_path / "twin.myai"
-    report = chalot.convert(tmp_path / "twin", made, scheme)
+    report = chalot.convert(tmp_path / "twin", made, "nl4")
     assert sum(k.folded for k in report.kinds) > 10
     found = validate(made, tmp_path / "twin")
     assert all(t.error == 0 for t in found.tensors if t.kind == "vector")
-    worst = max(t.error for t in found.tensors)
-    assert worst < {"int8": 0.03, "nl4": 0.13}[scheme]
-    assert max(t.output or 0 for t in found.tensors) < {"int8": 0.03, "nl4": 0.12}[scheme]
+    assert max(t.error for t in found.tensors) < 0.13
+    assert max(t.output or 0 for t in found.tensors) < 0.12
 
 
 def test_a_fold_of_any_power_is_found(

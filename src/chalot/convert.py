@@ -33,6 +33,7 @@ from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.quant import codes, packing
+from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
 
@@ -327,7 +328,7 @@ class Conversion:
     def _pieces(self, spec: TensorSpec) -> Iterator[NDArray[np.generic]]:
         """The bytes of a matrix's extent in order: panels, then the other parts of its layout."""
         scheme = self.schemes[spec.name]
-        lost = had = 0.0
+        lost, had, at = 0.0, 0.0, 0
         behind: list[list[NDArray[np.uint8]]] = []  # of each part but the panels
         for values in self._runs(spec):
             sample = values[:PANEL]
@@ -339,13 +340,14 @@ class Conversion:
                 again = packing.numbers(packing.Matrix(scheme, shape, part))[:, : shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)
-                data = self.backend.encode(values, scheme)
+                data = self._encoded(spec, at, values)
                 yield data[layout.parts[0]]
                 # a view would keep all
                 behind.append([data[part].copy() for part in layout.parts[1:]])
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
+            at += len(values)
             lost += ordered_sum(again - sample)
             had += ordered_sum(sample)
         self.errors[spec.name] = lost, had
@@ -354,6 +356,18 @@ class Conversion:
             for i, (before, after) in enumerate(pairwise(whole.parts)):
                 yield np.zeros(after.start - before.stop, np.uint8)
                 yield from (of_run[i] for of_run in behind)
+
+    def _encoded(self, spec: TensorSpec, first: int, values: Floats) -> NDArray[np.uint8]:
+        """The extent of some rows: a source's own codes where they are of this form already."""
+        scheme, name = self.schemes[spec.name], hugging_face(spec.name)
+        held = getattr(self.checkpoint, "codes", None)  # of NpzModel
+        is_same = self.checkpoint.tensors[name].scheme == str(scheme)
+        folded = spec.name in self.plan.columns or spec.name in self.plan.rows
+        if held is not None and is_same and not folded:
+            found = carried(held(name, first, first + len(values)), scheme)
+            if found is not None:
+                return packing.pack(found)
+        return self.backend.encode(values, scheme)
 
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import __version__
+from chalot.batch import name_of
 from chalot.convert import (
     DOCUMENTS,
     RUN,
@@ -32,7 +33,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.quant.rows import BITS, Rows, dequantize_rows, quantize_rows, row_bytes
 
-ENDING = re.compile(r"(_(quantized|manifest)_q\d+)?\.(myai|gguf|npz|json)$")
+ENDING = re.compile(r"_(quantized|manifest)_q\d+$")
 SPARE = 700  # bytes of an array's header, its places in the listing and in the manifest
 
 
@@ -153,11 +154,6 @@ def architecture_of(config: ModelConfig, bits: int) -> dict[str, Any]:
     }
 
 
-def model_name(source: str) -> str:
-    """The name that files of a source take: "org/name" and "name.gguf" are "name"."""
-    return ENDING.sub("", Path(source).name or Path(source).resolve().name) or "model"
-
-
 def write_npz(
     checkpoint: Checkpoint, folder: Path, source: str, bits: str, command: str, progress: Progress
 ) -> ConvertReport:
@@ -168,7 +164,7 @@ def write_npz(
     if bits not in map(str, BITS):
         raise SchemeError(f"--bits {bits}: npz has none of that width; choose one of 8, 4, 2, 1")
     work = NpzExport(checkpoint, int(bits), progress)
-    name = model_name(source)
+    name = ENDING.sub("", name_of(source)) or "model"
     check_space(folder, work.planned_bytes())
     with NpzWriter(folder, name, int(bits)) as writer:
         work.write(writer, name, command)

@@ -184,29 +184,35 @@ class Validation:
             ("attention_norm", ("query", "key", "value")),
             ("ffn_norm", ("gate", "up")),
         ):
-            ours, theirs = self.made.float32(hugging_face(p + norm)), self.read(p + norm)
-            s = nearest(np.abs(theirs.astype(np.float64)), np.abs(ours.astype(np.float64)))
+            stored = self.made.float32(hugging_face(p + norm))
+            s = nearest(np.abs(self.read(p + norm)), np.abs(stored))
             note(norm, s, dict.fromkeys(readers, s))
         # both sides are rounded, and lose of their size: the square root of the two ratios
-        groups = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        lost, had = (self.sizes(k, p + "value", 1) for k in (self.made, self.source))
-        read, meant = (
-            self.sizes(k, p + "output", 0).reshape(groups).sum(axis=1).reshape(-1)
-            for k in (self.made, self.source)
-        )
-        s = nearest((had * read) ** 0.25, (lost * meant) ** 0.25)
-        shared = np.repeat(s.reshape(c.kv_heads, 1, -1), groups[1], axis=1).reshape(-1)
-        note("value", s, {"output": shared})
-        lost, had = (self.sizes(k, p + "up", 1) for k in (self.made, self.source))
-        read, meant = (self.sizes(k, p + "down", 0) for k in (self.made, self.source))
-        s = nearest((had * read) ** 0.25, (lost * meant) ** 0.25)
-        note("up", s, {"down": s})
+        heads = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
+        for producer, reader, groups in (
+            ("value", "output", heads),  # query heads of a group read one value head
+            ("up", "down", (1, 1, c.feed_forward)),
+        ):
+            ratio = np.ones(groups[0] * groups[2])
+            for name, axis in ((producer, 1), (reader, 0)):
+                ours, theirs = (
+                    self.sizes(k, p + name, axis, f)
+                    for k, f in ((self.made, out), (self.source, {}))
+                )
+                if axis == 0:
+                    ours, theirs = (x.reshape(groups).sum(1).reshape(-1) for x in (theirs, ours))
+                ratio = ratio * np.divide(theirs, ours, out=np.ones_like(ours), where=ours > 0)
+            s = nearest(ratio**0.25, np.ones_like(ratio))
+            shared = np.repeat(s.reshape(groups[0], 1, -1), groups[1], axis=1).reshape(-1)
+            note(producer, s, {reader: shared})
         return out
 
-    def sizes(self, checkpoint: Checkpoint, name: str, axis: int) -> NDArray[np.float64]:
-        """Sums of squares along an axis of a matrix."""
+    def sizes(
+        self, checkpoint: Checkpoint, name: str, axis: int, factors: Mapping[str, Floats]
+    ) -> NDArray[np.float64]:
+        """Sums of squares along an axis of a matrix, without its `factors`."""
         parts = [
-            (values.astype(np.float64) ** 2).sum(axis=axis)
+            (unfolded(name, values, 0, factors).astype(np.float64) ** 2).sum(axis=axis)
             for values in self.runs(checkpoint, name)
         ]
         return np.concatenate(parts) if axis == 1 else np.sum(parts, axis=0)
@@ -269,10 +275,10 @@ def is_myai(checkpoint: Checkpoint) -> bool:
         return file.read(4) == MYAI
 
 
-def nearest(above: NDArray[np.float64], below: NDArray[np.float64]) -> Floats:
+def nearest(above: NDArray[np.floating], below: NDArray[np.floating]) -> Floats:
     """Powers of two nearest to the quotients; 1 where there is none."""
     fine = (above > 0) & (below > 0) & np.isfinite(above) & np.isfinite(below)
-    ratio = np.divide(above, below, out=np.ones_like(above), where=fine)
+    ratio = np.divide(above, below, out=np.ones(above.shape), where=fine, dtype=np.float64)
     return np.ldexp(np.float32(1), np.clip(fold.nearest_power(ratio), -60, 60)).astype(np.float32)
 
 
@@ -353,7 +359,9 @@ def worst(same: list[TensorCheck]) -> list[str]:
 
 def advice(failed: list[TensorCheck]) -> Iterator[str]:
     """Why, and what helps, for each width that failed."""
-    for stored in dict.fromkeys(t.stored for t in failed if t.better is not None):
+    for stored in dict.fromkeys(
+        t.stored for t in failed if t.better_scheme not in (None, t.stored)
+    ):
         t = max((t for t in failed if t.stored == stored), key=lambda t: t.error)
         per_row = stored.startswith(("q", "row"))
         how = f"{t.bits:g} bits a weight"

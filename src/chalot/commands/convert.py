@@ -187,17 +187,10 @@ def show(report: Any, arguments: Arguments) -> None:
         for note in report.notes:
             say(note)
         table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
-        again = any(k.source_error is not None for k in report.kinds)
         for k in report.kinds:
             cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
             table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
-            if again:
-                table[-1].append("" if k.source_error is None else f"{k.source_error:.2g}")
-        if again:
-            table[0].append("source's")
         say(rows(table))
-        if again:
-            say("source's: the error that the source has already; error: what came on top")
         say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
         say("activations; folded: tensors whose columns were balanced by powers of two")
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")

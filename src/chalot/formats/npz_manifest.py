@@ -141,7 +141,10 @@ def _config(
     found: Mapping[str, Any], entries: Mapping[str, Entry], where: object
 ) -> dict[str, Any]:
     """A configuration of what the two forms say, and of the shapes where they say nothing."""
-    about, model = _mapping(found, "architecture", where), _mapping(found, "model", where)
+    about, model = (
+        {} if isinstance(found.get(key), str) else _mapping(found, key, where)  # only its name
+        for key in ("architecture", "model")
+    )
     attention = _mapping(about, "attention", where)
     rope, norm = about.get("rope"), about.get("norm")
 

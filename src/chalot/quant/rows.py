@@ -60,7 +60,8 @@ def dequantize_rows(coded: Rows) -> NDArray[np.float32]:
         numbers = numbers + numbers - F32(1)
     else:
         numbers -= coded.zero[:, None]
-    out: NDArray[np.float32] = numbers * coded.scale[:, None]
+    with np.errstate(over="ignore"):  # what is no float32 becomes Inf, which is refused by name
+        out: NDArray[np.float32] = numbers * coded.scale[:, None]
     return out
 
 

@@ -393,7 +393,8 @@ def convert(
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
     the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
     are what the file says of its making and of its source. Peak memory is that of a layer and its
-    largest tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
+    largest tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for
+    anything wrong with source or target.
     """
     from chalot.sources import called, resolve
 

@@ -17,6 +17,7 @@
 #endif
 
 #include "matrix.h"
+#include "offset.h"
 #include "program.h"
 #include "read.h"
 
@@ -200,7 +201,8 @@ struct Model {
 void encode(Machine& machine, int scheme, int segment, In<int8_t> tables, In<float> weights, Out<uint8_t> panels,
             Out<uint16_t> segments, Out<float> row_scale) {
   expect(weights.ndim() == 2 && weights.shape(0) % kPanel == 0 && weights.shape(1) % kGroup == 0, "encode: padding");
-  expect(scheme >= int(Scheme::int8) && scheme <= int(Scheme::nl4), "encode: not a coded scheme");
+  expect(scheme == int(Scheme::int8) || (scheme >= 0 && scheme < kSchemes && kStored[scheme].levels),
+         "encode: a scheme of int8 or levels");
   expect(segment > 0 && segment % kBlock == 0 && tables.size() == 4096, "encode: segment or tables");
   Matrix w{};
   w.scheme = Scheme(scheme);
@@ -262,7 +264,7 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
     const int first = w.panels() * id / threads, last = w.panels() * (id + 1) / threads;
     if (is_coded(w.scheme)) {
       Activations a{planes, int(stride), codes.as<int8_t>(), scales.as<float>(), sums.as<int32_t>()};
-      k.product(w, a, tokens, first, last, out, scratch[size_t(id)].as<void>());
+      multiply(k, w, a, tokens, first, last, out, scratch[size_t(id)].as<void>());
     } else {
       k.dense(w, numbers.as<float>(), stride, tokens, first, last, out);
     }

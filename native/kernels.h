@@ -15,23 +15,50 @@ constexpr int kPlaneStep = 128;  // a 16-bit activation is kPlaneStep * first pl
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-enum class Scheme : int { f32, bf16, f16, int8, nl4 };
+enum class Scheme : int { f32, bf16, f16, int8, nl4, int6, int4, nl2, ternary, sign, row8, row4, row2, row1 };
+constexpr int kSchemes = int(Scheme::row1) + 1;
 inline bool is_coded(Scheme s) { return s >= Scheme::int8; }
+
+// How a coded scheme is stored: bytes of a block's codes, levels behind them, no short last block, one factor a row
+// instead of segments, an offset a row.
+struct Stored {
+  int block_bytes;
+  bool levels, whole, by_row, offset;
+};
+constexpr Stored kStored[kSchemes] = {
+    {},                                  // f32
+    {},                                  // bf16
+    {},                                  // f16
+    {2048, false, false, false, false},  // int8
+    {1024, true, false, false, false},   // nl4
+    {1536, false, true, false, false},   // int6
+    {1024, true, false, false, false},   // int4
+    {512, true, true, false, false},     // nl2
+    {416, false, true, false, false},    // ternary
+    {256, false, true, false, false},    // sign
+    {2048, false, false, true, true},    // row8
+    {1024, false, false, true, true},    // row4
+    {512, false, true, true, true},      // row2
+    {256, false, true, true, false},     // row1
+};
 
 struct Matrix {
   Scheme scheme;
   int rows, columns;
   const uint8_t* data;       // panels, or rows of numbers padded to 16
-  const uint16_t* segments;  // float16 (panels, segment_count, 16)
+  const uint16_t* segments;  // float16 (panels, segment_count, 16); sixteen ones for schemes that have none
   const float* row_scale;    // (rows padded to 16)
   const int8_t* tables;      // (256, 16), for schemes with levels
   int segment_blocks;        // blocks under one segment factor
+  const float* row_offset;   // (rows padded to 16), or null: y[r] += row_offset[r] * sum of x
   int panels() const { return (rows + kPanel - 1) / kPanel; }
   int groups() const { return (columns + kGroup - 1) / kGroup; }
   int blocks() const { return (columns + kBlock - 1) / kBlock; }
-  int segment_count() const { return (blocks() + segment_blocks - 1) / segment_blocks; }
-  int group_bytes() const { return scheme == Scheme::nl4 ? kPanel * kGroup / 2 + kPanel : kPanel * kGroup; }
-  size_t panel_bytes() const { return size_t(groups()) * group_bytes(); }
+  const Stored& stored() const { return kStored[int(scheme)]; }
+  // 0 where a row has no segments: every index into them is then one of the sixteen ones.
+  int segment_count() const { return stored().by_row ? 0 : (blocks() + segment_blocks - 1) / segment_blocks; }
+  int group_bytes() const { return stored().block_bytes / 4 + (stored().levels ? kPanel : 0); }
+  size_t panel_bytes() const { return size_t(stored().whole ? blocks() * 4 : groups()) * group_bytes(); }
 };
 
 // Quantised activations: `planes` rows of codes a token, each with a sum a block. Their memory goes on to a multiple of

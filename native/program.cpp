@@ -7,6 +7,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "offset.h"
+
 namespace chalot {
 namespace {
 
@@ -315,7 +317,7 @@ void Program::apply(const Op& op, const Run& run) {
   const int first = run.from(), last = run.to();
   switch (op.kind) {
     case OpKind::embed:
-      for (int t = first; t < last; t++) k.row(op.parts[0].w, run.batch.ids[t], numbers(op.out, t));
+      for (int t = first; t < last; t++) read_row(k, op.parts[0].w, run.batch.ids[t], numbers(op.out, t));
       break;
     case OpKind::norm:
       for (int t = first; t < last; t++)
@@ -379,7 +381,7 @@ void Program::linear(const Op& op, const Run& run) {
                  op.out < 0 ? size_t(part.w.rows) : size_t(slots_[size_t(op.out)].stride()), 0, part.bias, op.add};
       if (in.planes) {
         Activations x{in.planes, in.stride(), s.codes.as<int8_t>(), s.scales.as<float>(), s.sums.as<int32_t>()};
-        run.k.product(part.w, x, run.count, first, last, out, scratch_[size_t(run.id)].as<void>());
+        multiply(run.k, part.w, x, run.count, first, last, out, scratch_[size_t(run.id)].as<void>());
       } else {
         run.k.dense(part.w, s.numbers.as<float>(), size_t(in.stride()), run.count, first, last, out);
       }
@@ -402,7 +404,7 @@ void Program::gated(const Op& op, const Run& run) {
     for (int half = 0; half < 2; half++) {
       const Part& part = op.parts[size_t(half)];
       Output out{both + half * kBlock, 2 * kBlock, first * kPanel, part.bias, false};
-      run.k.product(part.w, x, run.count, first, last, out, scratch);
+      multiply(run.k, part.w, x, run.count, first, last, out, scratch);
     }
     for (int t = 0; t < run.count; t++) {
       float* g = both + size_t(t) * 2 * kBlock;

@@ -104,23 +104,28 @@ void of_whole_numbers() {
   }
 }
 
-// Packed blocks of one to four groups as tiles, and tiles times codes at the ends of their range.
+// Packed blocks of one to four groups as tiles, and they and tiles times codes at the ends of their range.
 template <class Coder>
 void of_tiles(const char* name, const char* product) {
   Line made(name), sums(product);
   alignas(64) uint8_t block[4 * 512];
   alignas(64) int8_t tables[4096], tiles[4 * 512], x[2 * 128];
-  for (int groups = 1; groups <= 4; groups++) {
-    for (uint8_t& b : block) b = uint8_t(int(random_number() * 127));
+  for (int groups = Coder::groups(1); groups <= 4; groups++) {
+    for (uint8_t& b : block) b = uint8_t(int(random_number() * 255));
     for (int8_t& t : tables) t = int8_t(random_number() * 127);
     for (int8_t& c : x) c = int8_t(random_number() > 0 ? 127 : -127 + int(random_number() * 3 + 3));
     to_tiles<Coder>(block, groups, tables, tiles);
     for (int i = 0; i < groups * 512; i++) {
-      if (tiles[i] == -128) tiles[i] = -127;
       made.add(uint32_t(tiles[i]));
     }
     int32_t of_codes[2] = {0, 0};
     for (int k = 0; k < groups * 32; k++) of_codes[0] += x[k], of_codes[1] += x[128 + k];
+    I few[2];
+    dot<1, Coder>(block, groups, tables, x, 128, of_codes, 1, few);
+    sums.add(few[0]);
+    dot<2, Coder>(block, groups, tables, x, 128, of_codes, 1, few);
+    sums.add(few[0]);
+    sums.add(few[1]);
     I out[2][1];
     tile_product<2, 1>(tiles, 0, groups * 8, x, 128, of_codes, 1, out);
     sums.add(out[0][0]);
@@ -153,8 +158,8 @@ void of_table(const Kernels& k) {
   for (float& w : weights) w = random_number() * random_number();
   for (int i = 0; i < 4096; i++) tables[i] = int8_t((i % 16 - 8) * (i / 16 % 64 + 1) / 4);
   weights[5] = 90.0f, weights[kColumns] = 1e-40f;
-  for (Scheme scheme : {Scheme::int8, Scheme::nl4}) {
-    Line line(scheme == Scheme::nl4 ? "encode nl4" : "encode int8");
+  for (Scheme scheme : {Scheme::int8, Scheme::nl4, Scheme::nl2}) {
+    Line line(scheme == Scheme::nl4 ? "encode nl4" : scheme == Scheme::nl2 ? "encode nl2" : "encode int8");
     Matrix w{scheme, kPanel, kColumns, panel, segments, scale, tables, 1};
     k.encode(w, weights, 0, 1, panel, segments, scale, scratch);
     for (size_t i = 0; i < w.panel_bytes(); i++) line.add(uint32_t(panel[i]));
@@ -196,8 +201,14 @@ int main() {
   }
   of_lanes();
   of_whole_numbers();
-  of_tiles<Int8>("to_tiles int8", "tile_product int8");
-  of_tiles<Nl4>("to_tiles nl4", "tile_product nl4");
+  of_tiles<Int8>("to_tiles int8", "products int8");
+  of_tiles<Nl4>("to_tiles nl4", "products nl4");
+  of_tiles<Nibbles>("to_tiles nibbles", "products nibbles");
+  of_tiles<Sixes>("to_tiles sixes", "products sixes");
+  of_tiles<Nl2>("to_tiles nl2", "products nl2");
+  of_tiles<Crumbs>("to_tiles crumbs", "products crumbs");
+  of_tiles<Trits>("to_tiles trits", "products trits");
+  of_tiles<Bits>("to_tiles bits", "products bits");
   of_halves();
   of_table(TABLE);
 }

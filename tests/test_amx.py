@@ -36,7 +36,7 @@ def test_tiny_models(
     assert (name, digest(logits)) == ("amx", KNOWN[scheme])
 
 
-@pytest.mark.parametrize("scheme", ["nl4", "int8"])
+@pytest.mark.parametrize("scheme", ["nl4", "int8", "every"])
 def test_activations_of_sixteen_bits(executable: Path, tmp_path: Path, scheme: str) -> None:
     """Two planes a token; columns that end within a tile."""
     c = tiny.config(hidden=200, feed_forward=1100)

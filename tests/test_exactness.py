@@ -14,9 +14,11 @@ from chalot.kernels.reference import best_of
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import inverse_frequencies as inverse
 from chalot.model.transformer import build
+from chalot.quant.scheme import SCHEMES, Scheme
 
 ISAS = [name for name, runs in instruction_sets() if runs]
 NATIVE = [name for name in ISAS if name != "reference"]
+CODED = [s.name for s in SCHEMES.values() if s.is_coded]
 TOKENS = 300  # more than a page
 # Hashes of the last logits of TOKENS tokens, the same on every platform.
 KNOWN = {
@@ -24,6 +26,7 @@ KNOWN = {
     "int8": "9da0d336a64dda8e",
     "bf16": "e95f8bcd16257989",
     "mixed": "d738afd46bb20b9c",
+    "every": "1873c8cb50f6830c",
 }
 
 
@@ -134,7 +137,7 @@ def test_pages_that_held_another_text(expected: dict[str, np.ndarray], isa: str)
 
 @pytest.mark.parametrize("cache", ["f16", "f32", "int8"])
 @pytest.mark.parametrize("planes", [1, 2])
-@pytest.mark.parametrize("scheme", ["nl4", "int8", "f32", "f16", "bf16", "mixed"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "mixed"])
 def test_oracle_agrees(scheme: str, planes: int, cache: str) -> None:
     """numpy and every native table give the same bits, with 8- and 16-bit activations."""
     program = tiny.program(tiny.config(), scheme, planes, cache)
@@ -319,14 +322,12 @@ def lonely_weights(rng: np.random.Generator) -> np.ndarray:
     return w
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nl4"])
+@pytest.mark.parametrize("scheme", CODED)
 @pytest.mark.parametrize("weights", [plain_weights, tied_weights, lonely_weights])
 @pytest.mark.parametrize("isa", NATIVE)
 def test_native_codes_are_numpys(
     isa: str, weights: Callable[[np.random.Generator], np.ndarray], scheme: str
 ) -> None:
-    from chalot.quant.scheme import Scheme
-
     w, s = weights(np.random.default_rng(3)), Scheme.parse(scheme)
     expected = open_backend("reference").encode(w, s)
     np.testing.assert_array_equal(open_backend(isa, 3).encode(w, s), expected)

@@ -81,6 +81,7 @@ def test_bundled_model(
         ("f32", "silu", "f16"),
         ("f16", "gelu_tanh", "f32"),
         ("nl4", "silu", "int8"),
+        ("every", "silu", "f16"),
     ],
 )
 def test_what_known_leaves_out(

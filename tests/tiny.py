@@ -12,6 +12,12 @@ from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, pack, pack_dense
 from chalot.quant.scheme import Scheme
 
+# A scheme for each matrix, in the model's order: all that are coded, gate and up with offsets too.
+EVERY = (
+    *("row8", "int6", "row4", "int4", "ternary", "row2", "row1", "nl2"),
+    *("sign", "nl4", "ternary", "row4", "row8", "nl2", "int6", "row2"),
+)
+
 
 def config(**changes: object) -> ModelConfig:
     """A Qwen2-like model with odd sizes."""
@@ -49,7 +55,7 @@ def matrix(weights: NDArray[np.float32], scheme: str) -> Matrix:
 
 
 def weights(c: ModelConfig, schemes: dict[str, str], planes: int = 1, seed: int = 0) -> Weights:
-    """Random weights; `schemes` gives each kind of tensor ("attention", ...) its scheme."""
+    """Random weights; `schemes` gives each tensor or kind ("attention", ...) its scheme."""
     rng = np.random.Generator(np.random.Philox(seed))
     matrices, vectors, all_planes = {}, {}, {}
     for t in model_tensors(c):
@@ -58,15 +64,19 @@ def weights(c: ModelConfig, schemes: dict[str, str], planes: int = 1, seed: int 
             vectors[t.name] = bell(rng, t.shape, 0.125) + np.float32(1 if norm else 0)
         else:
             w = bell(rng, t.shape, 0.125)
-            matrices[t.name] = matrix(w, schemes.get(t.kind, schemes["*"]))
+            matrices[t.name] = matrix(w, schemes.get(t.name) or schemes.get(t.kind, schemes["*"]))
             if matrices[t.name].scheme.is_coded:
                 all_planes[t.name] = planes
     return Weights(matrices, vectors, all_planes)
 
 
 def program(c: ModelConfig, scheme: str = "nl4", planes: int = 1, cache: str = "") -> Program:
-    """A whole tiny model in one scheme, or "mixed", which has a float16 cache by default."""
-    mixed = {"*": "nl4", "attention": "int8", "head": "bf16", "embedding": "f16"}
-    w = weights(c, mixed if scheme == "mixed" else {"*": scheme}, planes)
+    """A whole tiny model in one scheme, "every", or "mixed", with a float16 cache by default."""
+    matrices = [t.name for t in model_tensors(c) if t.kind != "vector"]
+    some = {
+        "mixed": {"*": "nl4", "attention": "int8", "head": "bf16", "embedding": "f16"},
+        "every": {"*": "nl4", **dict(zip(matrices, EVERY, strict=False))},
+    }
+    w = weights(c, some.get(scheme, {"*": scheme}), planes)
     cache = cache or ("f16" if scheme == "mixed" else CACHE)
     return build(c, w, inverse_frequencies(c), cache)

@@ -107,8 +107,7 @@ void product_of(const Matrix& w, const Activations& x, int tokens, int first, in
 void product(const Matrix& w, const Activations& x, int tokens, int first, int last, Output out, void* scratch) {
   if (tokens * x.planes < kLeast) return avx512vnni_kernels.product(w, x, tokens, first, last, out, scratch);
   _tile_loadconfig(&kTiles);
-  if (w.scheme == Scheme::int8) product_of<Int8>(w, x, tokens, first, last, out, scratch);
-  if (w.scheme == Scheme::nl4) product_of<Nl4>(w, x, tokens, first, last, out, scratch);
+  with_coder(w.scheme, [&](auto coder) { product_of<decltype(coder)>(w, x, tokens, first, last, out, scratch); });
   _tile_release();
 }
 

@@ -1,5 +1,6 @@
 // AVX2 with FMA and F16C: sixteen lanes are two registers. Its u8 x s8 product saturates, so weights give their sign
-// to the activations first: |w| * (x signed by w), both within 127, so no pair passes 32,767.
+// to the activations first: |w| * (x signed by w), within 128 and 127, so no pair passes 32,767. Weights of few values
+// are taken unsigned.
 #include <immintrin.h>
 
 #include "cpu.h"
@@ -140,16 +141,100 @@ inline __m256i add_product(__m256i acc, __m256i size, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// Both 16-column halves of 32 bytes (rows 8h..8h+7 of load j) of one group.
+// The same of weights that are unsigned and small: two pairs stay below 32,767.
+inline __m256i add_unsigned(__m256i acc, __m256i w0, __m256i x0, __m256i w1, __m256i x1) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, w0, x0), w1, x1);
+#endif
+  __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// Two sets of sixteen columns of two rows, as bytes.
 struct Pair {
   __m256i w0, w1;
 };
-inline Pair look_up(const uint8_t* codes, const uint8_t* level, const int8_t* tables, int j, int h) {
-  const __m256i low = _mm256_set1_epi8(15);
-  __m256i bytes = _mm256_loadu_si256((const __m256i*)(codes + j * 64 + h * 32));
-  __m256i table = row_tables(tables, level + 8 * h, j);
-  return {_mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low)),
-          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low))};
+inline __m256i load_half(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+template <int Right, int Mask>
+inline __m256i part(__m256i x) {
+  if constexpr (Right > 0) x = _mm256_srli_epi16(x, Right);
+  if constexpr (Right < 0) x = _mm256_slli_epi16(x, -Right);
+  return _mm256_and_si256(x, _mm256_set1_epi8(Mask));
+}
+// Group G (for whole blocks; others pass the group's codes) of half h of line j: rows 8h..8h+7. As value + Plus.
+template <class C, int G, int Plus>
+inline Pair decode(const uint8_t* codes, const uint8_t* levels, const int8_t* tables, int j, int h) {
+  const uint8_t* from = codes + j * 64 + h * 32;
+  auto looked_up = [&](__m256i i0, __m256i i1) {
+    const __m256i table = row_tables(tables, levels + 8 * h, j);
+    return Pair{_mm256_shuffle_epi8(table, i0), _mm256_shuffle_epi8(table, i1)};
+  };
+  auto less = [](__m256i w0, __m256i w1) {
+    const __m256i middle = _mm256_set1_epi8(char(C::plus - Plus));
+    if (Plus == C::plus) return Pair{w0, w1};
+    return Pair{_mm256_sub_epi8(w0, middle), _mm256_sub_epi8(w1, middle)};
+  };
+  if constexpr (C::group_codes == Int8::group_codes) {
+    return {load_half(from), load_half(from + 256)};
+  } else if constexpr (C::group_codes == Nibbles::group_codes) {
+    const __m256i bytes = load_half(from), w0 = part<0, 15>(bytes), w1 = part<4, 15>(bytes);
+    if constexpr (C::levels) return looked_up(w0, w1);
+    return less(w0, w1);
+  } else if constexpr (C::group_codes == Crumbs::group_codes) {
+    const __m256i bytes = load_half(from + G / 2 * 256);
+    const __m256i w0 = part<G % 2 * 4, 3>(bytes), w1 = part<G % 2 * 4 + 2, 3>(bytes);
+    if constexpr (C::levels) return looked_up(w0, w1);
+    return less(w0, w1);
+  } else if constexpr (C::group_codes == Sixes::group_codes) {
+    const __m256i low = load_half(from + G * 256), high = load_half(from + Sixes::high + G / 2 * 256);
+    const __m256i h0 = part<G % 2 * 4 - 4, 0x30>(high), h1 = part<G % 2 * 4 - 2, 0x30>(high);
+    return less(_mm256_or_si256(part<0, 15>(low), h0), _mm256_or_si256(part<4, 15>(low), h1));
+  } else {
+    static_assert(C::group_codes == Bits::group_codes);  // 0 or 2
+    const __m256i bytes = load_half(from);
+    return less(part<G * 2 - 1, 2>(bytes), part<G * 2, 2>(bytes));
+  }
+}
+// f(decoder of a line, group) for each group of half h of a block.
+template <class C, int Plus, class F>
+inline __attribute__((always_inline)) void each_group(const uint8_t* block, int groups, const int8_t* tables, int h,
+                                                      F f) {
+  const uint8_t* levels = block + groups * C::group_codes;
+  auto group = [&]<int G>(const uint8_t* codes, int g) __attribute__((always_inline)) {
+    f([&](int j)
+          __attribute__((always_inline)) { return decode<C, G, Plus>(codes, levels + g * kPanel, tables, j, h); },
+      g);
+  };
+  if constexpr (C::whole) {
+    group.template operator()<0>(block, 0);
+    group.template operator()<1>(block, 1);
+    group.template operator()<2>(block, 2);
+    group.template operator()<3>(block, 3);
+  } else {
+    for (int g = 0; g < groups; g++) group.template operator()<0>(block + g * C::group_codes, g);
+  }
+}
+
+// ---- five digits a byte; bytes count as b - 128, which the multiplication by 3 keeps
+
+inline __m256i tripled(__m256i b) { return _mm256_add_epi8(b, _mm256_add_epi8(b, b)); }
+inline __m256i less_one(__m256i b) {  // what 3 * b carries, less 1
+  return _mm256_sub_epi8(_mm256_cmpgt_epi8(_mm256_set1_epi8(char(86 - 128)), b),
+                         _mm256_cmpgt_epi8(b, _mm256_set1_epi8(char(170 - 128))));
+}
+// The eight sets of half h of line j.
+inline void decode_trits(const uint8_t* block, int j, int h, __m256i* sets) {
+  const __m256i bias = _mm256_set1_epi8(char(128));
+  auto biased = [&](int at) { return _mm256_xor_si256(load_half(block + at), bias); };
+  __m256i b = biased(j * 64 + h * 32);
+  for (int set = 0; set < 5; set++, b = tripled(b)) sets[set] = less_one(b);
+  b = biased(Trits::rest + j % 2 * 64 + h * 32);
+  if (j >= 2) b = tripled(tripled(tripled(b)));
+  for (int set = 5; set < (j < 2 ? 8 : 7); set++, b = tripled(b)) sets[set] = less_one(b);
+  if (j < 2) return;
+  b = biased(Trits::last);
+  for (int n = (j - 2) * 2 + h; n > 0; n--) b = tripled(b);
+  sets[7] = less_one(b);
 }
 
 // 4 rows x 4 columns of every lane change places: lane l of register q then holds columns 4q..4q+3 of rows 4l..4l+3.
@@ -162,27 +247,29 @@ inline void store_tiles(const __m256i* z, int8_t* out) {
   _mm256_storeu_si256((__m256i*)(out + 192), _mm256_unpackhi_epi64(b, d));
 }
 
-template <class Coder>
-inline Pair decoded(const uint8_t* codes, const uint8_t* level, const int8_t* tables, int j, int h) {
-  if constexpr (Coder::group_bytes != 512) return look_up(codes, level, tables, j, h);
-  return {_mm256_loadu_si256((const __m256i*)(codes + j * 64 + h * 32)),
-          _mm256_loadu_si256((const __m256i*)(codes + 256 + j * 64 + h * 32))};
-}
-
-template <class Coder>
+template <class C>
 inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
-  const uint8_t* levels = block + groups * 256;
-  for (int g = 0; g < groups; g++)
-    for (int h = 0; h < 2; h++) {
-      __m256i first[4], second[4];
-      for (int j = 0; j < 4; j++) {
-        const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
-        Pair w = decoded<Coder>(codes, levels + g * 16, tables, j, h);
-        first[j] = w.w0, second[j] = w.w1;
+  for (int h = 0; h < 2; h++) {
+    if constexpr (C::group_codes == Trits::group_codes) {
+      __m256i sets[4][8];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) decode_trits(block, j, h, sets[j]);
+      for (int set = 0; set < 8; set++) {
+        const __m256i z[4] = {sets[0][set], sets[1][set], sets[2][set], sets[3][set]};
+        store_tiles(z, out + set * 256 + h * 32);
       }
-      store_tiles(first, out + g * 512 + h * 32);
-      store_tiles(second, out + g * 512 + 256 + h * 32);
+    } else {
+      each_group<C, 0>(block, groups, tables, h, [&](auto line, int g) __attribute__((always_inline)) {
+        __m256i first[4], second[4];
+        for (int j = 0; j < 4; j++) {
+          const Pair w = line(j);
+          first[j] = w.w0, second[j] = w.w1;
+        }
+        store_tiles(first, out + g * 512 + h * 32);
+        store_tiles(second, out + g * 512 + 256 + h * 32);
+      });
     }
+  }
 }
 
 template <int Rows, int Panels>
@@ -208,27 +295,56 @@ inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, con
   for (int r = 0; r < Rows; r++) out[r][0] = acc[r];
 }
 
-template <int N, class Coder>
-inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride, const int32_t*,
-                int, I* out) {
-  const uint8_t* levels = block + groups * 256;
+// Eight rows times the code rows, their digits counted less 1.
+template <int N>
+inline void dot_of_trits(const uint8_t* block, const int8_t* x, int stride, int h, __m256i (*acc)[4]) {
+  const __m256i one = _mm256_set1_epi8(1);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m256i sets[8];
+    decode_trits(block, j, h, sets);
+    for (__m256i& w : sets) w = _mm256_add_epi8(w, one);
+    for (int s = 0; s < N; s++)
+      for (int set = 0; set < 8; set += 2) {
+        const int8_t* columns = x + size_t(s) * stride + set * 16;
+        acc[s][j] = add_unsigned(acc[s][j], sets[set], broadcast(columns), sets[set + 1], broadcast(columns + 16));
+      }
+  }
+}
+
+template <int N, class C>
+inline __attribute__((always_inline)) void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x,
+                                               int stride, const int32_t* sums, int sums_stride, I* out) {
+  constexpr bool with_sign = C::plus == 128;
   for (int h = 0; h < 2; h++) {  // eight rows at a time: the accumulators of all sixteen would not fit
     __m256i acc[N][4];
     for (auto& of_row : acc)
       for (__m256i& a : of_row) a = _mm256_setzero_si256();
-    for (int g = 0; g < groups; g++) {
-      const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
-      for (int j = 0; j < 4; j++) {
-        Pair w = decoded<Coder>(codes, levels + g * 16, tables, j, h);
-        __m256i size0 = _mm256_abs_epi8(w.w0), size1 = _mm256_abs_epi8(w.w1);
-        for (int s = 0; s < N; s++) {
-          const int8_t* row = x + size_t(s) * stride + g * kGroup;
-          acc[s][j] = add_product(acc[s][j], size0, w.w0, broadcast(row));
-          acc[s][j] = add_product(acc[s][j], size1, w.w1, broadcast(row + 16));
-        }
-      }
+    if constexpr (C::group_codes == Trits::group_codes) {
+      dot_of_trits<N>(block, x, stride, h, acc);
+    } else {
+      each_group<C, with_sign ? 0 : C::plus>(
+          block, groups, tables, h, [&](auto line, int g) __attribute__((always_inline)) {
+            for (int j = 0; j < 4; j++) {
+              const Pair w = line(j);
+              const __m256i size0 = _mm256_abs_epi8(w.w0), size1 = _mm256_abs_epi8(w.w1);
+              for (int s = 0; s < N; s++) {
+                const int8_t* row = x + size_t(s) * stride + g * kGroup;
+                if constexpr (with_sign) {
+                  acc[s][j] = add_product(acc[s][j], size0, w.w0, broadcast(row));
+                  acc[s][j] = add_product(acc[s][j], size1, w.w1, broadcast(row + 16));
+                } else {
+                  acc[s][j] = add_unsigned(acc[s][j], w.w0, broadcast(row), w.w1, broadcast(row + 16));
+                }
+              }
+            }
+          });
     }
-    for (int s = 0; s < N; s++) (h ? out[s].b : out[s].a) = row_sums(acc[s]);
+    for (int s = 0; s < N; s++) {
+      __m256i total = row_sums(acc[s]);
+      if (!with_sign) total = _mm256_sub_epi32(total, _mm256_set1_epi32(C::plus * sums[size_t(s) * sums_stride]));
+      (h ? out[s].b : out[s].a) = total;
+    }
   }
 }
 

@@ -110,25 +110,123 @@ inline void store_tiles(const I* z, int8_t* out) {
   _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi64(b, d));
 }
 
-template <class Coder>
-inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
-  const I low = _mm512_set1_epi8(15);
-  const uint8_t* levels = block + groups * 256;
-  for (int g = 0; g < groups; g++) {
-    I first[4], second[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      if constexpr (Coder::group_bytes == 512) {
-        first[j] = _mm512_loadu_si512(block + g * 512 + j * 64);
-        second[j] = _mm512_loadu_si512(block + g * 512 + 256 + j * 64);
-      } else {
-        I bytes = _mm512_loadu_si512(block + g * 256 + j * 64), table = row_tables(tables, levels + g * 16, j);
-        first[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low));
-        second[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
-      }
+// Two sets of sixteen columns of four rows, as bytes.
+struct Pair {
+  I w0, w1;
+};
+inline I load_line(const uint8_t* p) { return _mm512_loadu_si512(p); }
+template <int Bits>
+inline I shifted(I x) {  // what leaves a byte for the next is masked away
+  if constexpr (Bits > 0) return _mm512_srli_epi16(x, Bits);
+  if constexpr (Bits < 0) return _mm512_slli_epi16(x, -Bits);
+  return x;
+}
+template <int Right, int Mask>
+inline I part(I x) {
+  return _mm512_and_si512(shifted<Right>(x), _mm512_set1_epi8(char(Mask)));
+}
+// Group G (for whole blocks; others pass the group's codes) of line j, as value + Plus.
+template <class C, int G, int Plus>
+inline Pair decode(const uint8_t* codes, const uint8_t* levels, const int8_t* tables, int j) {
+  auto looked_up = [&](I i0, I i1) {
+    I table = row_tables(tables, levels, j);
+    if (Plus) table = _mm512_xor_si512(table, _mm512_set1_epi8(char(Plus)));
+    return Pair{_mm512_shuffle_epi8(table, i0), _mm512_shuffle_epi8(table, i1)};
+  };
+  auto less = [](I w0, I w1) {
+    const I middle = _mm512_set1_epi8(char(C::plus - Plus));
+    if (Plus == C::plus) return Pair{w0, w1};
+    return Pair{_mm512_sub_epi8(w0, middle), _mm512_sub_epi8(w1, middle)};
+  };
+  if constexpr (C::group_codes == Int8::group_codes) {
+    const I plus = _mm512_set1_epi8(char(Plus));
+    return {_mm512_xor_si512(load_line(codes + j * 64), plus), _mm512_xor_si512(load_line(codes + 256 + j * 64), plus)};
+  } else if constexpr (C::group_codes == Nibbles::group_codes) {
+    const I bytes = load_line(codes + j * 64), w0 = part<0, 15>(bytes), w1 = part<4, 15>(bytes);
+    if constexpr (C::levels) return looked_up(w0, w1);
+    return less(w0, w1);
+  } else if constexpr (C::group_codes == Crumbs::group_codes) {
+    const I bytes = load_line(codes + G / 2 * 256 + j * 64);
+    const I w0 = part<G % 2 * 4, 3>(bytes), w1 = part<G % 2 * 4 + 2, 3>(bytes);
+    if constexpr (C::levels) return looked_up(w0, w1);
+    return less(w0, w1);
+  } else if constexpr (C::group_codes == Sixes::group_codes) {
+    const I low = load_line(codes + G * 256 + j * 64), high = load_line(codes + Sixes::high + G / 2 * 256 + j * 64);
+    const I h0 = part<G % 2 * 4 - 4, 0x30>(high), h1 = part<G % 2 * 4 - 2, 0x30>(high);
+    return less(_mm512_or_si512(part<0, 15>(low), h0), _mm512_or_si512(part<4, 15>(low), h1));
+  } else {
+    static_assert(C::group_codes == Bits::group_codes);  // 0 or 2
+    const I bytes = load_line(codes + j * 64);
+    return less(part<G * 2 - 1, 2>(bytes), part<G * 2, 2>(bytes));
+  }
+}
+// f(decoder of a line, group) for each group of a block.
+template <class C, int Plus, class F>
+inline __attribute__((always_inline)) void each_group(const uint8_t* block, int groups, const int8_t* tables, F f) {
+  const uint8_t* levels = block + groups * C::group_codes;
+  auto group = [&]<int G>(const uint8_t* codes, int g) __attribute__((always_inline)) {
+    f([&](int j) __attribute__((always_inline)) { return decode<C, G, Plus>(codes, levels + g * kPanel, tables, j); },
+      g);
+  };
+  if constexpr (C::whole) {
+    group.template operator()<0>(block, 0);
+    group.template operator()<1>(block, 1);
+    group.template operator()<2>(block, 2);
+    group.template operator()<3>(block, 3);
+  } else {
+    for (int g = 0; g < groups; g++) group.template operator()<0>(block + g * C::group_codes, g);
+  }
+}
+
+// ---- five digits a byte
+
+inline I tripled(I b) { return _mm512_add_epi8(b, _mm512_add_epi8(b, b)); }
+inline I digit(I b) {  // what 3 * b carries
+  const I one = _mm512_set1_epi8(1);
+  const I some = _mm512_maskz_mov_epi8(_mm512_cmpgt_epu8_mask(b, _mm512_set1_epi8(85)), one);
+  return _mm512_mask_add_epi8(some, _mm512_cmpgt_epu8_mask(b, _mm512_set1_epi8(char(170))), some, one);
+}
+// f(line, set, b, 3 b) for everything in a block, where the set's digits are what 3 b carries.
+template <class F>
+inline __attribute__((always_inline)) void each_set(const uint8_t* block, F f) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    I near = load_line(block + i * 64), far = load_line(block + i * 64 + 128);
+    I rest = load_line(block + Trits::rest + i * 64);
+#pragma GCC unroll 5
+    for (int set = 0; set < 5; set++) {
+      const I near3 = tripled(near), far3 = tripled(far), rest3 = tripled(rest);
+      f(i, set, near, near3);
+      f(i + 2, set, far, far3);
+      f(set < 3 ? i : i + 2, set < 3 ? set + 5 : set + 2, rest, rest3);
+      near = near3, far = far3, rest = rest3;
     }
-    store_tiles(first, out + g * 512);
-    store_tiles(second, out + g * 512 + 256);
+  }
+  const __m256i c = _mm256_loadu_si256((const __m256i*)(block + Trits::last));
+  const I once = _mm512_inserti64x4(_mm512_castsi256_si512(c), _mm256_add_epi8(c, _mm256_add_epi8(c, c)), 1);
+  const I twice = tripled(once), thrice = tripled(twice);
+  f(2, 7, once, twice);
+  f(3, 7, thrice, tripled(thrice));
+}
+
+template <class C>
+inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
+  if constexpr (C::group_codes == Trits::group_codes) {
+    I z[8][4];
+    each_set(block, [&](int j, int set, I b, I)
+                        __attribute__((always_inline)) { z[set][j] = _mm512_sub_epi8(digit(b), _mm512_set1_epi8(1)); });
+    for (int set = 0; set < 8; set++) store_tiles(z[set], out + set * 256);
+  } else {
+    each_group<C, 0>(block, groups, tables, [&](auto line, int g) __attribute__((always_inline)) {
+      I first[4], second[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const Pair w = line(j);
+        first[j] = w.w0, second[j] = w.w1;
+      }
+      store_tiles(first, out + g * 512);
+      store_tiles(second, out + g * 512 + 256);
+    });
   }
 }
 
@@ -163,39 +261,71 @@ inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, con
   }
 }
 
-template <int N, class Coder>
-inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride,
-                const int32_t* sums, int sums_stride, I* out) {
-  const I low = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(char(128));
+// Asks for what lies kAhead behind a group's codes.
+template <class C>
+inline void ask(const uint8_t* codes) {
+  for (int line = 0; line < C::group_bytes; line += 64) _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_NTA);
+}
+
+// Digits are not needed: of bytes b(n+1) = 3 b(n) - 256 digit(n), so 256 * (sum of digit * x) is 3 times the sum of
+// b(n) x less that of b(n+1) x.
+template <int N>
+inline void dot_of_bytes(const uint8_t* block, const int8_t* x, int stride, const int32_t* sums, int sums_stride,
+                         I* out) {
+  I now[N][4], next[N][4];
+#pragma GCC unroll 2
+  for (int s = 0; s < N; s++)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) now[s][j] = next[s][j] = _mm512_setzero_si512();
+  each_set(block, [&](int j, int set, I b, I b3) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int s = 0; s < N; s++) {
+      const I columns = broadcast(x + size_t(s) * stride + set * 16);
+      now[s][j] = _mm512_dpbusd_epi32(now[s][j], b, columns);
+      next[s][j] = _mm512_dpbusd_epi32(next[s][j], b3, columns);
+    }
+  });
+  for (int s = 0; s < N; s++) {
+    const I first = row_sums(now[s]), thrice = _mm512_add_epi32(first, _mm512_add_epi32(first, first));
+    out[s] = _mm512_sub_epi32(_mm512_srai_epi32(_mm512_sub_epi32(thrice, row_sums(next[s])), 8),
+                              _mm512_set1_epi32(sums[size_t(s) * sums_stride]));
+  }
+}
+
+template <int N, class C>
+inline __attribute__((always_inline)) void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x,
+                                               int stride, const int32_t* sums, int sums_stride, I* out) {
+  if constexpr (C::group_codes == Trits::group_codes) {
+    for (int g = 0; g < 4; g++) ask<C>(block + g * C::group_bytes);
+    if constexpr (N <= 2) return dot_of_bytes<N>(block, x, stride, sums, sums_stride, out);
+  }
   I acc[N][4];
   for (auto& of_row : acc)
     for (I& a : of_row) a = _mm512_setzero_si512();
-  const uint8_t* levels = block + groups * 256;
-  for (int g = 0; g < groups; g++) {
-    const uint8_t* codes = block + g * (Coder::group_bytes == 512 ? 512 : 256);
-    for (int line = 0; line < Coder::group_bytes; line += 64)
-      _mm_prefetch((const char*)codes + kAhead + line, _MM_HINT_NTA);
-    I x0[N], x1[N];
-    for (int s = 0; s < N; s++) {
-      x0[s] = broadcast(x + size_t(s) * stride + g * kGroup);
-      x1[s] = broadcast(x + size_t(s) * stride + g * kGroup + 16);
-    }
+  if constexpr (C::group_codes == Trits::group_codes) {
+    each_set(block, [&](int j, int set, I b, I) __attribute__((always_inline)) {
+      const I w = digit(b);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      I w0, w1;
-      I bytes = _mm512_loadu_si512(codes + j * 64);
-      if constexpr (Coder::group_bytes == 512) {
-        w0 = _mm512_xor_si512(bytes, bias);
-        w1 = _mm512_xor_si512(_mm512_loadu_si512(codes + 256 + j * 64), bias);
-      } else {
-        I table = _mm512_xor_si512(row_tables(tables, levels + g * 16, j), bias);
-        w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low));
-        w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low));
+      for (int s = 0; s < N; s++)
+        acc[s][j] = _mm512_dpbusd_epi32(acc[s][j], w, broadcast(x + size_t(s) * stride + set * 16));
+    });
+  } else {
+    each_group<C, C::plus>(block, groups, tables, [&](auto line, int g) __attribute__((always_inline)) {
+      ask<C>(block + g * (C::whole ? C::group_bytes : C::group_codes));
+      I x0[N], x1[N];
+      for (int s = 0; s < N; s++) {
+        x0[s] = broadcast(x + size_t(s) * stride + g * kGroup);
+        x1[s] = broadcast(x + size_t(s) * stride + g * kGroup + 16);
       }
-      for (int s = 0; s < N; s++) acc[s][j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[s][j], w0, x0[s]), w1, x1[s]);
-    }
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const Pair w = line(j);
+        for (int s = 0; s < N; s++)
+          acc[s][j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[s][j], w.w0, x0[s]), w.w1, x1[s]);
+      }
+    });
   }
   for (int s = 0; s < N; s++)
-    out[s] = _mm512_sub_epi32(row_sums(acc[s]), _mm512_set1_epi32(128 * sums[size_t(s) * sums_stride]));
+    out[s] = _mm512_sub_epi32(row_sums(acc[s]), _mm512_set1_epi32(C::plus * sums[size_t(s) * sums_stride]));
 }
 }  // namespace

@@ -1,9 +1,10 @@
 // Weights to codes, one panel at a time: the same results as chalot/quant/codes.py.
 // Included by loops.h inside its anonymous namespace.
 
-constexpr int kSearchBelow = 5, kSearchAbove = 1, kMagnitudes = 64, kGrids = 2;
+constexpr int kSearchAbove = 1, kMagnitudes = 64, kGrids = 2;
 
-// A level's sixteen ascending values as eight pairs, the middles in each, and the middles between them.
+// A level's ascending values as eight pairs, the middles in each, and the middles between them. Behind the last value
+// nothing is near.
 struct alignas(64) Pairs {
   float low[8], high[8], inside[8], between[8];
 };
@@ -12,17 +13,20 @@ struct alignas(64) Pairs {
 struct Grids {
   Pairs pairs[kGrids * kMagnitudes];
   float reach[kMagnitudes], end[kMagnitudes];
+  int below;  // magnitudes tried below the one that meets the largest weight
 };
 static_assert(sizeof(Grids) <= kGridsBytes);
 
-inline void fill(Grids& g, const int8_t* tables) {
+inline void fill(Grids& g, const int8_t* tables, int points, int below) {
+  g.below = below;
   for (int level = 0; level < kGrids * kMagnitudes; level++) {
     const int8_t* t = tables + level * 16;
     Pairs& pairs = g.pairs[level];
     for (int i = 0; i < 8; i++) {
-      pairs.low[i] = float(t[2 * i]), pairs.high[i] = float(t[2 * i + 1]);
+      const bool there = 2 * i < points;
+      pairs.low[i] = there ? float(t[2 * i]) : 0.0f, pairs.high[i] = there ? float(t[2 * i + 1]) : 0.0f;
       pairs.inside[i] = (pairs.low[i] + pairs.high[i]) * 0.5f;
-      pairs.between[i] = i < 7 ? (pairs.high[i] + float(t[2 * i + 2])) * 0.5f : 0.0f;
+      pairs.between[i] = 2 * i + 2 < points ? (pairs.high[i] + float(t[2 * i + 2])) * 0.5f : __builtin_inff();
     }
   }
   double power = 0x1p-63;
@@ -31,7 +35,7 @@ inline void fill(Grids& g, const int8_t* tables) {
     g.end[m] = 0;
     for (int grid = 0; grid < kGrids; grid++) {
       const Pairs& pairs = g.pairs[grid * kMagnitudes + m];
-      const float end = -pairs.low[0] > pairs.high[7] ? -pairs.low[0] : pairs.high[7];
+      const float top = pairs.high[points / 2 - 1], end = -pairs.low[0] > top ? -pairs.low[0] : top;
       g.end[m] = end > g.end[m] ? end : g.end[m];
     }
   }
@@ -70,19 +74,19 @@ inline int nearest_level(Group x, const Grids& grids) {
     return m < 0 ? 0 : m > kMagnitudes - 1 ? kMagnitudes - 1 : m;
   };
   uint64_t best = UINT64_MAX;
-  for (int step = kSearchAbove; step >= -kSearchBelow; step--) {
+  for (int step = kSearchAbove; step >= -grids.below; step--) {
     const int m = at_step(step);
     const float miss = size - grids.end[m];
     if (miss > 0 && rank(miss * miss, 0) > best) break;
     for (int half = 0; half < 4; half++) {  // grid, and sign of the table
       const int side = half % 2 * kMagnitudes + m;
       const float error = distance(half < 2 ? x : negative, grids.pairs[side]);
-      const uint64_t found = rank(error, (step + kSearchBelow) * 4 + half);
+      const uint64_t found = rank(error, (step + grids.below) * 4 + half);
       best = found < best ? found : best;
     }
   }
   const int turn = int(best & 255), half = turn % 4;
-  return half * kMagnitudes + at_step(turn / 4 - kSearchBelow);
+  return half * kMagnitudes + at_step(turn / 4 - grids.below);
 }
 
 inline F codes_of(F x, const Pairs& pairs) {
@@ -118,31 +122,41 @@ inline void put_bytes(F whole, uint8_t* to) {
   for (int k = 0; k < 16; k++) to[k] = uint8_t(n[k]);
 }
 
+// Two sets of sixteen codes in one byte each, `shift` from its right end; what is left of them is cleared.
+inline void put_pairs(F low, F high, float step, int shift, uint8_t* to) {
+  uint8_t both[16];
+  put_bytes(fma(high, set(step), low), both);
+  for (int k = 0; k < 16; k++) to[k] = uint8_t((shift ? to[k] : 0) | both[k] << shift);
+}
+
+template <class C>
 inline void put_group(const Matrix& w, const Grids& grids, Group x, uint8_t* panel, int r, int g) {
-  const int at = r % 4 * 64 + r / 4 * 16;  // load and lane
-  if (w.scheme == Scheme::int8) {
+  const int at = r % 4 * 64 + r / 4 * 16;  // line and lane
+  if constexpr (!C::levels) {
     uint8_t* to = panel + size_t(g) * Int8::group_bytes + at;
     put_bytes(round(x.first), to);
     put_bytes(round(x.second), to + 256);
     return;
   }
   const int block = g / 4, in_block = g % 4;
-  const int groups = w.groups() - block * 4 < 4 ? w.groups() - block * 4 : 4;
-  uint8_t* base = panel + size_t(block) * 4 * Nl4::group_bytes;
+  const int groups = C::groups(w.groups() - block * 4 < 4 ? w.groups() - block * 4 : 4);
+  uint8_t* base = panel + size_t(block) * 4 * C::group_bytes;
   const int level = nearest_level(x, grids);
   const Pairs& pairs = grids.pairs[level % (kGrids * kMagnitudes)];
   const F sign = set(level < kGrids * kMagnitudes ? 1.0f : -1.0f);
   const F low = codes_of(mul(x.first, sign), pairs), high = codes_of(mul(x.second, sign), pairs);
-  put_bytes(fma(high, set(16.0f), low), base + in_block * 256 + at);
-  base[groups * 256 + in_block * kPanel + r] = uint8_t(level);
+  base[groups * C::group_codes + in_block * kPanel + r] = uint8_t(level);
+  if constexpr (C::whole)
+    put_pairs(low, high, 4.0f, in_block % 2 * 4, base + in_block / 2 * 256 + at);
+  else
+    put_bytes(fma(high, set(16.0f), low), base + in_block * 256 + at);
 }
 
-void encode(const Matrix& w, const float* weights, int first, int last, uint8_t* panels, uint16_t* segments,
-            float* row_scale, void* scratch) {
+template <class C>
+void encode_rows(const Matrix& w, const float* weights, int first, int last, uint8_t* panels, uint16_t* segments,
+                 float* row_scale, const Grids& grids, float* sizes) {
   const int columns = w.groups() * kGroup, segment = w.segment_blocks * kBlock, count = w.segment_count();
-  Grids& grids = *static_cast<Grids*>(scratch);
-  float* sizes = reinterpret_cast<float*>(&grids + 1);
-  if (w.scheme == Scheme::nl4) fill(grids, w.tables);
+  if constexpr (C::whole) __builtin_memset(panels + first * w.panel_bytes(), 0, size_t(last - first) * w.panel_bytes());
   for (int row = first * kPanel; row < last * kPanel; row++) {
     const int p = row / kPanel, r = row % kPanel;
     const float* from = weights + size_t(row) * columns;
@@ -155,7 +169,23 @@ void encode(const Matrix& w, const float* weights, int first, int last, uint8_t*
       segments[(size_t(p) * count + s) * kPanel + r] = half;
       const float unit = row_scale[row] * half_to_float(half);
       for (int g = s * segment / kGroup; g < (s + 1) * segment / kGroup && g < w.groups(); g++)
-        put_group(w, grids, in_units(from + g * kGroup, unit), panels + size_t(p) * w.panel_bytes(), r, g);
+        put_group<C>(w, grids, in_units(from + g * kGroup, unit), panels + size_t(p) * w.panel_bytes(), r, g);
     }
   }
+}
+
+void encode(const Matrix& w, const float* weights, int first, int last, uint8_t* panels, uint16_t* segments,
+            float* row_scale, void* scratch) {
+  Grids& grids = *static_cast<Grids*>(scratch);
+  float* sizes = reinterpret_cast<float*>(&grids + 1);
+  auto rows = [&](auto coder) {
+    encode_rows<decltype(coder)>(w, weights, first, last, panels, segments, row_scale, grids, sizes);
+  };
+  if (w.scheme == Scheme::int8) return rows(Int8{});
+  const bool four = w.scheme == Scheme::nl2;  // points; they may cut off more
+  fill(grids, w.tables, four ? 4 : 16, four ? 10 : 5);
+  if (four)
+    rows(Nl2{});
+  else
+    rows(Nl4{});
 }

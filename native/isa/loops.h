@@ -133,23 +133,18 @@ int top(const float* logits, int n, int first, int count, Candidate* best, int h
 
 // ---- one row as numbers: row_scale * segment * value, each product rounded once
 
-template <class Coder>
-int value_at(const Matrix& w, const uint8_t* panel, int r, int k);
-
-template <>
-int value_at<Int8>(const Matrix&, const uint8_t* panel, int r, int k) {
-  const uint8_t* half = panel + size_t(k / 16) * 256;
-  return int8_t(half[r % 4 * 64 + r / 4 * 16 + k % 16]);
-}
-
-template <>
-int value_at<Nl4>(const Matrix& w, const uint8_t* panel, int r, int k) {
-  int block = k / kBlock, group = k % kBlock / kGroup;
-  int groups = w.groups() - block * 4 < 4 ? w.groups() - block * 4 : 4;
-  const uint8_t* base = panel + size_t(block) * 4 * Nl4::group_bytes;
-  uint8_t byte = base[group * 256 + r % 4 * 64 + r / 4 * 16 + k % 16];
-  uint8_t level = base[groups * 256 + group * kPanel + r];
-  return w.tables[level * 16 + (k % kGroup < 16 ? byte & 15 : byte >> 4)];
+template <class C>
+void coded_row(const Matrix& w, int row, float* out) {
+  const int p = row / kPanel, line = row % 4, lane = row % kPanel / 4;
+  const uint8_t* panel = panel_of<C>(w, p);
+  for (int b = 0; b < w.blocks(); b++) {
+    const int groups = C::groups(w.groups() - b * 4 < 4 ? w.groups() - b * 4 : 4);
+    const uint8_t* block = panel + size_t(b) * 4 * C::group_bytes;
+    const uint16_t* segments = w.segments + (size_t(p) * w.segment_count() + b / w.segment_blocks) * kPanel;
+    const float unit = w.row_scale[row] * half_to_float(segments[row % kPanel]);
+    for (int k = 0; k < kBlock && b * kBlock + k < w.columns; k++)
+      out[b * kBlock + k] = float(value_of<C>(block, groups, w.tables, line, k / 16, lane * 16 + k % 16)) * unit;
+  }
 }
 
 void row(const Matrix& w, int row, float* out) {
@@ -163,14 +158,7 @@ void row(const Matrix& w, int row, float* out) {
     }
     return;
   }
-  const int p = row / kPanel, r = row % kPanel;
-  const uint8_t* panel = w.data + size_t(p) * w.panel_bytes();
-  for (int k = 0; k < w.columns; k++) {
-    int v = w.scheme == Scheme::int8 ? value_at<Int8>(w, panel, r, k) : value_at<Nl4>(w, panel, r, k);
-    int s = k / kBlock / w.segment_blocks;
-    float factor = half_to_float(w.segments[(size_t(p) * w.segment_count() + s) * kPanel + r]);
-    out[k] = float(v) * (w.row_scale[row] * factor);
-  }
+  with_coder(w.scheme, [&](auto coder) { coded_row<decltype(coder)>(w, row, out); });
 }
 
 #include "attend.h"

@@ -157,13 +157,76 @@ constexpr int kTokens = 4, kRows = 4, kPanels = 1, kDenseRows = 2, kDenseTokens 
 struct Pair {
   int8x16_t w0, w1;
 };
-template <class Coder>
-inline Pair weights(const uint8_t* codes, const int8_t* tables, uint8_t level) {
-  if constexpr (Coder::group_bytes == Int8::group_bytes)
-    return {vreinterpretq_s8_u8(vld1q_u8(codes)), vreinterpretq_s8_u8(vld1q_u8(codes + 256))};
-  const int8x16_t table = vld1q_s8(tables + level * 16);
-  const uint8x16_t bytes = vld1q_u8(codes);
-  return {vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15))), vqtbl1q_s8(table, vshrq_n_u8(bytes, 4))};
+template <int Right, int Mask>
+inline uint8x16_t part(uint8x16_t x) {
+  if constexpr (Right > 0) x = vshrq_n_u8(x, Right);
+  if constexpr (Right < 0) x = vshlq_n_u8(x, -Right);
+  return vandq_u8(x, vdupq_n_u8(Mask));
+}
+inline Pair bytes_of(uint8x16_t w0, uint8x16_t w1) { return {vreinterpretq_s8_u8(w0), vreinterpretq_s8_u8(w1)}; }
+// Group G (for whole blocks; others pass the group's codes) of lane `lane` of line j: as values where codes are of
+// tables or int8, else value + plus.
+template <class C, int G>
+inline Pair decode(const uint8_t* codes, const uint8_t* levels, const int8_t* tables, int lane, int j) {
+  const uint8_t* from = codes + j * 64 + lane * 16;
+  auto looked_up = [&](uint8x16_t i0, uint8x16_t i1) {
+    if constexpr (!C::levels) return bytes_of(i0, i1);
+    const int8x16_t table = vld1q_s8(tables + levels[lane * 4 + j] * 16);
+    return Pair{vqtbl1q_s8(table, i0), vqtbl1q_s8(table, i1)};
+  };
+  if constexpr (C::group_codes == Int8::group_codes) {
+    return bytes_of(vld1q_u8(from), vld1q_u8(from + 256));
+  } else if constexpr (C::group_codes == Nibbles::group_codes) {
+    const uint8x16_t bytes = vld1q_u8(from);
+    return looked_up(vandq_u8(bytes, vdupq_n_u8(15)), vshrq_n_u8(bytes, 4));
+  } else if constexpr (C::group_codes == Crumbs::group_codes) {
+    const uint8x16_t bytes = vld1q_u8(from + G / 2 * 256);
+    return looked_up(part<G % 2 * 4, 3>(bytes), part<G % 2 * 4 + 2, 3>(bytes));
+  } else if constexpr (C::group_codes == Sixes::group_codes) {
+    const uint8x16_t low = vld1q_u8(from + G * 256), high = vld1q_u8(from + Sixes::high + G / 2 * 256);
+    return bytes_of(vorrq_u8(part<0, 15>(low), part<G % 2 * 4 - 4, 0x30>(high)),
+                    vorrq_u8(vshrq_n_u8(low, 4), part<G % 2 * 4 - 2, 0x30>(high)));
+  } else {
+    static_assert(C::group_codes == Bits::group_codes);  // 0 or 2
+    const uint8x16_t bytes = vld1q_u8(from);
+    return bytes_of(part<G * 2 - 1, 2>(bytes), part<G * 2, 2>(bytes));
+  }
+}
+// What three times a byte carries, and what stays.
+inline int8x16_t digit(uint8x16_t& b) {
+  const uint8x16_t carried = vshrq_n_u8(vhaddq_u8(b, vshrq_n_u8(b, 1)), 6);
+  b = vaddq_u8(b, vaddq_u8(b, b));
+  return vreinterpretq_s8_u8(carried);
+}
+// The digits of all eight sets of lane `lane` of line j.
+inline void decode_trits(const uint8_t* block, int lane, int j, int8x16_t* sets) {
+  uint8x16_t b = vld1q_u8(block + j * 64 + lane * 16);
+  for (int set = 0; set < 5; set++) sets[set] = digit(b);
+  b = vld1q_u8(block + Trits::rest + j % 2 * 64 + lane * 16);
+  if (j >= 2) b = vmulq_u8(b, vdupq_n_u8(27));
+  for (int set = 5; set < (j < 2 ? 8 : 7); set++) sets[set] = digit(b);
+  if (j < 2) return;
+  const uint8_t power[4] = {1, 3, 9, 27};
+  b = vmulq_u8(vld1q_u8(block + Trits::last + lane % 2 * 16), vdupq_n_u8(power[(j - 2) * 2 + lane / 2]));
+  sets[7] = digit(b);
+}
+// f(decoder of a lane and line, group) for each group of a block.
+template <class C, class F>
+inline __attribute__((always_inline)) void each_group(const uint8_t* block, int groups, const int8_t* tables, F f) {
+  const uint8_t* levels = block + groups * C::group_codes;
+  auto group = [&]<int G>(const uint8_t* codes, int g) __attribute__((always_inline)) {
+    f([&](int lane, int j)
+          __attribute__((always_inline)) { return decode<C, G>(codes, levels + g * kPanel, tables, lane, j); },
+      g);
+  };
+  if constexpr (C::whole) {
+    group.template operator()<0>(block, 0);
+    group.template operator()<1>(block, 1);
+    group.template operator()<2>(block, 2);
+    group.template operator()<3>(block, 3);
+  } else {
+    for (int g = 0; g < groups; g++) group.template operator()<0>(block + g * C::group_codes, g);
+  }
 }
 
 // 4 rows x 4 columns change places: out + 64 q then holds columns 4q..4q+3 of the four rows.
@@ -178,21 +241,36 @@ inline void store_tiles(const int8x16_t* rows, int8_t* out) {
   vst1q_s8(out + 192, vreinterpretq_s8_s64(vzip2q_s64(b, d)));
 }
 
-template <class Coder>
+// What sums of codes have too much, of decoded registers.
+template <class C>
+constexpr int kPlus = C::plus == 128 ? 0 : C::plus;
+
+template <class C>
 inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
-  constexpr bool coded = Coder::group_bytes == Nl4::group_bytes;
-  const uint8_t* levels = block + groups * 256;
-  for (int g = 0; g < groups; g++)
+  const int8x16_t middle = vdupq_n_s8(kPlus<C>);
+  if constexpr (C::group_codes == Trits::group_codes) {
     for (int lane = 0; lane < 4; lane++) {
-      int8x16_t first[4], second[4];
-      for (int j = 0; j < 4; j++) {
-        const uint8_t* codes = block + g * (coded ? 256 : 512) + j * 64 + lane * 16;
-        Pair w = weights<Coder>(codes, tables, coded ? levels[g * 16 + lane * 4 + j] : uint8_t(0));
-        first[j] = w.w0, second[j] = w.w1;
+      int8x16_t sets[4][8];
+      for (int j = 0; j < 4; j++) decode_trits(block, lane, j, sets[j]);
+      for (int set = 0; set < 8; set++) {
+        int8x16_t rows[4];
+        for (int j = 0; j < 4; j++) rows[j] = vsubq_s8(sets[j][set], middle);
+        store_tiles(rows, out + set * 256 + lane * 16);
       }
-      store_tiles(first, out + g * 512 + lane * 16);
-      store_tiles(second, out + g * 512 + 256 + lane * 16);
     }
+  } else {
+    each_group<C>(block, groups, tables, [&](auto weights, int g) __attribute__((always_inline)) {
+      for (int lane = 0; lane < 4; lane++) {
+        int8x16_t first[4], second[4];
+        for (int j = 0; j < 4; j++) {
+          const Pair w = weights(lane, j);
+          first[j] = vsubq_s8(w.w0, middle), second[j] = vsubq_s8(w.w1, middle);
+        }
+        store_tiles(first, out + g * 512 + lane * 16);
+        store_tiles(second, out + g * 512 + 256 + lane * 16);
+      }
+    });
+  }
 }
 
 template <int Lane, int Rows>
@@ -220,35 +298,48 @@ inline void tile_product(const int8_t* tiles, size_t, int quads, const int8_t* x
   for (int r = 0; r < Rows; r++) out[r][0] = acc[r];
 }
 
-template <int N, class Coder>
-inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride, const int32_t*,
-                int, I* out) {
+// One row's digits times the code rows: a register of sums each.
+template <int N>
+inline void dot_of_trits(const uint8_t* block, const int8_t* x, int stride, int lane, int j, int32x4_t (*acc)[4]) {
+  int8x16_t sets[8];
+  decode_trits(block, lane, j, sets);
+  for (int s = 0; s < N; s++)
+    for (int set = 0; set < 8; set++)
+      acc[s][j] = vdotq_s32(acc[s][j], sets[set], vld1q_s8(x + size_t(s) * stride + set * 16));
+}
+
+template <int N, class C>
+inline __attribute__((always_inline)) void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x,
+                                               int stride, const int32_t* sums, int sums_stride, I* out) {
   constexpr int kLanes = N < 4 ? 4 / N : 1;  // four rows each: sixteen of the 32 registers hold sums
-  constexpr bool coded = Coder::group_bytes == Nl4::group_bytes;
-  const uint8_t* levels = block + groups * 256;
   for (int first = 0; first < 4; first += kLanes) {
-    int32x4_t acc[N][kLanes][4];
-    for (auto& of_token : acc)
-      for (auto& of_lane : of_token)
-        for (int32x4_t& a : of_lane) a = vdupq_n_s32(0);
-    for (int g = 0; g < groups; g++) {
-      const uint8_t* codes = block + g * (coded ? 256 : 512) + first * 16;
-      int8x16_t x0[N], x1[N];
-      for (int s = 0; s < N; s++) {
-        x0[s] = vld1q_s8(x + size_t(s) * stride + g * kGroup);
-        x1[s] = vld1q_s8(x + size_t(s) * stride + g * kGroup + 16);
-      }
+    int32x4_t acc[kLanes][N][4];
+    for (auto& of_lane : acc)
+      for (auto& of_token : of_lane)
+        for (int32x4_t& a : of_token) a = vdupq_n_s32(0);
+    if constexpr (C::group_codes == Trits::group_codes) {
       for (int lane = 0; lane < kLanes; lane++)
-        for (int j = 0; j < 4; j++) {
-          const uint8_t level = coded ? levels[g * 16 + (first + lane) * 4 + j] : 0;
-          Pair w = weights<Coder>(codes + j * 64 + lane * 16, tables, level);
-          for (int s = 0; s < N; s++) acc[s][lane][j] = vdotq_s32(vdotq_s32(acc[s][lane][j], w.w0, x0[s]), w.w1, x1[s]);
+        for (int j = 0; j < 4; j++) dot_of_trits<N>(block, x, stride, first + lane, j, acc[lane]);
+    } else {
+      each_group<C>(block, groups, tables, [&](auto weights, int g) __attribute__((always_inline)) {
+        int8x16_t x0[N], x1[N];
+        for (int s = 0; s < N; s++) {
+          x0[s] = vld1q_s8(x + size_t(s) * stride + g * kGroup);
+          x1[s] = vld1q_s8(x + size_t(s) * stride + g * kGroup + 16);
         }
+        for (int lane = 0; lane < kLanes; lane++)
+          for (int j = 0; j < 4; j++) {
+            const Pair w = weights(first + lane, j);
+            for (int s = 0; s < N; s++)
+              acc[lane][s][j] = vdotq_s32(vdotq_s32(acc[lane][s][j], w.w0, x0[s]), w.w1, x1[s]);
+          }
+      });
     }
     for (int s = 0; s < N; s++)
       for (int lane = 0; lane < kLanes; lane++) {
-        const int32x4_t* a = acc[s][lane];
-        out[s].v[first + lane] = vpaddq_s32(vpaddq_s32(a[0], a[1]), vpaddq_s32(a[2], a[3]));
+        const int32x4_t* a = acc[lane][s];
+        const int32x4_t total = vpaddq_s32(vpaddq_s32(a[0], a[1]), vpaddq_s32(a[2], a[3]));
+        out[s].v[first + lane] = vsubq_s32(total, vdupq_n_s32(kPlus<C> * sums[size_t(s) * sums_stride]));
       }
   }
 }

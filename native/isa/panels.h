@@ -4,7 +4,7 @@
 
 template <class Coder>
 const uint8_t* panel_of(const Matrix& w, int p) {
-  return w.data + size_t(p) * w.groups() * Coder::group_bytes;
+  return w.data + size_t(p) * (Coder::whole ? w.blocks() * 4 : w.groups()) * Coder::group_bytes;
 }
 
 // Asks for bytes that are used soon.
@@ -16,7 +16,7 @@ template <class Coder>
 void panel_to_tiles(const Matrix& w, int p, int8_t* tiles) {
   const uint8_t* panel = panel_of<Coder>(w, p);
   for (int g = 0; g < w.groups(); g += 4) {
-    int n = w.groups() - g < 4 ? w.groups() - g : 4;
+    int n = Coder::groups(w.groups() - g < 4 ? w.groups() - g : 4);
     to_tiles<Coder>(panel, n, w.tables, tiles + size_t(g) * kGroup * kPanel);
     panel += size_t(n) * Coder::group_bytes;
   }

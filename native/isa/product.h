@@ -11,7 +11,7 @@ void panel_product(const Matrix& w, int p, const uint8_t* panel, const Activatio
   const int32_t* sums = x.sums + size_t(t) * Planes * all_blocks;
   const float* scale = x.scale + size_t(t) * all_blocks;
   for (int b = 0; b < blocks; b++) {
-    int n = groups - b * 4 < 4 ? groups - b * 4 : 4;
+    int n = Coder::groups(groups - b * 4 < 4 ? groups - b * 4 : 4);
     I part[Tokens * Planes];
     dot<Tokens * Planes, Coder>(panel, n, w.tables, codes + b * kBlock, x.stride, sums + b, all_blocks, part);
     panel += size_t(n) * Coder::group_bytes;
@@ -92,15 +92,13 @@ void product_of(const Matrix& w, const Activations& x, int tokens, int first, in
 }
 
 void product(const Matrix& w, const Activations& x, int tokens, int first, int last, Output out, void* scratch) {
-  auto with = [&](auto coder) {
-    using Coder = decltype(coder);
+  with_coder(w.scheme, [&](auto coder) {
+    using C = decltype(coder);
     if (x.planes == 1)
-      product_of<Coder, 1>(w, x, tokens, first, last, out, scratch);
+      product_of<C, 1>(w, x, tokens, first, last, out, scratch);
     else
-      product_of<Coder, 2>(w, x, tokens, first, last, out, scratch);
-  };
-  if (w.scheme == Scheme::int8) with(Int8{});
-  if (w.scheme == Scheme::nl4) with(Nl4{});
+      product_of<C, 2>(w, x, tokens, first, last, out, scratch);
+  });
 }
 
 // ---- products of numbers: sixteen lanes of fma chains over the columns, then their tree

@@ -146,28 +146,18 @@ inline F flip(F a) {  // lanes i and i ^ Width change places
 constexpr int kTokens = 4, kRows = 4, kPanels = 1, kDenseRows = 2, kDenseTokens = 2;
 
 // Two halves of 16 columns of each group, as int8 lies in a file.
-template <class Coder>
+template <class C>
 inline void decode(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
-  const uint8_t* levels = block + groups * 256;
-  for (int g = 0; g < groups; g++)
-    for (int i = 0; i < 256; i++) {
-      if constexpr (Coder::group_bytes == 512) {
-        out[g * 512 + i] = int8_t(block[g * 512 + i]);
-        out[g * 512 + 256 + i] = int8_t(block[g * 512 + 256 + i]);
-      } else {
-        int r = i % 64 / 16 * 4 + i / 64;
-        const int8_t* table = tables + levels[g * 16 + r] * 16;
-        uint8_t byte = block[g * 256 + i];
-        out[g * 512 + i] = table[byte & 15];
-        out[g * 512 + 256 + i] = table[byte >> 4];
-      }
-    }
+  for (int set = 0; set < groups * 2; set++)
+    for (int line = 0; line < 4; line++)
+      for (int at = 0; at < 64; at++)
+        out[set * 256 + line * 64 + at] = int8_t(value_of<C>(block, groups, tables, line, set, at));
 }
 
 // Packed groups as tiles: for each 4 columns, 16 rows of 4 bytes.
 template <class Coder>
 inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int8_t* out) {
-  alignas(64) int8_t plain[4 * Int8::group_bytes];
+  alignas(64) int8_t plain[4 * Int8::group_codes];
   decode<Coder>(block, groups, tables, plain);
   for (int half = 0; half < groups * 2; half++)
     for (int i = 0; i < 256; i++) {
@@ -195,7 +185,7 @@ inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, con
 template <int N, class Coder>
 inline void dot(const uint8_t* block, int groups, const int8_t* tables, const int8_t* x, int stride, const int32_t*,
                 int, I* out) {
-  alignas(64) int8_t plain[4 * Int8::group_bytes];
+  alignas(64) int8_t plain[4 * Int8::group_codes];
   decode<Coder>(block, groups, tables, plain);
   for (int s = 0; s < N; s++) {
     int32_t total[16] = {};

@@ -19,7 +19,7 @@ from chalot.quant.packing import Layout, Matrix, aligned, pack
 from chalot.quant.scheme import SCHEMES, Scheme
 
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
-ENCODED = ("int8", "nl4")  # natively; others by numpy
+ENCODED = ("int8", "nl4", "int4", "nl2")  # natively; others by numpy
 NO_TABLES = np.zeros((256, 16), np.int8)
 instruction_sets = _native.instruction_sets
 

@@ -17,7 +17,7 @@ from chalot.formats.gguf_config import llama3_scaling
 from chalot.formats.gguf_names import LAYER, MODEL, from_gguf, stored_rows, to_gguf
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.load import load
-from chalot.model.config import from_hugging_face, inverse_frequencies
+from chalot.model.config import FAMILIES, from_hugging_face, inverse_frequencies
 from chalot.quant.scheme import SCHEMES
 from gguf_cases import bundled_vocabulary, decoded_hash, random_blocks
 from gguf_files import (
@@ -33,6 +33,7 @@ from gguf_files import (
     pack,
     write,
 )
+from gguf_models import CASES, IDS, model_file
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gguf.json").read_text("utf-8"))
 DECODED = [t for t in TYPES.values() if t.decode is not None]
@@ -177,6 +178,22 @@ def test_raw_gives_plain_numbers_only(tmp_path):
             read.raw("model.layers.0.self_attn.q_proj.weight")
         with pytest.raises(FormatError, match="has no tensor 'x'"):
             read.raw("x")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_llama_cpp(name, tmp_path):
+    path = write(tmp_path / "m.gguf", model_file(name))
+    with GgufFile(path) as read:
+        family = json.loads(read.document("config.json"))["model_type"]
+    if family not in FAMILIES:
+        pytest.skip(f"chalot does not run {family} yet")
+    convert(path, tmp_path / "m.myai", "f32")
+    with load(tmp_path / "m.myai", kv="f32") as model:
+        found = model.logits(IDS)
+    recorded = GOLDEN["models"][name]
+    assert found.argmax(axis=1).tolist() == recorded["top"]
+    difference = np.abs(found[-1] - np.array(recorded["last"], np.float32)).max()
+    assert difference < 0.005 * recorded["spread"], difference
 
 
 # ---- rope

@@ -4,7 +4,8 @@
 
 Needs the packages gguf, sentencepiece and llama-cpp-python, and chalot's own. Recorded are hashes
 of blocks decoded by `gguf`, ids of the bundled vocabulary under every pre-tokenizer by llama.cpp,
-and small vocabularies by sentencepiece with the ids that it and llama.cpp give.
+small vocabularies by sentencepiece with the ids that it and llama.cpp give, and llama.cpp's logits
+of tiny models of every architecture.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from chalot.formats.gguf_blocks import TYPES  # noqa: E402
 from chalot.formats.gguf_splits import SPLITS  # noqa: E402
 from gguf_cases import TEXTS, bundled_vocabulary, decoded_hash, random_blocks  # noqa: E402
 from gguf_files import model_metadata, pack  # noqa: E402
+from gguf_models import CASES, IDS, WORDS, model_file  # noqa: E402
 
 OUT = Path(__file__).with_name("gguf.json")
 PIECES = 420
@@ -94,6 +96,36 @@ def pieces(kind: str, prefix: bool, folder: Path) -> dict[str, Any]:
     return found
 
 
+def llama_logits(name: str, folder: Path) -> dict[str, Any]:
+    """llama.cpp's logits of a tiny model: of the last token, and the likeliest after each."""
+    path = folder / "model.gguf"
+    path.write_bytes(model_file(name))
+    model = llama_cpp.llama_model_load_from_file(
+        str(path).encode(), llama_cpp.llama_model_default_params()
+    )
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx, options.n_threads, options.n_threads_batch = 256, 1, 1
+    options.type_k = options.type_v = gguf.GGMLQuantizationType.F32
+    options.flash_attn_type = 0
+    context = llama_cpp.llama_init_from_model(model, options)
+    assert context, name
+    batch = llama_cpp.llama_batch_init(len(IDS), 0, 1)
+    batch.n_tokens = len(IDS)
+    for i, token in enumerate(IDS):
+        batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+    assert llama_cpp.llama_decode(context, batch) == 0
+    shape = len(IDS), WORDS
+    found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape).copy()
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return {
+        "last": [round(float(x), 4) for x in found[-1]],
+        "top": found.argmax(axis=1).tolist(),
+        "spread": round(float(found.max() - found.min()), 4),
+    }
+
+
 def main() -> None:
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, None)
@@ -108,7 +140,8 @@ def main() -> None:
         folder = Path(scratch)
         splits = {name: llama_ids(bundled_vocabulary(name), folder) for name in SPLITS}
         trained = [pieces(k, p, folder) for k in ("bpe", "unigram") for p in (True, False)]
-    found = {"blocks": blocks, "splits": splits, "sentencepiece": trained}
+        models = {name: llama_logits(name, folder) for name in CASES}
+    found = {"blocks": blocks, "splits": splits, "sentencepiece": trained, "models": models}
     OUT.write_text(json.dumps(found, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8")
     print(f"{OUT}: {len(OUT.read_bytes()):,} bytes, {hashlib.sha256(OUT.read_bytes()).hexdigest()}")
 

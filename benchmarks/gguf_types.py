@@ -63,8 +63,22 @@ def added(report: ConvertReport) -> float:
     return sum(k.error * k.weights for k in kinds) / sum(k.weights for k in kinds)
 
 
+class Remembered:
+    """A model whose logits are asked for several times."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.context = model, model.context
+        self.known: dict[tuple[int, ...], Any] = {}
+
+    def logits(self, ids: list[int]) -> Any:
+        key = tuple(ids)
+        if key not in self.known:
+            self.known[key] = self.model.logits(ids)
+        return self.known[key]
+
+
 def rows(
-    kind: str, folder: Path, base: Model, ids: list[int], options: argparse.Namespace
+    kind: str, folder: Path, base: Any, ids: list[int], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A row for each scheme that the type is converted to."""
     path = make(kind, folder, options.peer_python)
@@ -76,8 +90,10 @@ def rows(
     serve = [options.peer_python, "-m", "peers.llamacpp", "serve", str(path), *limits]
     peer = Peer(Worker(kind, serve, folder / "peer.log"), path.stat().st_size, folder)
     with closing(peer):
-        against_peer = compare(peer, models, ids)[1:]  # type: ignore[arg-type]
-        against_base = compare(base, [*models, peer], ids)[1:]  # type: ignore[list-item]
+        theirs: Any = Remembered(peer)
+        ours: list[Any] = [Remembered(model) for model in models]
+        against_peer = compare(theirs, ours, ids)[1:]
+        against_base = compare(base, [*ours, theirs], ids)[1:]
     types = held(path)
 
     def row(
@@ -119,9 +135,10 @@ def main() -> None:
         with closing(Model(folder / "base.myai", context=1024, kv="f32")) as base:
             text = (FOLDER / "heldout.txt").read_text("utf-8")
             ids = base.tokenizer.encode(text)[: options.windows * 512]
+            original = Remembered(base)
             make("F16", folder, options.peer_python)
             for kind in options.types:
-                for row in rows(kind, folder, base, ids, options):
+                for row in rows(kind, folder, original, ids, options):
                     found.append(row)
                     peer = f"{row['kl_peer']:.5f}" if "kl_peer" in row else "-"
                     lost = "-" if row["added"] is None else f"{row['added']:.2g}"

@@ -33,14 +33,15 @@ def notes(
     path: Path, tensors: Mapping[str, TensorInfo], schemes: Mapping[str, Scheme]
 ) -> Iterator[str]:
     """A line on what becomes of a source in codes; none for a source of numbers."""
-    became: dict[str, set[str]] = {}
+    types: set[str] = set()
+    again: set[str] = set()
     for name, scheme in schemes.items():
         info = tensors[hugging_face(name)]
         if info.scheme:
-            became.setdefault(info.dtype, set()).add(str(scheme))
-    if became:
-        each = ", ".join(f"{kind} to {' and '.join(sorted(became[kind]))}" for kind in became)
-        yield (
-            f"{path}: weights are quantised already, and are quantised again: {each}; "
-            "that adds to the loss they have"
-        )
+            types.add(info.dtype)
+            again |= {f"{info.dtype} to {scheme}"} if scheme.is_coded else set()
+    if types:
+        what = "what that lost stays lost"
+        if again:
+            what = f"quantising them again ({', '.join(sorted(again))}) adds to what that lost"
+        yield f"{path}: its weights are {', '.join(sorted(types))} already; {what}"

@@ -88,6 +88,8 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
             "rope's base; expected positive numbers"
         )
     head = integer("attention.key_length", integer("rope.dimension_count", hidden // heads))
+    if head < 1:
+        raise FormatError(f"{metadata.where}: heads have {head} numbers, expected 1 or more")
     for key in ("attention.value_length", "rope.dimension_count"):
         if integer(key, head) != head:
             raise UnsupportedError(

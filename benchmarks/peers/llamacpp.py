@@ -8,7 +8,7 @@ Stock settings: nothing but the context's length and the number of threads is se
 llama_model_quantize, as the `llama-quantize` tool would; "Q4_0-pure" is that tool's --pure: no
 tensor gets a better type than the named one. The clock runs around llama_decode alone: tokens are
 given, none is sampled, no text is made. A request with "logits" gives every token's logits instead,
-saved under that path, for quality.py.
+saved under that path, for quality.py; one with "text" gives its tokens.
 """
 
 import argparse
@@ -172,7 +172,17 @@ class Decoder:
         np.save(path, np.ctypeslib.as_array(found, (len(ids), self.vocabulary)))
         return {}
 
+    def tokens_of(self, text: str) -> Message:
+        """Ids of a text in which no special token is looked for; none is added."""
+        vocabulary = llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(self.context))
+        raw = text.encode()
+        out = (llama_cpp.llama_token * (len(raw) + 8))()
+        count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), out, len(out), False, False)
+        return {"ids": list(out[:count])}
+
     def answer(self, request: Message) -> Message:
+        if "text" in request:
+            return self.tokens_of(request["text"])
         prompt, prefill = request["prompt"], None
         if "logits" in request:
             return self.save_logits(prompt, request["logits"])

@@ -4,11 +4,11 @@
     python -m peers.llamacpp serve OUT.gguf --threads 2 --context 64 --set flash off
 
 Stock settings: nothing but the context's length and the number of threads is set, unless `flash`
-(auto, on, off) or `kv` (f16, q8_0) is given. Types are made from one f16 file beside OUT by
+(auto, on, off) or `kv` (f16, q8_0, f32) is given. Types are made from one f16 file beside OUT by
 llama_model_quantize, as the `llama-quantize` tool would; "Q4_0-pure" is that tool's --pure: no
 tensor gets a better type than the named one. The clock runs around llama_decode alone: tokens are
 given, none is sampled, no text is made. A request with "logits" gives every token's logits instead,
-saved under that path, for quality.py.
+saved under that path, for quality.py; one with "text" gives its tokens.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from peers.gguf_export import export
 from worker import Message, serve, side_arguments
 
 FLASH = {"auto": -1, "off": 0, "on": 1}
-CACHE_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+CACHE_TYPES = {name.lower(): gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0")}
 MODEL_BUFFER = re.compile(r"(\S+) model buffer size = +([\d.]+) MiB")
 KEPT: list[object] = []  # what llama.cpp points at must outlive the call that gave it
 
@@ -172,7 +172,17 @@ class Decoder:
         np.save(path, np.ctypeslib.as_array(found, (len(ids), self.vocabulary)))
         return {}
 
+    def tokens_of(self, text: str) -> Message:
+        """Ids of a text in which no special token is looked for; none is added."""
+        vocabulary = llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(self.context))
+        raw = text.encode()
+        out = (llama_cpp.llama_token * (len(raw) + 8))()
+        count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), out, len(out), False, False)
+        return {"ids": list(out[:count])}
+
     def answer(self, request: Message) -> Message:
+        if "text" in request:
+            return self.tokens_of(request["text"])
         prompt, prefill = request["prompt"], None
         if "logits" in request:
             return self.save_logits(prompt, request["logits"])

@@ -25,12 +25,13 @@ class Written(NamedTuple):
     caps: bool = False
     windows: bool = False  # every other layer has one; the others ignore windows
     divisors: bool = False  # whether it reads the tensor of rope's divisors
+    square: bool = False  # heads together are as wide as the hidden state
 
 
 FAMILIES = {
     "llama": Written("llama", biases=BIASES, divisors=True),
     "mistral": Written("llama", biases=BIASES, divisors=True),
-    "qwen2": Written("qwen2", biases=BIASES[:1]),
+    "qwen2": Written("qwen2", biases=BIASES[:1], square=True),
     "qwen3": Written("qwen3"),
     "gemma": Written("gemma", "gelu_tanh"),
     "gemma2": Written("gemma2", "gelu_tanh", caps=True, windows=True),
@@ -57,6 +58,7 @@ def written(config: Mapping[str, Any]) -> Written:
         "score_scale": not _scale_is_usual(config, row),
         "inner_norms": config["inner_norms"],
         "rope_scaling": _scaling(config) == "llama3" and not row.divisors,
+        "head_dim": row.square and config["heads"] * config["head_dim"] != config["hidden"],
         "windows": row.windows and not _alternating(config["windows"]),
     }
     for what, wrong in asked.items():
@@ -73,12 +75,13 @@ def _scale_is_usual(config: Mapping[str, Any], row: Written) -> bool:
     if row.name == "gemma2" and config["layers"] == GEMMA2_27B_LAYERS:
         usual = config["hidden"] // config["heads"]
     scale = config["score_scale"] or 1 / math.sqrt(config["head_dim"])
-    return abs(scale * math.sqrt(usual) - 1) < 1e-6
+    return bool(abs(scale * math.sqrt(usual) - 1) < 1e-6)
 
 
 def _alternating(windows: Any) -> bool:
     """Whether every other layer, from the first, has one and the same window."""
-    return len(set(windows[0::2])) == 1 and bool(windows[0] > 0) and not any(windows[1::2])
+    whole, others = set(windows[0::2]), set(windows[1::2])
+    return len(whole) == 1 and 0 not in whole and not any(others)
 
 
 def _scaling(config: Mapping[str, Any]) -> str:

@@ -60,7 +60,7 @@ def signed_scales(x: Floats, reach: int, size: int) -> Floats:
     groups = x.reshape(-1, size)
     largest = peak(groups)
     unit = over(groups, largest)  # the largest weight is 1
-    search = Search(unit, unit * unit)
+    search = Search(unit, np.abs(unit))
     for step in range(-9, 10):
         grid = np.rint(unit * F32(-(reach + 0.1 * step)))
         search.offer(np.clip(grid, -reach, reach - 1, out=grid))
@@ -125,7 +125,7 @@ def grid_scales(x: Floats) -> Floats:
     groups = x.reshape(-1, 32)
     largest = peak(groups)
     unit = over(groups, largest)
-    search = Search(unit, unit * unit)
+    search = Search(unit, np.abs(unit))
     # the grid leans to one side: the largest weight may meet its lower end, or pass its upper one
     for end in (-IQ4_GRID[0], *range(IQ4_GRID[0] - 7, IQ4_GRID[0] + 8)):
         search.offer(GRID[nearest(unit * F32(end))])

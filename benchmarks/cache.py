@@ -2,8 +2,9 @@
 
     python benchmarks/cache.py [--tokens 8192]
 
-First the product: KL of the next token of the bundled model and of its outlier twin, with bf16, int8
-and nl4 weights (whose keys `convert` balances with the queries), cache types against a float32 cache, in windows of 256 and of 1,024 held-out tokens.
+First the product: KL of the next token of the bundled model and of its outlier twin, with bf16,
+int8 and nl4 weights (`convert` balances the keys of the last two with their queries), cache types
+against a float32 cache, in windows of 256 and of 1,024 held-out tokens.
 Then forms of keys against each other, in numpy: the bf16 models' forward pass, and made-up keys
 with outliers. Keys as they are, rotated by a Hadamard matrix (the product's form), less the first
 key of their page, both, or rotated after rope's pairs were balanced with those of the queries;

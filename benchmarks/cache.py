@@ -2,8 +2,9 @@
 
     python benchmarks/cache.py [--tokens 8192]
 
-First the product: KL of the next token of the bundled model and of its outlier twin, with bf16 and
-nl4 weights, cache types against a float32 cache, in windows of 256 and of 1,024 held-out tokens.
+First the product: KL of the next token of the bundled model and of its outlier twin, with bf16,
+int8 and nl4 weights (`convert` balances the keys of the last two with their queries), cache types
+against a float32 cache, in windows of 256 and of 1,024 held-out tokens.
 Then forms of keys against each other, in numpy: the bf16 models' forward pass, and made-up keys
 with outliers. Keys as they are, rotated by a Hadamard matrix (the product's form), less the first
 key of their page, both, or rotated after rope's pairs were balanced with those of the queries;
@@ -219,7 +220,7 @@ def product(
 ) -> list[dict[str, Any]]:
     """Rows of cache types: KL to bf16 weights, and to the same weights, with a float32 cache."""
     models: dict[tuple[str, str], Model] = {}
-    for scheme in ("bf16", "nl4"):
+    for scheme in ("bf16", "int8", "nl4"):
         path = folder / f"{name}-{scheme}.myai"
         if not path.exists():
             convert(source, path, scheme)
@@ -229,11 +230,11 @@ def product(
     ids = base.tokenizer.encode((FOLDER / "heldout.txt").read_text("utf-8"))[:tokens]
     others = list(models)[1:]
     against = compare(base, [models[o] for o in others], ids, window=window)
-    same = compare(
-        models["nl4", "f32"], [models["nl4", "f16"], models["nl4", "int8"]], ids, window=window
-    )
     own = {("bf16", kv): against[1 + i] for i, kv in enumerate(("f16", "int8"))}
-    own |= {("nl4", kv): same[1 + i] for i, kv in enumerate(("f16", "int8"))}
+    for scheme in ("int8", "nl4"):
+        caches = [models[scheme, kv] for kv in ("f32", "f16", "int8")]
+        same = compare(caches[0], caches[1:], ids, window=window)
+        own |= {(scheme, kv): same[1 + i] for i, kv in enumerate(("f16", "int8"))}
     rows = []
     for key, q in zip(others, against[1:], strict=True):
         row = {"weights": key[0], "cache": key[1], "perplexity": q.perplexity, "kl": q.kl}

@@ -73,10 +73,8 @@ void cap_all(float* x, size_t n, float cap) {
   }
 }
 
-// Scores of one row, read at [from, to), become weights; their largest, their sum. With `factor`, what is written are
-// the weights times it, and `most` is the largest of those. What lies around them in their sixteens becomes 0.
-inline void softmax(float* scores, int from, int to, float cap, const float* factor, float& high, float& total,
-                    float& most) {
+// Scores of one row, read at [from, to), get their cap; what lies around them in their sixteens becomes -infinity.
+inline float largest_score(float* scores, int from, int to, float cap) {
   const int first = from / 16 * 16, last = round_up(to, 16);
   if (cap != 0)
     for (int j = first; j < last; j += 16) store(scores + j, soft_cap(load(scores + j), cap));
@@ -84,19 +82,29 @@ inline void softmax(float* scores, int from, int to, float cap, const float* fac
   for (int j = to; j < last; j++) scores[j] = -__builtin_inff();
   F top = load(scores + first);
   for (int j = first + 16; j < last; j += 16) top = max(top, load(scores + j));
-  high = largest(top);
+  return largest(top);
+}
+
+// Scores become e^(score - high), and what lies around them 0; gives their sum. With `factor`, what is written are
+// those times it, and `most` is the largest of them.
+template <bool Factor>
+inline float softmax(float* scores, int from, int to, float high, const float* factor, float& most) {
+  const F top = set(high);
   F sums = zero(), largest_weight = zero();
-  for (int j = first; j < last; j += 16) {
-    F below = sub(load(scores + j), set(high)), e = exponential(below);
+  for (int j = from / 16 * 16; j < to; j += 16) {
+    const F below = sub(load(scores + j), top);
+    F e = exponential<false>(below);
     sums = add(sums, e);
-    if (factor) {  // around the row it may be infinite, from what the page held before; and that times 0 is not 0
-      e = zero_below(mul(e, load(factor + j)), below, set(-87.0f));
+    if (Factor) {
+      e = mul(e, load(factor + j));
+      // around the row it may be infinite, from what the page held before; and that times 0 is not 0
+      if (j < from || j + 16 > to) e = zero_below(e, below, set(-87.0f));
       largest_weight = max(largest_weight, e);
     }
     store(scores + j, e);
   }
-  total = sum(sums);
-  most = largest(largest_weight);
+  if (Factor) most = largest(largest_weight);
+  return sum(sums);
 }
 
 template <CacheType C>
@@ -118,8 +126,9 @@ void attend_numbers(const Page& page, const Queries& q, Gathered g) {
         lanes = fma(load(query + d), load_cached<C>(page.keys, size_t(j) * page.stride + d), lanes);
       p[j] = sum(lanes);
     }
-    float unused;
-    softmax(p, from, to, q.cap, nullptr, g.largest[r], g.denominator[r], unused);
+    float none;
+    g.largest[r] = largest_score(p, from, to, q.cap);
+    g.denominator[r] = softmax<false>(p, from, to, g.largest[r], nullptr, none);
     for (int d = 0; d < page.stride; d += 16) {
       F o = zero();
       for (int j = from; j < to; j++) o = fma(set(p[j]), load_cached<C>(page.values, size_t(j) * page.stride + d), o);
@@ -128,41 +137,38 @@ void attend_numbers(const Page& page, const Queries& q, Gathered g) {
   }
 }
 
-// Both products are of codes: queries and weights in two planes each, keys and values as tiles.
-template <int Panels>
-void score_panels(const Page& page, const Queries& q, int panel, float* scores) {
-  const int8_t* keys = static_cast<const int8_t*>(page.keys) + size_t(panel) * kPanel * page.stride;
-  in_turns<kRows / 2>(q.rows, [&]<int N>(int r) {
-    I part[2 * N][Panels];
-    tile_product<2 * N, Panels>(keys, size_t(kPanel) * page.stride, page.stride / 4,
-                                q.codes + size_t(r) * 2 * page.stride, size_t(page.stride), q.sums + r * 2, 1, part);
-    for (int k = 0; k < N; k++)
-      for (int i = 0; i < Panels; i++) {
-        const int at = (panel + i) * kPanel;
-        F factor = mul(load(page.key_scale + at), set(q.scale[r + k]));
-        store(scores + size_t(r + k) * kPage + at, mul(to_float(join(part[2 * k][i], part[2 * k + 1][i])), factor));
-      }
-  });
-}
-
-struct Weights {  // of one page, for each row: in two planes, with their scale
-  int8_t* codes;  // (rows, 2, kPage)
-  int32_t* sums;
-  float* scale;
+// Both products are of codes: queries and weights in two planes each, keys and values as tiles. Of some rows, as many
+// as tile_product takes, all is done before the next ones, so that it stays in the first level of the cache.
+struct Some {
+  float* scores;  // (rows, kPage)
+  int8_t* codes;  // (rows, 2, kPage): weights, whole numbers below 2^14 in two planes of seven bits
+  float scale[kRows / 2];
 };
 
-template <int Panels>
-void gather_panels(const Page& page, int rows, int first, int last, const Weights& w, int panel, float* out) {
+template <int N, int Panels>
+inline void score_panels(const Page& page, const Queries& q, int r, int panel, const Some& some) {
+  const int8_t* keys = static_cast<const int8_t*>(page.keys) + size_t(panel) * kPanel * page.stride;
+  I part[2 * N][Panels];
+  tile_product<2 * N, Panels>(keys, size_t(kPanel) * page.stride, page.stride / 4,
+                              q.codes + size_t(r) * 2 * page.stride, size_t(page.stride), q.sums + r * 2, 1, part);
+  for (int k = 0; k < N; k++)
+    for (int i = 0; i < Panels; i++) {
+      const int at = (panel + i) * kPanel;
+      F factor = mul(load(page.key_scale + at), set(q.scale[r + k]));
+      store(some.scores + k * kPage + at, mul(to_float(join(part[2 * k][i], part[2 * k + 1][i])), factor));
+    }
+}
+
+template <int N, int Panels>
+inline void gather_panels(const Page& page, int first, int last, const Some& some, int panel, float* out) {
   const int8_t* values = static_cast<const int8_t*>(page.values) + size_t(panel) * kPanel * kPage;
-  in_turns<kRows / 2>(rows, [&]<int N>(int r) {
-    I part[2 * N][Panels];
-    tile_product<2 * N, Panels>(values + size_t(first) * kPanel, size_t(kPanel) * kPage, (last - first) / 4,
-                                w.codes + size_t(r) * 2 * kPage + first, kPage, w.sums + r * 2, 1, part);
-    for (int k = 0; k < N; k++)
-      for (int i = 0; i < Panels; i++)
-        store(out + size_t(r + k) * page.stride + (panel + i) * kPanel,
-              mul(to_float(join(part[2 * k][i], part[2 * k + 1][i])), set(w.scale[r + k])));
-  });
+  I part[2 * N][Panels];
+  tile_product<2 * N, Panels, true>(values + size_t(first) * kPanel, size_t(kPanel) * kPage, (last - first) / 4,
+                                    some.codes + first, kPage, nullptr, 0, part);
+  for (int k = 0; k < N; k++)
+    for (int i = 0; i < Panels; i++)
+      store(out + size_t(k) * page.stride + (panel + i) * kPanel,
+            mul(to_float(join(part[2 * k][i], part[2 * k + 1][i])), set(some.scale[k])));
 }
 
 template <class One, class Several>
@@ -171,42 +177,62 @@ inline void by_panels(int first, int last, One one, Several several) {
   for (; first < last; first++) one(first);
 }
 
-void attend_codes(const Page& page, const Queries& q, Gathered g, void* scratch) {
-  float* scores = static_cast<float*>(scratch);
-  Weights w{reinterpret_cast<int8_t*>(scores + size_t(q.rows) * kPage), nullptr, nullptr};
-  w.sums = reinterpret_cast<int32_t*>(w.codes + size_t(q.rows) * 2 * kPage);
-  w.scale = reinterpret_cast<float*>(w.sums + q.rows * 2);
+// Weights of one row, [begin, end) of the page's positions, none above `most`, to codes; 0 elsewhere in [first, last).
+inline void weights_to_codes(const float* weights, int begin, int end, int first, int last, float most, int8_t* codes,
+                             float& scale) {
+  const float top = 127.0f * kPlaneStep;
+  const bool some = most > 0x1p-100f;
+  const F inverse = set(some ? top / most : 0.0f);
+  scale = some ? most / top : 0.0f;
+  for (int plane = 0; plane < 2; plane++) {
+    __builtin_memset(codes + plane * kPage + first, 0, size_t(begin - first));
+    __builtin_memset(codes + plane * kPage + end, 0, size_t(last - end));
+  }
+  for (int j = begin; j < end; j += 16) {
+    I high, low;
+    halve(to_int(round(mul(load(weights + j), inverse))), high, low);
+    store_codes(codes + j, high);
+    store_codes(codes + kPage + j, low);
+  }
+}
+
+// Step by step for all rows, because one row's step waits for the one before.
+template <int N>
+void attend_rows(const Page& page, const Queries& q, int r, Gathered g, Some some) {
+  const int *from = q.from + r, *to = q.to + r;
   int first = kPage, last = 0;
-  for (int r = 0; r < q.rows; r++)
-    if (q.from[r] < q.to[r]) {
-      first = q.from[r] < first ? q.from[r] : first;
-      last = q.to[r] > last ? q.to[r] : last;
+  for (int k = 0; k < N; k++)
+    if (from[k] < to[k]) {
+      first = from[k] < first ? from[k] : first;
+      last = to[k] > last ? to[k] : last;
     }
   if (first >= last) return;
   first = first / 16 * 16, last = round_up(last, 16);
   by_panels(
-      first / 16, last / 16, [&](int p) { score_panels<1>(page, q, p, scores); },
-      [&](int p) { score_panels<kPanels>(page, q, p, scores); });
-  for (int r = 0; r < q.rows; r++) {
-    int8_t* codes = w.codes + size_t(r) * 2 * kPage;
-    float* row = scores + size_t(r) * kPage;
-    const bool some = q.from[r] < q.to[r];
-    const int begin = some ? q.from[r] / 16 * 16 : last, end = some ? round_up(q.to[r], 16) : last;
-    __builtin_memset(codes + first, 0, size_t(begin - first));
-    __builtin_memset(codes + kPage + first, 0, size_t(begin - first));
-    __builtin_memset(codes + end, 0, size_t(last - end));
-    __builtin_memset(codes + kPage + end, 0, size_t(last - end));
-    if (!some) {
-      w.sums[2 * r] = w.sums[2 * r + 1] = 0, w.scale[r] = 0;
-      continue;
-    }
-    float most;
-    softmax(row, q.from[r], q.to[r], q.cap, page.value_scale, g.largest[r], g.denominator[r], most);
-    quantize_below(row + begin, end - begin, 2, most, codes + begin, kPage, w.scale + r, w.sums + 2 * r, 1);
+      first / 16, last / 16, [&](int p) { score_panels<N, 1>(page, q, r, p, some); },
+      [&](int p) { score_panels<N, kPanels>(page, q, r, p, some); });
+  float most[N] = {};
+  for (int k = 0; k < N; k++)
+    if (from[k] < to[k]) g.largest[r + k] = largest_score(some.scores + k * kPage, from[k], to[k], q.cap);
+  for (int k = 0; k < N; k++)
+    if (from[k] < to[k])
+      g.denominator[r + k] =
+          softmax<true>(some.scores + k * kPage, from[k], to[k], g.largest[r + k], page.value_scale, most[k]);
+  for (int k = 0; k < N; k++) {
+    const bool sees = from[k] < to[k];
+    weights_to_codes(some.scores + k * kPage, sees ? from[k] / 16 * 16 : last, sees ? round_up(to[k], 16) : last, first,
+                     last, most[k], some.codes + k * 2 * kPage, some.scale[k]);
   }
+  float* out = g.out + size_t(r) * page.stride;
   by_panels(
-      0, page.stride / 16, [&](int p) { gather_panels<1>(page, q.rows, first, last, w, p, g.out); },
-      [&](int p) { gather_panels<kPanels>(page, q.rows, first, last, w, p, g.out); });
+      0, page.stride / 16, [&](int p) { gather_panels<N, 1>(page, first, last, some, p, out); },
+      [&](int p) { gather_panels<N, kPanels>(page, first, last, some, p, out); });
+}
+
+void attend_codes(const Page& page, const Queries& q, Gathered g, void* scratch) {
+  float* scores = static_cast<float*>(scratch);
+  const Some some{scores, reinterpret_cast<int8_t*>(scores + kRows / 2 * kPage), {}};
+  in_turns<kRows / 2>(q.rows, [&]<int N>(int r) { attend_rows<N>(page, q, r, g, some); });
 }
 
 // The page's own (output, largest score, denominator) of each row that sees some of it.

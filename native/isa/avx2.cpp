@@ -104,6 +104,11 @@ inline void split(I whole, I& first, I& second) {
   second = {_mm256_sub_epi32(whole.a, _mm256_slli_epi32(first.a, 7)),
             _mm256_sub_epi32(whole.b, _mm256_slli_epi32(first.b, 7))};
 }
+inline void halve(I whole, I& first, I& second) {
+  const __m256i low = _mm256_set1_epi32(127);
+  first = {_mm256_srli_epi32(whole.a, 7), _mm256_srli_epi32(whole.b, 7)};
+  second = {_mm256_and_si256(whole.a, low), _mm256_and_si256(whole.b, low)};
+}
 inline void store_codes(int8_t* p, I x) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
@@ -133,12 +138,14 @@ inline __m256i row_tables(const int8_t* tables, const uint8_t* level, int load) 
   return _mm256_inserti128_si256(_mm256_castsi128_si256(one(0)), one(1), 1);
 }
 inline __m256i broadcast(const int8_t* x) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)x)); }
-inline __m256i add_product(__m256i acc, __m256i size, __m256i w, __m256i x) {
+inline __m256i add_unsigned(__m256i acc, __m256i size, __m256i x) {
 #ifdef __AVXVNNI__
-  return _mm256_dpbusd_avx_epi32(acc, size, _mm256_sign_epi8(x, w));
+  return _mm256_dpbusd_avx_epi32(acc, size, x);
 #endif
-  __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(size, x), _mm256_set1_epi16(1)));
+}
+inline __m256i add_product(__m256i acc, __m256i size, __m256i w, __m256i x) {
+  return add_unsigned(acc, size, _mm256_sign_epi8(x, w));
 }
 
 // The same of unsigned weights: no sum of two products leaves 16 bits, and of small weights none of a block's eight
@@ -282,7 +289,7 @@ inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int
   }
 }
 
-template <int Rows, int Panels>
+template <int Rows, int Panels, bool Unsigned = false>
 inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
                          const int32_t*, size_t, I (*out)[Panels]) {
   static_assert(Panels == 1);
@@ -292,14 +299,15 @@ inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, con
   for (int q = 0; q < quads; q++) {
     __m256i wa = _mm256_loadu_si256((const __m256i*)(tiles + size_t(q) * 64));
     __m256i wb = _mm256_loadu_si256((const __m256i*)(tiles + size_t(q) * 64 + 32));
-    __m256i size_a = _mm256_abs_epi8(wa), size_b = _mm256_abs_epi8(wb);
+    __m256i size_a = wa, size_b = wb;
+    if (!Unsigned) size_a = _mm256_abs_epi8(wa), size_b = _mm256_abs_epi8(wb);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; r++) {
       int32_t four;
       __builtin_memcpy(&four, x + r * stride + q * 4, 4);
       __m256i a = _mm256_set1_epi32(four);
-      acc[r].a = add_product(acc[r].a, size_a, wa, a);
-      acc[r].b = add_product(acc[r].b, size_b, wb, a);
+      acc[r].a = Unsigned ? add_unsigned(acc[r].a, a, wa) : add_product(acc[r].a, size_a, wa, a);
+      acc[r].b = Unsigned ? add_unsigned(acc[r].b, a, wb) : add_product(acc[r].b, size_b, wb, a);
     }
   }
   for (int r = 0; r < Rows; r++) out[r][0] = acc[r];

@@ -68,6 +68,10 @@ inline void split(I whole, I& first, I& second) {
   first = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
   second = _mm512_sub_epi32(whole, _mm512_slli_epi32(first, 7));
 }
+inline void halve(I whole, I& first, I& second) {
+  first = _mm512_srli_epi32(whole, 7);
+  second = _mm512_and_si512(whole, _mm512_set1_epi32(127));
+}
 inline void store_codes(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 template <int Width>
 inline F flip(F a) {
@@ -230,7 +234,7 @@ inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int
   }
 }
 
-template <int Rows, int Panels>
+template <int Rows, int Panels, bool Unsigned = false>
 inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
                          const int32_t* sums, size_t sums_stride, I (*out)[Panels]) {
   const I bias = _mm512_set1_epi8(char(128));
@@ -238,27 +242,37 @@ inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, con
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
-    for (int p = 0; p < Panels; p++) acc[r][p] = _mm512_setzero_si512();
+    for (int p = 0; p < Panels; p++)
+      acc[r][p] = Unsigned ? _mm512_setzero_si512() : _mm512_set1_epi32(-128 * sums[r * sums_stride]);
+  // Four rows to a pointer, which the compiler must not know to be one and the same: it would keep one for each row,
+  // and there are not registers for twelve.
+  const int8_t* at[(Rows + 3) / 4];
+  for (int i = 0; i < (Rows + 3) / 4; i++) at[i] = x + size_t(i) * 4 * stride;
   for (int q = 0; q < quads; q++) {
+#pragma GCC unroll 3
+    for (int i = 0; i < (Rows + 3) / 4; i++) asm("" : "+r"(at[i]));
     I w[Panels];
 #pragma GCC unroll 2
-    for (int p = 0; p < Panels; p++)
-      w[p] = _mm512_xor_si512(_mm512_loadu_si512(tiles + p * panel_bytes + size_t(q) * 64), bias);
+    for (int p = 0; p < Panels; p++) {
+      w[p] = _mm512_loadu_si512(tiles + p * panel_bytes + size_t(q) * 64);
+      if (!Unsigned) w[p] = _mm512_xor_si512(w[p], bias);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; r++) {
       int32_t four;
-      __builtin_memcpy(&four, x + r * stride + q * 4, 4);
+      __builtin_memcpy(&four, at[r / 4] + r % 4 * stride, 4);
       I a = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
-      for (int p = 0; p < Panels; p++) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], w[p], a);
+      for (int p = 0; p < Panels; p++)
+        acc[r][p] = Unsigned ? _mm512_dpbusd_epi32(acc[r][p], a, w[p]) : _mm512_dpbusd_epi32(acc[r][p], w[p], a);
     }
+#pragma GCC unroll 3
+    for (int i = 0; i < (Rows + 3) / 4; i++) at[i] += 4;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++) {
-    I extra = _mm512_slli_epi32(_mm512_set1_epi32(sums[r * sums_stride]), 7);
+  for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
-    for (int p = 0; p < Panels; p++) out[r][p] = _mm512_sub_epi32(acc[r][p], extra);
-  }
+    for (int p = 0; p < Panels; p++) out[r][p] = acc[r][p];
 }
 
 // Asks for what lies kAhead behind a group's codes.

@@ -3,8 +3,8 @@
 //   F, I            sixteen float32 / int32      zero set load store add sub mul div fma max min round flip
 //   of both         to_int to_float scale2 zero_below load_f16 load_bf16 store_f16 sum largest lowest
 //                   look_up count_below
-//   of whole ones   clamp split join store_codes
-//   dot<N, Coder>   to_tiles<Coder>              tile_product<Rows, Panels>
+//   of whole ones   clamp split halve join store_codes
+//   dot<N, Coder>   to_tiles<Coder>              tile_product<Rows, Panels, Unsigned>
 #pragma once
 #include "prelude.h"
 
@@ -12,10 +12,10 @@ namespace {
 
 // e^x by 2^n * e^r, |r| <= ln2 / 2, Taylor to the seventh power (relative error below 1e-8 before rounding).
 // 0 below -87, where the result would leave the normal numbers; the largest argument is 88.
+template <bool AboveZero = true>
 inline F exponential(F x) {
-  F t = min(x, set(88.0f));
-  F n = round(mul(max(t, set(-88.0f)), set(1.44269504f)));
-  F r = fma(n, set(-0.693359375f), max(t, set(-88.0f)));
+  const F t = max(AboveZero ? min(x, set(88.0f)) : x, set(-88.0f)), n = round(mul(t, set(1.44269504f)));
+  F r = fma(n, set(-0.693359375f), t);
   r = fma(n, set(2.12194440e-4f), r);
   F p = set(1.0f / 5040);
   p = fma(p, r, set(1.0f / 720));

@@ -139,6 +139,10 @@ inline void split(I whole, I& first, I& second) {
   second = each_int([&](int i) { return vsubq_s32(whole.v[i], vshlq_n_s32(high.v[i], 7)); });
   first = high;
 }
+inline void halve(I whole, I& first, I& second) {
+  first = each_int([&](int i) { return vshrq_n_s32(whole.v[i], 7); });
+  second = each_int([&](int i) { return vandq_s32(whole.v[i], vdupq_n_s32(127)); });
+}
 inline void store_codes(int8_t* p, I a) {
   int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
   int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
@@ -281,7 +285,7 @@ inline void add_quad(const int8_t* tiles, const int8x16_t* x, I* acc) {
   }
 }
 
-template <int Rows, int Panels>
+template <int Rows, int Panels, bool Unsigned = false>
 inline void tile_product(const int8_t* tiles, size_t, int quads, const int8_t* x, size_t stride, const int32_t*, size_t,
                          I (*out)[Panels]) {
   static_assert(Panels == 1);

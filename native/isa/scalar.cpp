@@ -134,6 +134,11 @@ inline void split(I whole, I& first, I& second) {
 inline I join(I first, I second) {
   return each_whole([&](int i) { return first.v[i] * 128 + second.v[i]; });
 }
+// Of a number below 2^14 and not below 0: its upper and its lower seven bits.
+inline void halve(I whole, I& first, I& second) {
+  first = each_whole([&](int i) { return whole.v[i] >> 7; });
+  second = each_whole([&](int i) { return whole.v[i] & 127; });
+}
 inline void store_codes(int8_t* p, I a) {
   for (int i = 0; i < 16; i++) p[i] = int8_t(a.v[i]);
 }
@@ -167,8 +172,9 @@ inline void to_tiles(const uint8_t* block, int groups, const int8_t* tables, int
 }
 
 // out[r][p] = sixteen sums over 4 * quads columns, a multiple of 16: the tiles of panel p, `panel_bytes` apart, times
-// code row r. The sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights.
-template <int Rows, int Panels>
+// code row r. The sums of the codes, `sums_stride` apart, serve instruction sets whose product wants unsigned weights;
+// with `Unsigned` the codes are within 0..127, and there are no sums.
+template <int Rows, int Panels, bool Unsigned = false>
 inline void tile_product(const int8_t* tiles, size_t panel_bytes, int quads, const int8_t* x, size_t stride,
                          const int32_t*, size_t, I (*out)[Panels]) {
   for (int r = 0; r < Rows; r++)

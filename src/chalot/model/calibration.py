@@ -3,7 +3,8 @@
 Hidden states of some 128 tokens go through the source's own weights, a layer at a time. For each
 input that matrices share, every candidate of `quant.fold` is tried on some rows of them, quantised,
 against the exact product; the best is kept if it gains. Sixteen-bit activations are asked for where
-eight bits would add more than a tenth to the weights' own error. All arithmetic is the kernels',
+eight bits would add more than a tenth to the weights' own error. Keys are balanced with the queries
+they meet, for the cache's sake. All arithmetic is the kernels',
 so the choice, and with it the file, is the same on every machine.
 """
 
@@ -20,7 +21,7 @@ from chalot.kernels.reference import rms_norm
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm, layer_tensors
-from chalot.model.transformer import LAYER_INPUTS, Weights, build_layer
+from chalot.model.transformer import LAYER_INPUTS, ROTATED, Weights, build_layer
 from chalot.quant import fold
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, pack_dense
@@ -28,7 +29,7 @@ from chalot.quant.scheme import SCHEMES, Scheme
 
 Floats = NDArray[np.float32]
 ROWS = 48  # of each matrix that a candidate is tried on
-GAIN = 0.8  # a fold must bring the error below this part of it; 0.97 took noise for gain
+NORMED = ("query_norm", "key_norm")  # between the products and rope, in families that have them
 NOTABLE = 5e-4  # relative squared error that eight-bit activations may add
 
 
@@ -110,7 +111,7 @@ class Trial:
         by_planes = zip(*map(self.errors, tried), strict=True)
         for planes, errors in enumerate(by_planes, start=1):
             least = int(np.argmin(errors))
-            chosen = least if errors[least] < GAIN * errors[0] else 0
+            chosen = least if errors[least] < fold.GAIN * errors[0] else 0
             kept[planes] = errors[chosen], tried[chosen]
         extra = kept[1][0] - kept[2][0]
         planes = 2 if extra > max(NOTABLE, 0.1 * kept[2][0]) else 1
@@ -163,6 +164,7 @@ class Calibration:
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
             self._plan(f"layers.{i}.", inputs, samples)
+            self._balance_keys(f"layers.{i}.", inputs[ROTATED], vectors)
         return inputs
 
     def _run(self, i: int, weights: Weights) -> dict[str, Floats]:
@@ -179,7 +181,7 @@ class Calibration:
         runnable = self.backend.compile(program)
         runnable.run(batch, cache.arena)
         self.hidden = runnable.slot(slots["hidden"], tokens)
-        return {name: runnable.slot(slots[name], tokens) for name in LAYER_INPUTS}
+        return {name: runnable.slot(slots[name], tokens) for name in (*LAYER_INPUTS, ROTATED)}
 
     def _plan(
         self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]
@@ -220,6 +222,27 @@ class Calibration:
             self.plan.rows[p + producer] = inverse
             self.plan.rows[p + producer + ".bias"] = inverse
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
+
+    def _balance_keys(self, p: str, rotated: Floats, vectors: Mapping[str, Floats]) -> None:
+        """Factors of the rows that make queries and keys, from both after rope."""
+        c, query, key = self.config, p + "query", p + "key"
+        if not (self.schemes[query].is_coded and self.schemes[key].is_coded):
+            return
+        if any(p + name in vectors for name in NORMED):  # they take a row's factor out again
+            return
+        pairs = c.head_dim // 2
+        square = fold.column_sums(rotated.astype(np.float64) ** 2).reshape(-1, 2, pairs)
+        of_pairs = square[:, 0] + square[:, 1]  # (heads, pairs): queries, keys, values
+        queries = of_pairs[: c.heads].reshape(c.kv_heads, -1, pairs)
+        keys = of_pairs[c.heads : c.heads + c.kv_heads]
+        shared = sum(queries[:, i] for i in range(1, queries.shape[1])) + queries[:, 0]
+        factor = np.tile(fold.pair_factors(keys, shared), (1, 2))  # (kv_heads, head_dim)
+        if (factor == 1).all():
+            return
+        by_query = np.repeat(factor, c.heads // c.kv_heads, axis=0).reshape(-1)
+        by_key = (np.float32(1) / factor).reshape(-1)
+        for name, rows in ((query, by_query), (key, by_key)):
+            self.plan.rows[name] = self.plan.rows[name + ".bias"] = rows
 
     def head(self, name: str, norm: Floats, rows: Floats) -> None:
         """Plan the head's activations from the last hidden states and some of its rows."""

@@ -21,6 +21,8 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm
 from chalot.quant.packing import Matrix
 
+ROTATED = "queries, keys, values"  # the slot; rope turns what it holds
+
 
 @dataclass(frozen=True, eq=False)
 class Weights:
@@ -115,7 +117,7 @@ class Builder:
         c, p = self.config, f"layers.{i}."
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
-        both = self.slot("queries, keys, values", queries + 2 * keys)
+        both = self.slot(ROTATED, queries + 2 * keys)
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)

@@ -1,0 +1,73 @@
+"""Keys balanced with the queries they meet: exact, and an int8 cache loses less to outliers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import chalot
+from chalot.demo import FOLDER, write_twin
+from chalot.evaluate import compare
+from chalot.load import Model
+from chalot.model.calibration import Calibration
+from chalot.quant.fold import pair_factors
+
+
+@given(st.lists(st.integers(-8, 8), min_size=8, max_size=8))
+def test_planted_powers_of_two_are_found(exponents: list[int]) -> None:
+    """Keys that are f times as large as the queries, and queries / f: queries take f back."""
+    f = np.exp2(np.array([exponents, exponents[::-1]], float))
+    found = np.log2(pair_factors(f**2, f**-2))
+    spread = max(exponents) - min(exponents)
+    if spread > 1:
+        assert np.array_equal(found, np.log2(f))
+    if spread == 0:
+        assert not found.any()  # a factor of the whole head gains nothing
+
+
+def test_zeros_and_extremes_give_no_factor_or_a_bounded_one() -> None:
+    keys = np.array([[0.0, 1.0, 1e76, 1.0]])
+    queries = np.array([[1.0, 0.0, 1e-76, 1.0]])
+    assert pair_factors(keys, queries).tolist() == [[1, 1, 2.0**20, 1]]
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The outlier twin in int8 weights, its keys as they are and balanced."""
+    folder = tmp_path_factory.mktemp("twins")
+    write_twin(FOLDER, folder / "twin")
+    plain, balanced = folder / "plain.myai", folder / "balanced.myai"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibration, "_balance_keys", lambda *_: None)
+        chalot.convert(folder / "twin", plain, "int8")
+    chalot.convert(folder / "twin", balanced, "int8")
+    return plain, balanced
+
+
+def test_the_cache_loses_less_and_numbers_nothing(twins: tuple[Path, Path]) -> None:
+    """With float32 keys both files give the same bits; with codes only one is close to them."""
+    text = (FOLDER / "heldout.txt").read_text("utf-8")
+    models = [Model(path, context=512, kv=kv) for path in twins for kv in ("f32", "int8")]
+    ids = models[0].tokenizer.encode(text)[:512]
+    _, loss, same, less = compare(models[0], models[1:], ids, window=512)
+    assert same.kl == 0 and same.kl_99 == 0
+    assert less.kl < loss.kl / 4 and less.kl < 0.001
+    for model in models:
+        model.close()
+
+
+def test_the_bundled_model_needs_no_factors(tmp_path: Path) -> None:
+    """Its keys are even enough: within what a gain is asked for, nothing is touched."""
+    seen = []
+
+    def note(self: Calibration, p: str, *_: object) -> None:
+        original(self, p, *_)
+        seen.append(p + "query" in self.plan.rows)
+
+    original = Calibration._balance_keys
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibration, "_balance_keys", note)
+        chalot.convert(FOLDER, tmp_path / "demo.myai", "int8")
+    assert len(seen) > 2 and not any(seen)

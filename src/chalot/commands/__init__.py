@@ -6,6 +6,7 @@ VERBS = {  # in the order of `chalot --help`
     "chat": "talk to a model by its own chat template",
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
+    "eval": "what a model costs in quality: perplexity, KL to its source, tasks",
     "verify": "check every extent and checksum of a .myai file",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",

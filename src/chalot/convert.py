@@ -187,12 +187,16 @@ class Conversion:
         schemes: Mapping[str, Scheme],
         backend: Backend,
         progress: Progress,
+        balance: Mapping[str, Scheme] | None = None,
     ) -> None:
+        """`balance` folds channels as these schemes, of kinds, would have it: of dense files."""
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
         self.schemes = {s.name: schemes[s.kind] for s in self.specs if s.kind != "vector"}
+        kinds = balance or schemes
+        self.balanced = {s.name: kinds[s.kind] for s in self.specs if s.kind != "vector"}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
@@ -253,11 +257,11 @@ class Conversion:
                 writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
-        if not any(s.is_coded for s in self.schemes.values()):
+        if not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
-        calibration = Calibration(self.config, self.schemes, self.backend, frequencies, hidden)
+        calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
         calibration.plan = self.plan
         return calibration
 
@@ -368,11 +372,13 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    balance: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder or a hub id to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
-    embedding, head, attention and ffn. Peak memory is about three times the largest tensor. The
+    embedding, head, attention and ffn. `balance` folds channels of a dense file as another scheme
+    would have it. Peak memory is about three times the largest tensor. The
     file appears whole or not at all. Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import resolve
@@ -382,7 +388,11 @@ def convert(
     checkpoint = open_checkpoint(resolve(source))
     try:
         work = Conversion(
-            checkpoint, schemes, open_backend(threads=threads), progress or (lambda *_: None)
+            checkpoint,
+            schemes,
+            open_backend(threads=threads),
+            progress or (lambda *_: None),
+            parse_schemes(balance) if balance else None,
         )
         if work.config.tied and schemes["head"] != schemes["embedding"]:
             raise SchemeError(

@@ -78,8 +78,11 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def uncut(source: str | Path, threads: int | None) -> Iterator[Path]:
-    """A `.myai` of a source's own numbers: itself, or made for as long as this lasts."""
+def uncut(source: str | Path, threads: int | None, balance: str | None = None) -> Iterator[Path]:
+    """A `.myai` of a source's own numbers: itself, or made for as long as this lasts.
+
+    With `balance` its channels are folded as that scheme would have them; the function is the same.
+    """
     path = resolve(source)
     checkpoint = open_checkpoint(path)
     kinds = {t.dtype for t in checkpoint.tensors.values()}
@@ -93,7 +96,8 @@ def uncut(source: str | Path, threads: int | None) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix="base-") as made:
         out = Path(made) / "base.myai"
-        convert(path, out, scheme if scheme in SCHEMES else "f32", threads=threads)
+        stored = scheme if scheme in SCHEMES else "f32"
+        convert(path, out, stored, threads=threads, balance=balance)
         yield out
 
 

@@ -12,6 +12,7 @@ nothing.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -57,7 +58,8 @@ def inputs_of(swaps: Swaps, item: Item, name: str) -> Floats:
     if last in INPUTS:
         return swaps.inputs[item.layer][INPUTS[last]]
     states = swaps.hidden[-1]  # of the head, but for its norm's weights
-    return states / np.sqrt((states**2).mean(axis=1, keepdims=True) + 1e-6).astype(np.float32)
+    size = np.sqrt((states**2).mean(axis=1, keepdims=True) + np.float32(1e-6))
+    return np.asarray(states / size, np.float32)
 
 
 def weight_error(swaps: Swaps, item: Item, scheme: Scheme) -> float:
@@ -129,10 +131,8 @@ def loss_table(
     """item -> scheme -> expected loss. `key` names model and text, for what is kept on disk."""
     place = kept_at(f"{key} {depth} {[str(s) for s in schemes]}")
     table: Table = {}
-    try:
+    with suppress(OSError, msgspec.DecodeError, msgspec.ValidationError):
         table = msgspec.json.decode(place.read_bytes(), type=Table)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-        pass
     for n, item in enumerate(swaps.items):
         if item.name not in table:
             table[item.name] = DEPTHS[depth](swaps, item, schemes)

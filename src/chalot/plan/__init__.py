@@ -119,11 +119,8 @@ def by_loss(
 ) -> PlanDocument:
     """The planner: a loss table, the best allocation, and exchanges that the true KL approves."""
     if text is None:
-        name, words = (
-            "bundled",
-            resources.files("chalot").joinpath(*CALIBRATION_TEXT)
-        name, words = "bundled", place.read_text("utf-8"),
-        )
+        place = resources.files("chalot").joinpath(*CALIBRATION_TEXT)
+        name, words = "bundled", place.read_text("utf-8")
     else:
         name, words = text.name, read_text(text)
     digest = hashlib.sha256(words.encode()).hexdigest()

@@ -15,9 +15,9 @@ from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import model_tensors
-from chalot.quant.grids import nl4_tables
+from chalot.quant.grids import tables_of
 from chalot.quant.packing import Layout, stored_bytes
-from chalot.quant.scheme import Scheme
+from chalot.quant.scheme import SCHEMES, Scheme
 
 SMALL = {
     "model_type": "qwen2",
@@ -60,13 +60,16 @@ def random_file(path: Path, config: ModelConfig, scheme: str) -> Path:
             if s.is_coded:
                 layout = Layout(s, rows, columns)
                 data[layout.segments_at : layout.row_scale_at].view("<f2")[:] = 1
-                data[layout.row_scale_at :].view("<f4")[:] = 1e-4
+                for of_rows in layout.parts[2:]:
+                    data[of_rows].view("<f4")[:] = 1e-4
             else:
                 data[:] = 0
             writer.tensor(spec.name, scheme, spec.shape, [data])
         frequencies = inverse_frequencies(config)
         writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
-        writer.constants["tables.nl4"] = writer.extent([nl4_tables()])
+        for t in {SCHEMES["nl4"], s}:
+            if t.has_levels:
+                writer.constants[f"tables.{t}"] = writer.extent([tables_of(t)])
         source = Source("random", "0" * 64, "tests", "0")
         writer.finish(msgspec.to_builtins(config), source, lambda _: None)
     return path

@@ -10,10 +10,9 @@ from chalot import cli
 from chalot.errors import FormatError
 from chalot.formats.myai import MyaiFile
 from chalot.model.config import from_hugging_face
+from chalot.quant.scheme import SCHEMES
 from chalot.verify import render, verify
 from myai_files import SMALL, edited, random_file, set_at
-
-SCHEMES = ("f32", "bf16", "f16", "int8", "nl4")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from chalot.model.config import ModelConfig, inverse_frequencies
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
 from chalot.quant import codes
-from chalot.quant.grids import nl4_tables
+from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, pack, pack_dense
 from chalot.quant.scheme import Scheme
 
@@ -45,8 +45,7 @@ def matrix(weights: NDArray[np.float32], scheme: str) -> Matrix:
     shape = (weights.shape[0], weights.shape[1])
     if not s.is_coded:
         return Matrix(s, shape, pack_dense(weights, s))
-    tables = nl4_tables() if s.has_levels else None
-    return Matrix(s, shape, pack(codes.quantize(weights, s)), tables)
+    return Matrix(s, shape, pack(codes.quantize(weights, s)), tables_of(s))
 
 
 def weights(c: ModelConfig, schemes: dict[str, str], planes: int = 1, seed: int = 0) -> Weights:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -30,7 +31,7 @@ from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.quant import codes, packing
-from chalot.quant.grids import nl4_tables
+from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
 
 Floats = NDArray[np.float32]
@@ -236,8 +237,10 @@ class Conversion:
                 writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
             )
         writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
-        if any(s.has_levels for s in self.schemes.values()):
-            writer.constants["tables.nl4"] = writer.extent([nl4_tables()])
+        for s in SCHEMES.values():
+            tables = tables_of(s)
+            if tables is not None and s in self.schemes.values():
+                writer.constants[f"tables.{s}"] = writer.extent([tables])
         for name in DOCUMENTS:
             raw = self.checkpoint.document(name)
             if raw is not None:
@@ -302,10 +305,10 @@ class Conversion:
                 self._advance(spec, values.size)
 
     def _pieces(self, spec: TensorSpec) -> Iterator[NDArray[np.generic]]:
-        """The bytes of a matrix's extent in order: panels, then segments, then row scales."""
+        """The bytes of a matrix's extent in order: panels, then the other parts of its layout."""
         scheme = self.schemes[spec.name]
         lost = had = 0.0
-        segments, row_scales = [], []
+        behind: list[list[NDArray[np.uint8]]] = []  # of each part but the panels
         for values in self._runs(spec):
             sample = values[:PANEL]
             if not scheme.is_coded:
@@ -317,10 +320,8 @@ class Conversion:
             else:
                 layout = packing.Layout(scheme, *values.shape)
                 data = self.backend.encode(values, scheme)
-                yield data[: layout.panels * layout.panel_bytes]
-                end = layout.segments_at + layout.panels * layout.segment_count * PANEL * 2
-                segments.append(data[layout.segments_at : end])
-                row_scales.append(data[layout.row_scale_at :])
+                yield data[layout.parts[0]]
+                behind.append([data[part] for part in layout.parts[1:]])
                 few = packing.Layout(scheme, len(sample), values.shape[1])
                 part = packing.take_panels(data, layout, few)
                 again = codes.dequantize(packing.unpack(part, scheme, (few.rows, few.columns)))
@@ -329,15 +330,9 @@ class Conversion:
         self.errors[spec.name] = lost, had
         if scheme.is_coded:
             whole = packing.Layout(scheme, spec.shape[0], spec.shape[1])
-            gaps = (
-                whole.segments_at - whole.panels * whole.panel_bytes,
-                whole.row_scale_at
-                - whole.segments_at
-                - whole.panels * whole.segment_count * PANEL * 2,
-            )
-            for gap, parts in zip(gaps, (segments, row_scales), strict=True):
-                yield np.zeros(gap, np.uint8)
-                yield from parts
+            for i, (before, after) in enumerate(pairwise(whole.parts)):
+                yield np.zeros(after.start - before.stop, np.uint8)
+                yield from (of_run[i] for of_run in behind)
 
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights

@@ -285,8 +285,8 @@ class MyaiFile:
         if not scheme.is_coded:
             return Matrix(scheme, shape, data)
         layout = Layout(scheme, *shape)
-        segments = data[layout.segments_at :][: layout.panels * layout.segment_count * 32]
-        for scales in (segments.view("<f2"), data[layout.row_scale_at :].view("<f4")):
+        factors, *of_rows = layout.parts[1:]
+        for scales in (data[factors].view("<f2"), *(data[part].view("<f4") for part in of_rows)):
             if not np.isfinite(scales).all():
                 raise WeightError(f"{self.path}: tensor {name} has scales that are NaN or Inf")
         tables = None

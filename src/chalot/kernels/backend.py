@@ -92,7 +92,10 @@ class ReferenceBackend:
         """See Backend."""
         if not matrix.scheme.is_coded:
             return reference.dense(matrix, x)
-        return reference.product(matrix, *reference.quantize(x, planes))
+        coded = reference.quantize(x, planes)
+        y = reference.product(matrix, *coded)
+        reference.add_offsets(matrix, *coded, y)
+        return y
 
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Backend."""

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from chalot.errors import KernelError
 from chalot.kernels import _native  # type: ignore[attr-defined]
 from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, Batch, Op, Program
-from chalot.quant.codes import padded
-from chalot.quant.grids import nl4_tables
-from chalot.quant.packing import Layout, Matrix, aligned
+from chalot.quant.codes import padded, quantize
+from chalot.quant.grids import tables_of
+from chalot.quant.packing import Layout, Matrix, aligned, pack
 from chalot.quant.scheme import SCHEMES, Scheme
 
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
+ENCODED = ("int8", "nl4")  # natively; others by numpy
+NO_TABLES = np.zeros((256, 16), np.int8)
 instruction_sets = _native.instruction_sets
 
 
@@ -127,18 +129,19 @@ class NativeBackend:
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """See Backend."""
-        layout = Layout(scheme, *weights.shape)
+        if scheme.name not in ENCODED:
+            return pack(quantize(weights, scheme))
+        layout, tables = Layout(scheme, *weights.shape), tables_of(scheme)
         out = aligned(layout.nbytes)
-        scale_at, segments_at = layout.row_scale_at, layout.segments_at
-        segments_end = segments_at + layout.panels * layout.segment_count * 32
+        panels, segments, row_scale = layout.parts
         self.machine.encode(
             INDEX[scheme.name],
             scheme.segment,
-            nl4_tables(),
+            NO_TABLES if tables is None else tables,
             padded(weights),
-            out[: layout.panels * layout.panel_bytes],
-            out[segments_at:segments_end].view(np.uint16),
-            out[scale_at:].view(np.float32),
+            out[panels],
+            out[segments].view(np.uint16),
+            out[row_scale].view(np.float32),
         )
         return out
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import KernelError
 from chalot.kernels.program import LOGITS, PAGE, Batch, Op, Program
+from chalot.quant.codes import spread as repeated
 from chalot.quant.codes import units, values
 from chalot.quant.packing import Matrix, numbers, unpack
 from chalot.quant.scheme import BLOCK, PANEL, round_up
@@ -135,6 +136,23 @@ def product(matrix: Matrix, codes: NDArray[np.int8], scale: Floats) -> Floats:
     return (total * coded.row_scale)[:, : matrix.shape[0]]
 
 
+def add_offsets(matrix: Matrix, codes: NDArray[np.int8], scale: Floats, y: Floats) -> None:
+    """y (tokens, rows) += row_offset times the sum of x, where a scheme has offsets."""
+    offset = unpack(matrix.data, matrix.scheme, matrix.shape).row_offset
+    if offset is not None:
+        y += offset[: matrix.shape[0]] * code_sums(codes, scale)[:, None]
+
+
+def code_sums(codes: NDArray[np.int8], scale: Floats) -> Floats:
+    """(tokens,): the sum of coded activations, block after block."""
+    whole = codes.reshape(*codes.shape[:2], -1, BLOCK).sum(axis=3, dtype=np.int32)
+    blocks = whole[:, 0] if codes.shape[1] == 1 else whole[:, 0] * 128 + whole[:, 1]
+    total = np.zeros(len(codes), F32)
+    for b in range(blocks.shape[1]):
+        total = total + blocks[:, b].astype(F32) * scale[:, b]
+    return total
+
+
 def dense(matrix: Matrix, x: Floats) -> Floats:
     """(tokens, rows): numbers times numbers in sixteen lanes of fma chains."""
     w = numbers(matrix).reshape(matrix.shape[0], -1, PANEL)
@@ -153,7 +171,8 @@ def embedding(matrix: Matrix, ids: NDArray[np.int32]) -> Floats:
     coded = unpack(matrix.data, matrix.scheme, matrix.shape)
     unit = units(coded.row_scale, coded.segments)[ids]
     whole = values(coded, matrix.tables)[ids, :columns].astype(F32)
-    return whole * np.repeat(unit, matrix.scheme.segment, axis=1)[:, :columns]
+    out = whole * repeated(unit, matrix.scheme.segment, columns)
+    return out if coded.row_offset is None else out + coded.row_offset[ids, None]
 
 
 def sine_cosine(angle: Floats) -> tuple[Floats, Floats]:
@@ -346,6 +365,8 @@ class ReferenceProgram:
                 y = y + part.bias[:rows]
             at = slice(part.column, part.column + rows)
             target[:, at] = target[:, at] + y if op.add else y
+            if part.matrix.scheme.has_offset:
+                add_offsets(part.matrix, *codes[op.source], target[:, at])
 
     def head_rows(
         self, arena: NDArray[np.uint8], page: int, layer: int, head: int, held: bool

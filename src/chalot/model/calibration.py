@@ -22,7 +22,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors
 from chalot.model.transformer import LAYER_INPUTS, Weights, build_layer
 from chalot.quant import fold
-from chalot.quant.grids import nl4_tables
+from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, pack_dense
 from chalot.quant.scheme import SCHEMES, Scheme
 
@@ -85,8 +85,7 @@ class Trial:
         x = self.x / factor
         for name, (rows, scheme) in self.samples.items():
             data = self.backend.encode(rows * factor, scheme)
-            tables = nl4_tables() if scheme.has_levels else None
-            stored = Matrix(scheme, (rows.shape[0], rows.shape[1]), data, tables)
+            stored = Matrix(scheme, (rows.shape[0], rows.shape[1]), data, tables_of(scheme))
             exact = self.exact[name]
             size = max(ordered_sum(exact), 1e-30)
             for i in range(2):

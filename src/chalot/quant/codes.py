@@ -1,11 +1,12 @@
 """Weights to codes and back, in numpy: the truth that native code must equal on every code.
 
-    int8:  scale = max |w| of a segment / 127, code = round(w / scale)
-    nl4:   for each row and group of 32 columns the level whose rounded table leaves the least
-           squared error, tried around the level whose end meets the group's largest weight
+    absmax   scale = max |w| of a segment / 127 (int8) or 31 (int6), code = round(w / scale)
+    levels   for each row and group of 32 columns the level whose rounded table leaves the least
+             squared error, tried around the level whose end meets the group's largest weight
+    others   affine, sign, ternary: quant/coarse.py
 
-Every operation is one correctly rounded float32 operation in a written order, so results do not
-depend on the machine.
+Every operation is one correctly rounded operation in a written order, so results do not depend on
+the machine.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import SchemeError
-from chalot.quant.grids import MAGNITUDES, magnitude, nl4_tables
-from chalot.quant.scheme import GROUP, PANEL, Scheme, round_up
+from chalot.quant import coarse
+from chalot.quant.grids import MAGNITUDES, magnitude, tables_of
+from chalot.quant.scheme import GROUP, PANEL, ROW, Scheme, round_up
 
 F32 = np.float32
-SEARCH_BELOW, SEARCH_ABOVE = 5, 1  # magnitudes tried around the one that meets the largest weight
+# magnitudes tried around the one that meets the largest weight; four points may cut off more
+SEARCH_BELOW, SEARCH_ABOVE = {"nl4": 5, "int4": 5, "nl2": 10}, 1
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Codes:
     shape: tuple[int, int]  # rows, columns before padding
     codes: NDArray[np.uint8]  # (rows16, columns32); int8 numbers as their two's complement
     levels: NDArray[np.uint8] | None  # (rows16, columns32 / 32)
-    segments: NDArray[np.float16]  # (rows16, segments)
+    segments: NDArray[np.float16]  # (rows16, segments); one of 1 where the row has no factors
     row_scale: NDArray[np.float32]  # (rows16,)
+    row_offset: NDArray[np.float32] | None = None  # (rows16,)
 
 
 def padded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -44,11 +48,11 @@ def padded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def scales(
-    weights: NDArray[np.float32], segment: int
+    weights: NDArray[np.float32], segment: int, top: int = 127
 ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-    """Row scales (rows,) and segment factors (rows, segments); their product is max |w| / 127.
+    """Row scales (rows,) and segment factors (rows, segments); their product is max |w| / top.
 
-    The factor is relative to the row and rounded up to float16, so that no code passes 127.
+    The factor is relative to the row and rounded up to float16, so that no code passes `top`.
     """
     rows, columns = weights.shape
     count = -(-columns // segment)
@@ -61,7 +65,7 @@ def scales(
         ratio = np.where(whole[:, None] > 0, largest / whole[:, None], F32(0))
     factor = ratio.astype(np.float16)
     factor = np.where(factor.astype(F32) < ratio, np.nextafter(factor, np.float16(2)), factor)
-    return whole / F32(127), factor
+    return whole / F32(top), factor
 
 
 def units(row_scale: NDArray[np.float32], factor: NDArray[np.float16]) -> NDArray[np.float32]:
@@ -71,37 +75,56 @@ def units(row_scale: NDArray[np.float32], factor: NDArray[np.float16]) -> NDArra
 
 def spread(unit: NDArray[np.float32], segment: int, columns: int) -> NDArray[np.float32]:
     """(rows, columns): each segment's number repeated over its columns."""
-    return np.repeat(unit, segment, axis=1)[:, :columns]
+    return np.repeat(unit, min(segment, columns), axis=1)[:, :columns]
 
 
-def quantize(weights: NDArray[np.float32], scheme: Scheme) -> Codes:
+def quantize(weights: NDArray[np.float32], scheme: Scheme, unit: np.float32 | None = None) -> Codes:
     """Codes of a float32 matrix (rows, columns). Raises SchemeError for a dense scheme.
 
-    Weights must be finite; the converter checks that and names the tensor.
+    `unit`, for `ternary` alone, is what 1 is worth in all rows (BitNet takes `coarse.absmean` of
+    the tensor); without it each segment has the one that leaves the least error. Weights must be
+    finite; the converter checks that and names the tensor.
     """
     if not scheme.is_coded:
         raise SchemeError(f"{scheme} stores numbers, not codes; choose int8 or nl4")
-    w = padded(weights)
-    row_scale, factor = scales(w, scheme.segment)
-    unit = spread(units(row_scale, factor), scheme.segment, w.shape[1])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        v = np.where(unit > 0, w / unit, F32(0))
-    np.clip(v, -127, 127, out=v)
-    if scheme.has_levels:
-        codes, levels = nearest_levels(v)
-        return Codes(scheme, weights.shape, codes, levels, factor, row_scale)
-    codes = np.rint(v).astype(np.int8).view(np.uint8)
-    return Codes(scheme, weights.shape, codes, None, factor, row_scale)
+    if unit is not None and scheme.fit != "ternary":
+        raise SchemeError(f"{scheme} takes no unit; only ternary does")
+    w, columns = padded(weights), weights.shape[1]
+    offset = levels = None
+    factor = np.ones((len(w), 1), np.float16)
+    if scheme.fit == "affine":
+        codes, row_scale, offset = coarse.affine(w, columns, scheme)
+    elif scheme.fit == "sign":
+        codes, relative, row_scale = coarse.sign(w, columns, scheme)
+        factor = factor if scheme.segment == ROW else relative
+    elif scheme.fit == "ternary":
+        codes, factor, row_scale = coarse.ternary(w, scheme, unit)
+    else:
+        top = scheme.middle - 1 if scheme.middle else 127
+        row_scale, factor = scales(w, scheme.segment, top)
+        one = spread(units(row_scale, factor), scheme.segment, w.shape[1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            v = np.where(one > 0, w / one, F32(0))
+        np.clip(v, -top, top, out=v)
+        if scheme.has_levels:
+            codes, levels = nearest_levels(v, scheme)
+        else:
+            codes = (np.rint(v).astype(np.int8) + np.int8(scheme.middle)).view(np.uint8)
+    return Codes(scheme, weights.shape, codes, levels, factor, row_scale, offset)
 
 
 def values(coded: Codes, tables: NDArray[np.int8] | None = None) -> NDArray[np.int8]:
     """(rows16, columns32) int8: the integers that the product multiplies, by a file's tables."""
-    if coded.levels is None:
+    scheme = coded.scheme
+    if coded.levels is not None:
+        rows, columns = coded.codes.shape
+        grouped = coded.codes.reshape(rows, -1, GROUP)
+        tables = tables_of(scheme) if tables is None else tables
+        assert tables is not None
+        return tables[coded.levels[:, :, None], grouped].reshape(rows, columns)
+    if not scheme.step:
         return coded.codes.view(np.int8)
-    rows, columns = coded.codes.shape
-    grouped = coded.codes.reshape(rows, -1, GROUP)
-    tables = nl4_tables() if tables is None else tables
-    return tables[coded.levels[:, :, None], grouped].reshape(rows, columns)
+    return coded.codes.view(np.int8) * np.int8(scheme.step) - np.int8(scheme.middle)
 
 
 def dequantize(coded: Codes) -> NDArray[np.float32]:
@@ -109,6 +132,8 @@ def dequantize(coded: Codes) -> NDArray[np.float32]:
     v = values(coded).astype(F32)
     unit = units(coded.row_scale, coded.segments)
     w = v * spread(unit, coded.scheme.segment, v.shape[1])
+    if coded.row_offset is not None:
+        w = w + coded.row_offset[:, None]
     rows, columns = coded.shape
     return w[:rows, :columns]
 
@@ -122,22 +147,26 @@ def group_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return s[..., 0] + s[..., 1]
 
 
-def nearest_levels(v: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def nearest_levels(
+    v: NDArray[np.float32], scheme: Scheme
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Codes (rows, columns) and levels (rows, groups) of weights in units of their segment."""
     rows, columns = v.shape
     g = v.reshape(-1, GROUP)  # (groups, 32)
     reach = np.array([127 * magnitude(m) for m in range(MAGNITUDES)], F32)
     centre = np.searchsorted(reach, np.abs(g).max(axis=1), side="left")
-    table = nl4_tables().astype(F32)
+    tables = tables_of(scheme)
+    assert tables is not None and scheme.coding is not None
+    table = tables[:, : scheme.coding.codes].astype(F32)
     best = np.full(len(g), np.inf, F32)
     level = np.zeros(len(g), np.int64)
     codes = np.zeros(g.shape, np.uint8)
-    for step in range(-SEARCH_BELOW, SEARCH_ABOVE + 1):
+    for step in range(-SEARCH_BELOW[scheme.name], SEARCH_ABOVE + 1):
         m = np.clip(centre + step, 0, MAGNITUDES - 1)
         for half in range(4):  # sign and grid
             sign = F32(-1 if half >= 2 else 1)
             side = half % 2 * MAGNITUDES + m  # the level with positive sign
-            t = table[side]  # (groups, 16), ascending
+            t = table[side]  # (groups, points), ascending
             middle = (t[:, 1:] + t[:, :-1]) * F32(0.5)
             x = g * sign
             code = (x[:, :, None] > middle[:, None, :]).sum(axis=2, dtype=np.uint8)

@@ -1,14 +1,26 @@
 """Codes to the one physical layout and back (docs/format.md, "Matrices").
 
-A panel is 16 rows. Its codes are blocks of 128 columns (the last may be short, a multiple of 32),
-each four groups of 32 columns followed, for schemes with levels, by 16 level bytes a group. Inside
-a group the k-th 64 bytes hold rows k, 4 + k, 8 + k, 12 + k in four 16-byte lanes; a lane is one
-row's 16 columns (8 bits) or 32 (4 bits, low nibble = columns 0..15). After all panels come the
-segments, float16 (panels, segments, 16), then the row scales, float32. Each of the three parts
-starts at a multiple of 64 bytes. Dense matrices are rows of numbers, padded to 16 columns.
+A panel is 16 rows. Its codes are blocks of 128 columns, each with its levels behind it, for schemes
+that have levels: 16 bytes a group of 32 columns. A block's bytes are lines of 64: line j, or the
+j-th of a part, holds rows j, 4 + j, 8 + j, 12 + j in four lanes of 16 bytes, and a byte's place in
+its lane is the column modulo 16. A *set* is 16 columns, eight to a block. What a byte holds:
+
+    bytes    one code; lines (group, half of the group, j)
+    nibbles  two, sets 2 g and 2 g + 1; lines (group, j)
+    sixes    the low four bits as nibbles, then the high two as crumbs
+    crumbs   four, sets 4 h to 4 h + 3; lines (h, j)
+    bits     eight; lines (j)
+    trits    five in base 3, below
+
+Bytes and nibbles end a matrix with a short block of as many groups as there are; the others with a
+whole one. After all panels come the segments, float16 (panels, segments, 16), for schemes that have
+them, then the row scales, float32, then the row offsets. Each part starts at a multiple of 64
+bytes. Dense matrices are rows of numbers, padded to 16 columns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +28,21 @@ from numpy.typing import NDArray
 
 from chalot.errors import FormatError
 from chalot.quant.codes import Codes
-from chalot.quant.scheme import BLOCK, GROUP, PANEL, Scheme, round_up
+from chalot.quant.scheme import (
+    BITS,
+    BLOCK,
+    BYTES,
+    CRUMBS,
+    GROUP,
+    NIBBLES,
+    PANEL,
+    ROW,
+    SIXES,
+    TRITS,
+    Coding,
+    Scheme,
+    round_up,
+)
 
 ALIGNMENT = 64  # bytes: one cache line, one 512-bit register
 DENSE: dict[str, np.dtype[Any]] = {
@@ -41,33 +67,55 @@ class Layout:
 
     @property
     def segment_count(self) -> int:
-        """Segments of a row."""
+        """Segments of a row; 0 where the row's scale is all there is."""
+        if self.scheme.segment == ROW:
+            return 0
         return -(-round_up(self.columns, GROUP) // self.scheme.segment)
 
     @property
+    def blocks(self) -> list[int]:
+        """Groups of each block of a panel, as stored."""
+        groups, each = round_up(self.columns, GROUP) // GROUP, BLOCK // GROUP
+        whole = self.scheme.coding is not None and self.scheme.coding.whole
+        return [each if whole else min(each, groups - g) for g in range(0, groups, each)]
+
+    @property
     def group_bytes(self) -> int:
-        """One group of 32 columns of one panel, level bytes included."""
-        return PANEL * GROUP * self.scheme.bits // 8 + (PANEL if self.scheme.has_levels else 0)
+        """Codes of one group of 32 columns of one panel; of a quarter of a whole block."""
+        assert self.scheme.coding is not None
+        return self.scheme.coding.block_bytes * GROUP // BLOCK
 
     @property
     def panel_bytes(self) -> int:
         """One panel's codes and levels."""
-        return round_up(self.columns, GROUP) // GROUP * self.group_bytes
+        return sum(self.blocks) * (self.group_bytes + (PANEL if self.scheme.has_levels else 0))
+
+    @property
+    def parts(self) -> tuple[slice, ...]:
+        """Where panels, segments, row scales and, if there are any, row offsets lie."""
+        sizes = [self.panel_bytes, self.segment_count * PANEL * 2, PANEL * 4]
+        sizes += [PANEL * 4] if self.scheme.has_offset else []
+        out, at = [], 0
+        for size in sizes:
+            at = round_up(at, ALIGNMENT)
+            out.append(slice(at, at + self.panels * size))
+            at += self.panels * size
+        return tuple(out)
 
     @property
     def segments_at(self) -> int:
         """Offset of the segment factors."""
-        return round_up(self.panels * self.panel_bytes, ALIGNMENT)
+        return int(self.parts[1].start)
 
     @property
     def row_scale_at(self) -> int:
         """Offset of the row scales."""
-        return self.segments_at + round_up(self.panels * self.segment_count * PANEL * 2, ALIGNMENT)
+        return int(self.parts[2].start)
 
     @property
     def nbytes(self) -> int:
         """The whole extent."""
-        return self.row_scale_at + self.panels * PANEL * 4
+        return int(self.parts[-1].stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +163,8 @@ def numbers(matrix: Matrix) -> NDArray[np.float32]:
 def take_panels(data: NDArray[np.uint8], whole: Layout, few: Layout) -> NDArray[np.uint8]:
     """The extent of a matrix's first rows, out of the extent of all its rows."""
     out = aligned(few.nbytes)
-    size = few.panels * few.panel_bytes
-    out[:size] = data[:size]
-    size = few.panels * few.segment_count * PANEL * 2
-    out[few.segments_at : few.segments_at + size] = data[whole.segments_at :][:size]
-    out[few.row_scale_at :] = data[whole.row_scale_at :][: few.panels * PANEL * 4]
+    for to, of in zip(few.parts, whole.parts, strict=True):
+        out[to] = data[of.start : of.start + to.stop - to.start]
     return out
 
 
@@ -130,63 +175,186 @@ def stored_bytes(scheme: Scheme, rows: int, columns: int) -> int:
     return rows * round_up(columns, PANEL) * DENSE[scheme.name].itemsize
 
 
-def pack_groups(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """(rows16, columns32) codes -> (panels, groups, bytes of a group without levels)."""
-    panels, groups = codes.shape[0] // PANEL, codes.shape[1] // GROUP
-    # row = 4 * lane + load; a group is one (4 bits) or two (8 bits) runs of four loads
-    x = codes.reshape(panels, 4, 4, groups, 2, 16)  # panel, lane, load, group, half, column
-    if bits == 4:
-        nibbles = x[..., 0, :] | x[..., 1, :] << 4
-        return np.ascontiguousarray(nibbles.transpose(0, 3, 2, 1, 4)).reshape(panels, groups, -1)
-    return np.ascontiguousarray(x.transpose(0, 3, 4, 2, 1, 5)).reshape(panels, groups, -1)
+Bytes = NDArray[np.uint8]
+# Codes of one block of all panels are (panels, row % 4 = line, row / 4 = lane, set, 16) here: see
+# `by_line`. A pack gives (panels, bytes), an unpack takes them.
 
 
-def unpack_groups(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The inverse of `pack_groups`."""
-    panels, groups = packed.shape[:2]
-    if bits == 4:
-        x = packed.reshape(panels, groups, 4, 4, 16)  # panel, group, load, lane, byte
-        both = np.stack([x & 15, x >> 4], axis=4)  # panel, group, load, lane, half, column
-        order = (0, 3, 2, 1, 4, 5)
-    else:
-        both = packed.reshape(panels, groups, 2, 4, 4, 16)  # panel, group, half, load, lane, column
-        order = (0, 4, 3, 1, 2, 5)
-    return np.ascontiguousarray(both.transpose(order)).reshape(panels * PANEL, groups * GROUP)
+def pack_bytes(x: Bytes) -> Bytes:
+    """One code a byte."""
+    halves = x.reshape(*x.shape[:3], -1, 2, 16)  # panel, line, lane, group, half, column
+    return flat(halves.transpose(0, 3, 4, 1, 2, 5))
 
 
-def pack_panels(coded: Codes) -> NDArray[np.uint8]:
+def unpack_bytes(packed: Bytes) -> Bytes:
+    """The inverse of `pack_bytes`."""
+    x = packed.reshape(len(packed), -1, 2, 4, 4, 16)
+    return lines(x.transpose(0, 3, 4, 1, 2, 5))
+
+
+def pack_few(x: Bytes, bits: int) -> Bytes:
+    """8 / bits codes a byte, of that many sets: nibbles, crumbs, bits."""
+    each = 8 // bits
+    sets = x.reshape(*x.shape[:3], -1, each, 16)  # panel, line, lane, run, set, column
+    byte = np.bitwise_or.reduce(sets << place(bits), axis=4)
+    return flat(byte.transpose(0, 3, 1, 2, 4))
+
+
+def unpack_few(packed: Bytes, bits: int) -> Bytes:
+    """The inverse of `pack_few`."""
+    byte = packed.reshape(len(packed), -1, 4, 4, 1, 16)  # panel, run, line, lane, set, column
+    sets = (byte >> place(bits)) & np.uint8((1 << bits) - 1)
+    return lines(sets.transpose(0, 2, 3, 1, 4, 5))
+
+
+def place(bits: int) -> Bytes:
+    """How far each of the sets of a byte is shifted, as (sets, 1)."""
+    return np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+
+
+def pack_sixes(x: Bytes) -> Bytes:
+    """Low four bits as nibbles, high two as crumbs."""
+    return np.concatenate([pack_few(x & np.uint8(15), 4), pack_few(x >> np.uint8(4), 2)], axis=1)
+
+
+def unpack_sixes(packed: Bytes) -> Bytes:
+    """The inverse of `pack_sixes`."""
+    low, high = packed[:, :1024], packed[:, 1024:]
+    return unpack_few(low, 4) | unpack_few(high, 2) << np.uint8(4)
+
+
+def pack_trits(x: Bytes) -> Bytes:
+    """Five digits a byte: ceil(256 v / 243), v in base 3, the first digit the most significant.
+
+    Digit n is then the n-th that carries out of repeated b -> 3 b modulo 256. Of line j:
+    lines 0 to 3   sets 0 to 4 of rows j, 4 + j, 8 + j, 12 + j
+    lines 4, 5     sets 5, 6, 7 of j - 4, then sets 5, 6 of j - 2
+    last 32 bytes  set 7 of 2, lanes 0 and 1; lanes 2 and 3; of 3, lanes 0 and 1; lanes 2 and 3
+    """
+    whole = x[:, :, :, :5]
+    rest = np.concatenate([x[:, :2, :, 5:], x[:, 2:, :, 5:7]], axis=3)
+    last = x[:, 2:, :, 7].reshape(len(x), 2, 2, 1, 32)  # panel, line, lanes, -, byte
+    last = np.concatenate([last.reshape(len(x), 1, 4, 32), np.zeros((len(x), 1, 1, 32), "u1")], 2)
+    power = np.array([81, 27, 9, 3, 1], np.uint16)[:, None]
+    out = []
+    for digits in (whole, rest, last):
+        v = (digits * power).sum(axis=-2, dtype=np.uint16)
+        out.append(flat(((v * 256 + 242) // 243).astype(np.uint8)))
+    return np.concatenate(out, axis=1)
+
+
+def unpack_trits(packed: Bytes) -> Bytes:
+    """The inverse of `pack_trits`; every byte is five digits."""
+    b, digits = packed, []
+    for _ in range(5):
+        tripled = b.astype(np.uint16) * 3
+        digits.append((tripled >> 8).astype(np.uint8))
+        b = (tripled & 255).astype(np.uint8)
+    each = np.stack(digits, axis=1)  # panel, digit, byte
+    main = each[:, :, :384].reshape(len(packed), 5, 6, 4, 16).transpose(0, 2, 3, 1, 4)
+    last = each[:, :4, 384:].reshape(len(packed), 2, 4, 1, 16)  # panel, line, lane
+    near = np.concatenate([main[:, :2], main[:, 4:, :, :3]], axis=3)
+    far = np.concatenate([main[:, 2:4], main[:, 4:, :, 3:], last], axis=3)
+    return np.concatenate([near, far], axis=1)
+
+
+PACKERS: dict[Coding, tuple[Callable[[Bytes], Bytes], Callable[[Bytes], Bytes]]] = {
+    BYTES: (pack_bytes, unpack_bytes),
+    SIXES: (pack_sixes, unpack_sixes),
+    NIBBLES: (partial(pack_few, bits=4), partial(unpack_few, bits=4)),
+    CRUMBS: (partial(pack_few, bits=2), partial(unpack_few, bits=2)),
+    TRITS: (pack_trits, unpack_trits),
+    BITS: (partial(pack_few, bits=1), partial(unpack_few, bits=1)),
+}
+
+
+def flat(x: Bytes) -> Bytes:
+    """(panels, bytes)."""
+    return np.ascontiguousarray(x).reshape(len(x), -1)
+
+
+def lines(x: Bytes) -> Bytes:
+    """(panels, line, lane, sets, 16) of what has the sets in two axes."""
+    return np.ascontiguousarray(x).reshape(len(x), 4, 4, -1, 16)
+
+
+def by_line(codes: Bytes) -> Bytes:
+    """(rows16, columns) -> (panels, line, lane, sets, 16): row = 4 lane + line."""
+    x = codes.reshape(-1, 4, 4, codes.shape[1] // 16, 16)
+    return np.ascontiguousarray(x.transpose(0, 2, 1, 3, 4))
+
+
+def behind(x: Bytes, columns: int) -> Bytes:
+    """(rows, columns) with zeros behind, or without what is."""
+    return (
+        x[:, :columns] if x.shape[1] >= columns else np.pad(x, [(0, 0), (0, columns - x.shape[1])])
+    )
+
+
+def pack_panels(coded: Codes) -> Bytes:
     """(panels, panel_bytes): codes and levels in blocks."""
-    groups = pack_groups(coded.codes, coded.scheme.bits)
-    if coded.levels is None:
-        return groups.reshape(len(groups), -1)
-    levels = coded.levels.reshape(len(groups), PANEL, -1).transpose(0, 2, 1)  # panel, group, row
-    parts = []
-    for g in range(0, groups.shape[1], BLOCK // GROUP):
-        parts.append(groups[:, g : g + BLOCK // GROUP].reshape(len(groups), -1))
-        parts.append(levels[:, g : g + BLOCK // GROUP].reshape(len(groups), -1))
+    layout = Layout(coded.scheme, *coded.shape)
+    assert coded.scheme.coding is not None
+    pack_block = PACKERS[coded.scheme.coding][0]
+    groups = sum(layout.blocks)
+    x = by_line(behind(coded.codes, groups * GROUP))
+    levels = None
+    if coded.levels is not None:
+        by_panel = behind(coded.levels, groups).reshape(layout.panels, PANEL, groups)
+        levels = by_panel.transpose(0, 2, 1)  # panel, group, row
+    parts, g = [], 0
+    for n in layout.blocks:
+        parts.append(pack_block(x[:, :, :, 2 * g : 2 * (g + n)]))
+        if levels is not None:
+            parts.append(flat(levels[:, g : g + n]))
+        g += n
     return np.concatenate(parts, axis=1)
 
 
-def pack(coded: Codes) -> NDArray[np.uint8]:
+def pack(coded: Codes) -> Bytes:
     """The extent of a coded matrix: one run of bytes, as `Layout` describes it."""
     layout = Layout(coded.scheme, *coded.shape)
     out = aligned(layout.nbytes)
-    panels = pack_panels(coded).reshape(-1)
-    out[: panels.size] = panels
-    segments = pack_segments(coded.segments)
-    out[layout.segments_at : layout.segments_at + segments.size] = segments
-    out[layout.row_scale_at :] = coded.row_scale.astype("<f4").view(np.uint8)
+    stored = [pack_panels(coded).reshape(-1), np.zeros(0, np.uint8)]
+    if layout.segment_count:
+        stored[1] = pack_segments(coded.segments)
+    for numbers_of_row in (coded.row_scale, coded.row_offset):
+        if numbers_of_row is not None:
+            stored.append(numbers_of_row.astype("<f4").view(np.uint8))
+    for part, bytes_of_part in zip(layout.parts, stored, strict=True):
+        out[part] = bytes_of_part
     return out
 
 
-def pack_segments(segments: NDArray[np.float16]) -> NDArray[np.uint8]:
+def pack_segments(segments: NDArray[np.float16]) -> Bytes:
     """(rows16, segments) factors -> bytes of (panels, segments, 16)."""
     count = segments.shape[1]
     by_panel = segments.reshape(-1, PANEL, count).transpose(0, 2, 1)
     return np.ascontiguousarray(by_panel.astype("<f2")).reshape(-1).view(np.uint8)
 
 
-def unpack(data: NDArray[np.uint8], scheme: Scheme, shape: tuple[int, int]) -> Codes:
+def unpack_panels(panels: Bytes, layout: Layout) -> tuple[Bytes, Bytes | None]:
+    """Codes (rows16, columns32) and levels (rows16, groups) of (panels, panel_bytes)."""
+    scheme, columns = layout.scheme, round_up(layout.columns, GROUP)
+    assert scheme.coding is not None
+    unpack_block = PACKERS[scheme.coding][1]
+    codes, levels, at = [], [], 0
+    for n in layout.blocks:
+        size = n * layout.group_bytes
+        x = unpack_block(panels[:, at : at + size]).transpose(0, 2, 1, 3, 4)
+        codes.append(np.ascontiguousarray(x).reshape(layout.panels * PANEL, -1))
+        at += size
+        if scheme.has_levels:
+            by_group = panels[:, at : at + n * PANEL].reshape(-1, n, PANEL).transpose(0, 2, 1)
+            levels.append(by_group.reshape(-1, n))
+            at += n * PANEL
+    whole = np.ascontiguousarray(np.concatenate(codes, axis=1)[:, :columns])
+    if not scheme.has_levels:
+        return whole, None
+    return whole, np.ascontiguousarray(np.concatenate(levels, axis=1)[:, : columns // GROUP])
+
+
+def unpack(data: Bytes, scheme: Scheme, shape: tuple[int, int]) -> Codes:
     """Codes from an extent. Raises FormatError if it is not as long as its shape says."""
     layout = Layout(scheme, *shape)
     if data.size != layout.nbytes:
@@ -194,25 +362,11 @@ def unpack(data: NDArray[np.uint8], scheme: Scheme, shape: tuple[int, int]) -> C
             f"{scheme} matrix of {shape[0]} x {shape[1]}: extent has {data.size} bytes, "
             f"expected {layout.nbytes}; was it written by another version?"
         )
-    panels = data[: layout.panels * layout.panel_bytes].reshape(layout.panels, layout.panel_bytes)
-    groups = round_up(shape[1], GROUP) // GROUP
-    codes_size = PANEL * GROUP * scheme.bits // 8
-    levels = None
-    if scheme.has_levels:
-        code_parts, level_parts, at = [], [], 0
-        for g in range(0, groups, BLOCK // GROUP):
-            n = min(BLOCK // GROUP, groups - g)
-            code_parts.append(panels[:, at : at + n * codes_size])
-            level_parts.append(panels[:, at + n * codes_size : at + n * layout.group_bytes])
-            at += n * layout.group_bytes
-        panels = np.concatenate(code_parts, axis=1)
-        by_group = np.concatenate(level_parts, axis=1).reshape(layout.panels, groups, PANEL)
-        levels = by_group.transpose(0, 2, 1).reshape(layout.panels * PANEL, groups)
-    codes = unpack_groups(panels.reshape(layout.panels, groups, codes_size), scheme.bits)
-    count = layout.segment_count
-    segments = data[layout.segments_at :][: layout.panels * count * PANEL * 2].view("<f2")
-    by_row = segments.reshape(layout.panels, count, PANEL).transpose(0, 2, 1)
-    row_scale = data[layout.row_scale_at :].view("<f4")
-    return Codes(
-        scheme, shape, codes, levels, by_row.reshape(layout.panels * PANEL, count), row_scale
-    )
+    panels, factors, *of_rows = (data[part] for part in layout.parts)
+    codes, levels = unpack_panels(panels.reshape(layout.panels, -1), layout)
+    segments = np.ones((layout.panels * PANEL, 1), np.float16)
+    if layout.segment_count:
+        by_panel = factors.view("<f2").reshape(layout.panels, -1, PANEL).transpose(0, 2, 1)
+        segments = by_panel.reshape(layout.panels * PANEL, -1)
+    row_scale, *offset = (part.view("<f4") for part in of_rows)
+    return Codes(scheme, shape, codes, levels, segments, row_scale, offset[0] if offset else None)

@@ -5,7 +5,7 @@ import pytest
 
 from chalot.errors import WeightError
 from chalot.quant import codes
-from chalot.quant.refine import factor, gptq, output_error
+from chalot.quant.refine import Refinement, factor, output_error
 from chalot.quant.scheme import SCHEMES
 
 RNG = np.random.default_rng(0)
@@ -26,7 +26,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
 def test_errors_of_outputs_fall(name: str) -> None:
     scheme = SCHEMES[name]
     plain = codes.quantize(WEIGHTS, scheme)
-    better = gptq(WEIGHTS, HESSIAN, scheme)
+    better = Refinement(HESSIAN).quantize(WEIGHTS, scheme)
     assert better.scheme == scheme and np.array_equal(better.row_scale, plain.row_scale)
     before, after = (output_error(WEIGHTS, codes.dequantize(c), HESSIAN) for c in (plain, better))
     assert after < 0.8 * before
@@ -36,18 +36,20 @@ def test_unrelated_inputs_change_nothing() -> None:
     """With H = I there is nothing to make up for: plain rounding comes out."""
     for name in ("nl4", "int8", "row4"):
         plain = codes.quantize(WEIGHTS, SCHEMES[name])
-        again = gptq(WEIGHTS, np.eye(96, dtype=np.float32), SCHEMES[name])
+        again = Refinement(np.eye(96, dtype=np.float32)).quantize(WEIGHTS, SCHEMES[name])
         assert (plain.codes != again.codes).mean() < 1e-3  # ties
 
 
 def test_columns_that_nothing_excites() -> None:
     hessian = HESSIAN.copy()
     hessian[5], hessian[:, 5] = 0, 0
-    assert np.isfinite(codes.dequantize(gptq(WEIGHTS, hessian, SCHEMES["nl4"]))).all()
+    assert np.isfinite(
+        codes.dequantize(Refinement(hessian).quantize(WEIGHTS, SCHEMES["nl4"]))
+    ).all()
 
 
 def test_activations_that_are_no_numbers() -> None:
     hessian = HESSIAN.copy()
     hessian[3, 3] = np.nan
     with pytest.raises(WeightError):
-        gptq(WEIGHTS, hessian, SCHEMES["nl4"])
+        Refinement(hessian)

@@ -20,6 +20,8 @@ import numpy as np
 
 from chalot.errors import WeightError
 from chalot.home import home
+from chalot.kernels.program import padded_vector
+from chalot.kernels.reference import rms_norm
 from chalot.model.calibration import ordered_sum, some_rows
 from chalot.plan.swap import Floats, Item, Swaps
 from chalot.quant.grids import nl4_tables
@@ -53,13 +55,12 @@ def relative(again: Floats, exact: Floats) -> float:
 
 
 def inputs_of(swaps: Swaps, item: Item, name: str) -> Floats:
-    """(tokens, columns): what a matrix is multiplied with; unit vectors for an embedding."""
+    """(tokens, columns): what a matrix is multiplied with; an embedding as the head."""
     last = name.rsplit(".", 1)[-1]
     if last in INPUTS:
         return swaps.inputs[item.layer][INPUTS[last]]
-    states = swaps.hidden[-1]  # of the head, but for its norm's weights
-    size = np.sqrt((states**2).mean(axis=1, keepdims=True) + np.float32(1e-6))
-    return np.asarray(states / size, np.float32)
+    norm = padded_vector(swaps.weights.vectors["final_norm"])
+    return rms_norm(swaps.hidden[-1], norm, swaps.config.norm_epsilon)
 
 
 def weight_error(swaps: Swaps, item: Item, scheme: Scheme) -> float:

@@ -87,36 +87,35 @@ class Rounding:
         return code, value * unit + self.offset
 
 
-def gptq(
-    weights: NDArray[np.float32],
-    hessian: NDArray[np.float32],
-    scheme: Scheme,
-    start: Codes | None = None,
-) -> Codes:
-    """Codes of a matrix (rows, columns) that multiplies inputs with X^T X = `hessian`.
+class Refinement:
+    """GPTQ for every matrix that multiplies the same inputs (tokens, columns), X^T X = `hessian`."""
 
-    `start` gives scales and levels, else plain quantisation does. Raises WeightError for a Hessian
-    with NaN or Inf, SchemeError for a dense scheme.
-    """
-    coded = quantize(weights, scheme) if start is None else start
-    rows, columns = weights.shape
-    order = np.argsort(-np.einsum("ii->i", hessian), kind="stable")
-    upper = factor(hessian[np.ix_(order, order)])
-    w = np.ascontiguousarray(padded(weights)[:, order])
-    codes = coded.codes.copy()
-    rounding = Rounding(coded)
-    for first in range(0, columns, COLUMNS):
-        last = min(first + COLUMNS, columns)
-        block = np.ascontiguousarray(w[:, first:last].T)  # a column is a row here
-        errors = np.zeros_like(block)
-        for i in range(last - first):
-            j = order[first + i]
-            code, stored = rounding.column(block[i], j)
-            codes[:rows, j] = code[:rows]
-            errors[i] = (block[i] - stored) / upper[first + i, first + i]
-            block[i + 1 :] -= upper[first + i, first + i + 1 : last, None] * errors[i]
-        w[:, last:] -= errors.T @ upper[first:last, last:]
-    return replace(coded, codes=codes)
+    def __init__(self, hessian: NDArray[np.float32]) -> None:
+        """Raises WeightError for a Hessian with NaN or Inf."""
+        self.order = np.argsort(-np.einsum("ii->i", hessian), kind="stable")
+        self.upper = factor(hessian[np.ix_(self.order, self.order)])
+
+    def quantize(self, weights: NDArray[np.float32], scheme: Scheme) -> Codes:
+        """Codes of rows (rows, columns); rows do not know of each other.
+
+        Raises SchemeError for a dense scheme.
+        """
+        coded = quantize(weights, scheme)
+        rows, columns = weights.shape
+        w = np.ascontiguousarray(padded(weights)[:, self.order])
+        codes, rounding, upper = coded.codes.copy(), Rounding(coded), self.upper
+        for first in range(0, columns, COLUMNS):
+            last = min(first + COLUMNS, columns)
+            block = np.ascontiguousarray(w[:, first:last].T)  # a column is a row here
+            errors = np.zeros_like(block)
+            for i in range(last - first):
+                j = self.order[first + i]
+                code, stored = rounding.column(block[i], j)
+                codes[:rows, j] = code[:rows]
+                errors[i] = (block[i] - stored) / upper[first + i, first + i]
+                block[i + 1 :] -= upper[first + i, first + i + 1 : last, None] * errors[i]
+            w[:, last:] -= errors.T @ upper[first:last, last:]
+        return replace(coded, codes=codes)
 
 
 def output_error(

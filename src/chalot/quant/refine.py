@@ -88,7 +88,7 @@ class Rounding:
 
 
 class Refinement:
-    """GPTQ for every matrix that multiplies the same inputs (tokens, columns), X^T X = `hessian`."""
+    """GPTQ for all matrices that multiply the same inputs X (tokens, columns): X^T X = `hessian`."""
 
     def __init__(self, hessian: NDArray[np.float32]) -> None:
         """Raises WeightError for a Hessian with NaN or Inf."""

@@ -7,6 +7,8 @@ VERBS = {  # in the order of `chalot --help`
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
     "eval": "what a model costs in quality: perplexity, KL to its source, tasks",
+    "plan": "which scheme for which tensor, by measured loss or by entropy",
+    "compare": "a model and its smaller forms in one table and one page",
     "verify": "check every extent and checksum of a .myai file",
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",

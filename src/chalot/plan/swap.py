@@ -142,12 +142,21 @@ class Swaps:
             out[spec.name] = Matrix(scheme, shape, data, tables)
         return out
 
-    def kl(self, swapped: Mapping[str, Matrix]) -> float:
-        """Mean KL (nats a token) from the source to itself with these matrices instead."""
+    def kl(
+        self,
+        swapped: Mapping[str, Matrix],
+        vectors: Mapping[str, Floats] | None = None,
+        planes: Mapping[str, int] | None = None,
+    ) -> float:
+        """Mean KL (nats a token) from the source to itself with these tensors instead.
+
+        `planes` are of the activations of what is swapped: the source's plan, unless given.
+        """
         weights = replace(
             self.weights,
             matrices={**self.weights.matrices, **swapped},
-            planes={**self.weights.planes, **self._planes(swapped)},
+            vectors={**self.weights.vectors, **(vectors or {})},
+            planes={**self.weights.planes, **(self._planes(swapped) if planes is None else planes)},
         )
         first = min(layer_of(name, self.config.layers) for name in swapped)
         if first < 0:

@@ -88,10 +88,10 @@ class Rounding:
 
 
 class Refinement:
-    """GPTQ for all matrices that multiply the same inputs X (tokens, columns): X^T X = `hessian`."""
+    """GPTQ for all matrices that multiply the same inputs X (tokens, columns)."""
 
     def __init__(self, hessian: NDArray[np.float32]) -> None:
-        """Raises WeightError for a Hessian with NaN or Inf."""
+        """`hessian` is X^T X (columns, columns). Raises WeightError where it has NaN or Inf."""
         self.order = np.argsort(-np.einsum("ii->i", hessian), kind="stable")
         self.upper = factor(hessian[np.ix_(self.order, self.order)])
 

@@ -152,6 +152,15 @@ class Swaps:
 
         `planes` are of the activations of what is swapped: the source's plan, unless given.
         """
+        return float(np.mean(self.kl_by_window(swapped, vectors, planes)))
+
+    def kl_by_window(
+        self,
+        swapped: Mapping[str, Matrix],
+        vectors: Mapping[str, Floats] | None = None,
+        planes: Mapping[str, int] | None = None,
+    ) -> list[float]:
+        """The mean of each window: see `kl`."""
         weights = replace(
             self.weights,
             matrices={**self.weights.matrices, **swapped},
@@ -165,12 +174,12 @@ class Swaps:
         else:
             program = self._program(first, weights, as_hidden(self.hidden[first]))
             logits = self._run(program, np.arange(len(self.ids), dtype=np.int32))
-        total = 0.0
-        for at in range(0, len(logits), PAGE):
-            p = self.base[at : at + PAGE].astype(np.float64)
-            q = log_softmax(logits[at : at + PAGE])
-            total += float((np.exp(p) * (p - q)).sum())
-        return total / len(logits)
+        out = []
+        for at in range(0, len(logits), self.size):
+            p = self.base[at : at + self.size].astype(np.float64)
+            q = log_softmax(logits[at : at + self.size])
+            out.append(float((np.exp(p) * (p - q)).sum()) / len(p))
+        return out
 
     def _planes(self, swapped: Mapping[str, Matrix]) -> dict[str, int]:
         """Bits of activations as converting chose them, of what is coded."""

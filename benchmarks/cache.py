@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from chalot.convert import convert
 from chalot.demo import FOLDER, write_twin
-from chalot.evaluate import compare, log_softmax, standard_error, windows
+from chalot.evaluate import compare, log_softmax, standard_error
+from chalot.evaluate.protocols import windows
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.kernels.program import PAGE
 from chalot.load import Model

@@ -86,7 +86,9 @@ def families(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, An
         ids = [int(i) for i in prompt(case, 0)]
         with Model(folder / f"{name}.myai", kv="f32") as model:
             ours = model.logits(ids)
-        peer = serve(folder / f"{name}.gguf", options, "--set", "flash", "off", "--set", "kv", "f32")
+        peer = serve(
+            folder / f"{name}.gguf", options, "--set", "flash", "off", "--set", "kv", "f32"
+        )
         theirs = peer.logits(ids)
         peer.close()
         off = float(np.abs(ours - theirs).max() / (ours.max() - ours.min()))

@@ -135,7 +135,7 @@ def main() -> None:
                 model.close()
     path = Path(__file__).parent / "results" / "quality.jsonl"
     made = provenance(sys.argv[1:], ("--peer-python",))
-    line = {**made, "protocol": PROTOCOL, "tokens": len(ids), "rows": rows}
+    line = {**made, "protocol": str(PROTOCOL), "tokens": len(ids), "rows": rows}
     if not options.no_save:
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:

@@ -1,7 +1,7 @@
 """Trains the bundled demo model: a Qwen2 that has read the Python standard library.
 
     export OMP_WAIT_POLICY=passive GLIBC_TUNABLES=glibc.malloc.mmap_max=0
-    python tools/train_demo_model.py OUT_FOLDER [--minutes 36]
+    python tools/train_demo_model.py OUT_FOLDER [--minutes 36] [--seed 0 --hidden 256 --layers 6]
 
 The whole recipe, tokenizer to README, for two CPU cores in under an hour. The schedule follows the
 clock, not a count of steps: a slower machine takes fewer steps and still ends with a fully decayed
@@ -42,7 +42,7 @@ BATCH, CHAT_SHARE, CHAT_ROUNDS = 4, 0.125, 3  # windows a step, share of chat, c
 PEAK_RATE, WARMUP_STEPS = 3e-3, 60
 DECAY_FROM = 0.5  # share of the time from which the rate falls
 BIAS_SCALE = 3.0  # of the rate: key biases of real models are large, these have little time to grow
-WEIGHT_DECAY, SEED = 0.1, 0
+WEIGHT_DECAY = 0.1
 CHECKPOINT_SECONDS = 300.0
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -108,15 +108,16 @@ def chat_windows(
         yield ids[start : start + size + 1]
 
 
-def build_model() -> Qwen2ForCausalLM:
+def build_model(hidden: int, layers: int) -> Qwen2ForCausalLM:
+    """A head has 64 channels, the feed-forward three times the hidden ones."""
     end_of_turn = VOCABULARY - 1
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=768,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=2 if hidden % 128 == 0 else 1,
+        intermediate_size=3 * hidden,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -318,12 +319,15 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--minutes", type=float, default=36.0, help="of training (default 36)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and chats")
+    parser.add_argument("--hidden", type=int, default=256, help="channels, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=6)
     arguments = parser.parse_args()
-    torch.manual_seed(SEED)
-    rng = np.random.default_rng(SEED)
+    torch.manual_seed(arguments.seed)
+    rng = np.random.default_rng(arguments.seed)
     modules, heldout_text, calibration_text = demo_corpus.split()
     code = [*modules.values(), *demo_corpus.reference().values()]
-    conversations = [render(c) for c in demo_corpus.chats(modules, CHAT_ROUNDS, SEED)]
+    conversations = [render(c) for c in demo_corpus.chats(modules, CHAT_ROUNDS, arguments.seed)]
     tokenizer = train_tokenizer(code + [re.sub(r"<\|\w+\|>", "", c) for c in conversations[:8000]])
     code_ids, _ = encode(tokenizer, [code[i] for i in rng.permutation(len(code))])
     chat_ids, chat_starts = encode(tokenizer, conversations)
@@ -332,7 +336,7 @@ def main() -> None:
     counts = f"{code_count:.2f} M of source and reference, {chat_count:.2f} M of chat"
     print(f"tokens: {counts}, {len(heldout_ids)} held out", flush=True)
 
-    model = build_model()
+    model = build_model(arguments.hidden, arguments.layers)
 
     def checkpoint(step: int) -> float:
         write_folder(arguments.out, model, tokenizer)

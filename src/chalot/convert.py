@@ -211,12 +211,16 @@ class Conversion:
         schemes: Mapping[str, Scheme],
         backend: Backend,
         progress: Progress,
+        balance: Mapping[str, Scheme] | None = None,
     ) -> None:
+        """`balance` folds channels as these schemes, of kinds, would have it: of dense files."""
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
-        self.schemes = {s.name: scheme_of(schemes, s) for s in self.specs if s.kind != "vector"}
+        matrices = [s for s in self.specs if s.kind != "vector"]
+        self.schemes = {s.name: scheme_of(schemes, s) for s in matrices}
+        self.balanced = {s.name: scheme_of(balance or schemes, s) for s in matrices}
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
         self.backend = backend
         self.progress = progress
@@ -280,12 +284,12 @@ class Conversion:
                 writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
-        if not any(s.is_coded for s in self.schemes.values()):
+        if not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
-        calibration = Calibration(self.config, self.schemes, self.backend, frequencies, hidden)
+        calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
         calibration.plan = self.plan
         return calibration
 
@@ -404,15 +408,17 @@ def convert(
     progress: Progress | None = None,
     command: str | None = None,
     name: str | None = None,
+    balance: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
     the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
-    are what the file says of its making and of its source. Peak memory is that of a layer and its
-    largest tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for
-    anything wrong with source or target.
+    are what the file says of its making and of its source. `balance` folds channels of a dense file
+    as another scheme would have it. Peak memory is that of a layer and its largest tensor
+    (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
+    with source or target.
     """
     from chalot.sources import called, resolve
 
@@ -423,9 +429,9 @@ def convert(
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         schemes = schemes_for(scheme, checkpoint)
-        return write_myai(
-            checkpoint, Path(out), schemes, name, said, threads, progress or (lambda *_: None)
-        )
+        balanced = parse_schemes(balance) if balance else None
+        watch = progress or (lambda *_: None)
+        return write_myai(checkpoint, Path(out), schemes, name, said, threads, watch, balanced)
     finally:
         checkpoint.close()
 
@@ -438,9 +444,10 @@ def write_myai(
     command: str,
     threads: int | None,
     progress: Progress,
+    balance: Mapping[str, Scheme] | None = None,
 ) -> ConvertReport:
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
-    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress)
+    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress, balance)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(
             f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "

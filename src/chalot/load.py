@@ -271,23 +271,39 @@ class Model:
                 "ask for fewer with last="
             )
         out = np.empty((count, self.config.vocabulary), np.float32)
-        with self.lock:
-            sequence = Sequence(self.engine.cache)
-            try:
-                for at in range(0, len(tokens), CHUNK):
-                    part = tokens[at : at + CHUNK]
-                    rows = min(len(part), max(0, at + len(part) - (len(tokens) - count)))
-                    # the chunk that the wanted rows begin in is cut in two
-                    cut = len(part) - rows
-                    for piece, wanted in ((part[:cut], "none"), (part[cut:], "all")):
-                        if piece:
-                            got = self.engine.step([Work(sequence, piece, wanted)])
-                            first = sequence.length - len(piece) - (len(tokens) - count)
-                            if len(got):
-                                out[first : first + len(got)] = got
-            finally:
-                sequence.close()
+        at = 0
+        for part in self.logits_in_parts(tokens, CHUNK, len(tokens) - count):
+            out[at : at + len(part)] = part
+            at += len(part)
         return out
+
+    def logits_in_parts(
+        self, ids: Iterable[int], size: int = CHUNK, first: int = 0
+    ) -> Iterator[NDArray[np.float32]]:
+        """The logits of `ids[first:]`, (up to `size` tokens, vocabulary) float32 at a time.
+
+        Raises ContextError when the ids are more than the context, or outside the vocabulary.
+        """
+        tokens = [int(i) for i in ids]
+        if any(not 0 <= i < self.config.vocabulary for i in tokens):
+            raise ContextError(
+                f"token ids must be 0 to {self.config.vocabulary - 1}, found {min(tokens)} to "
+                f"{max(tokens)}; were they made with another tokenizer?"
+            )
+        sequence = Sequence(self.engine.cache)
+        at = 0
+        try:
+            while at < len(tokens):
+                wanted = "none" if at < first else "all"
+                end = min(first, at + CHUNK) if at < first else min(at + size, len(tokens))
+                with self.lock:
+                    got = self.engine.step([Work(sequence, tokens[at:end], wanted)])
+                at = end
+                if len(got):
+                    yield got
+        finally:
+            with self.lock:
+                sequence.close()
 
     def close(self) -> None:
         """Give back cache, sessions and file."""

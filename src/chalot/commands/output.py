@@ -37,7 +37,12 @@ def as_json(report: Any) -> str:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            extra = ("perplexity", "tokens_per_second", "prefill_tokens_per_second")
+            extra = (
+                "perplexity",
+                "perplexity_error",
+                "tokens_per_second",
+                "prefill_tokens_per_second",
+            )
             return fields | {n: plain(getattr(value, n)) for n in extra if hasattr(value, n)}
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}

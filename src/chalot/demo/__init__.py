@@ -140,7 +140,7 @@ def demo(
         rows = measure("demo", plain, ids, base, threads, say)
         rows += measure("twin", twin, ids, base, threads, say)
         report = DemoReport(
-            PROTOCOL,
+            str(PROTOCOL),
             rows[0].quality.tokens,
             base.backend.name,
             base.backend.threads,

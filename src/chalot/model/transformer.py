@@ -172,16 +172,31 @@ def build(
     config: ModelConfig, weights: Weights, inverse_frequency: NDArray[np.float32], cache: str
 ) -> Program:
     """The whole model as a program. Raises KeyError for a missing tensor."""
+    embedding, scale = weights.matrices["embedding"], config.embedding_scale
+    return build_from(config, weights, 0, embedding, scale, inverse_frequency, cache)
+
+
+def build_from(
+    config: ModelConfig,
+    weights: Weights,
+    first: int,
+    embedding: Matrix,
+    scale: float,
+    inverse_frequency: NDArray[np.float32],
+    cache: str,
+) -> Program:
+    """The model from layer `first` on; a token's hidden state is its row of `embedding`, scaled."""
     b = Builder(config, weights)
     hidden = b.slot("hidden", config.hidden)
-    b.embed(hidden, weights.matrices["embedding"], config.embedding_scale)
-    for i in range(config.layers):
-        b.layer(i, i)
+    b.embed(hidden, embedding, scale)
+    for i in range(first, config.layers):
+        b.layer(i, i - first)
     last, normed = b.slot("last", config.hidden), b.slot("head input", config.hidden)
     b.ops.append(Op("gather", hidden, last))
     b.norm(last, normed, "final_norm")
     b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0}, cap=config.logit_cap)
-    return b.program(cache_shape(config, cache), inverse_frequency)
+    shape = replace(cache_shape(config, cache), layers=max(config.layers - first, 1))
+    return b.program(shape, inverse_frequency)
 
 
 LAYER_INPUTS = ("attention input", "attention output", "feed-forward input", "feed-forward inner")

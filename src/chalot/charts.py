@@ -1,0 +1,151 @@
+"""Pictures as SVG text, for pages and files: points on two axes, and strips of coloured cells.
+
+Colours come from CSS variables with fallbacks, so that a page's light and dark scheme hold inside.
+Every number stands in the text or in a title.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import floor, isfinite, log10
+from typing import NamedTuple
+
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 76, 150, 24, 52
+INK, FAINT, DOT = "var(--ink, #222)", "var(--faint, #ddd)", "var(--accent, #0b6e99)"
+
+
+class Point(NamedTuple):
+    """A labelled point; `error` is half of a bar along y."""
+
+    label: str
+    x: float
+    y: float
+    error: float = 0.0
+
+
+class Scale:
+    """Values to pixels, by their logarithms where `log`."""
+
+    def __init__(self, values: Sequence[float], first: float, last: float, log: bool) -> None:
+        self.log = log
+        kept = [v for v in values if isfinite(v) and (v > 0 or not log)]
+        low, high = (min(kept), max(kept)) if kept else (1.0, 2.0)
+        if log:
+            self.low, self.high = log10(low / 1.3), log10(high * 1.3)
+        else:
+            margin = (high - low or abs(high) or 1.0) * 0.08
+            self.low, self.high = low - margin, high + margin
+        self.first, self.last = first, last
+
+    def __call__(self, value: float) -> float:
+        at = log10(max(value, 1e-300)) if self.log else value
+        share = (at - self.low) / (self.high - self.low)
+        return self.first + min(max(share, 0.0), 1.0) * (self.last - self.first)
+
+    def ticks(self) -> list[float]:
+        """Round values inside."""
+        if self.log:
+            found = [
+                step * 10.0**power
+                for power in range(floor(self.low), floor(self.high) + 1)
+                for step in (1, 2, 5)
+            ]
+            return [v for v in found if self.low <= log10(v) <= self.high]
+        rough = (self.high - self.low) / 5
+        size = 10.0 ** floor(log10(rough))
+        step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough)
+        first = floor(self.low / step) + 1
+        return [i * step for i in range(first, first + 12) if i * step <= self.high]
+
+
+def words(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
+    """Text at a place."""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
+        f'fill="{INK}">{escape(text)}</text>'
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, colour: str = FAINT) -> str:
+    """A thin line."""
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" style="stroke: {colour}"/>'
+    )
+
+
+def frame(width: int, height: int, title: str, parts: Sequence[str]) -> str:
+    """The whole SVG; `title` is what a screen reader says."""
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+            f'aria-label="{escape(title, quote=True)}" font-family="sans-serif">',
+            *parts,
+            "</svg>",
+        ]
+    )
+
+
+def scatter(
+    points: Sequence[Point], x_title: str, y_title: str, log_y: bool = True, front: bool = True
+) -> str:
+    """Points with labels; `front` joins those that no other beats in both (less is better)."""
+    shown = [p for p in points if isfinite(p.x) and isfinite(p.y) and (p.y > 0 or not log_y)]
+    x = Scale([p.x for p in shown], LEFT, WIDTH - RIGHT, False)
+    y = Scale([p.y for p in shown], HEIGHT - BOTTOM, TOP, log_y)
+    parts = []
+    for v in x.ticks():
+        parts += [
+            line(x(v), TOP, x(v), HEIGHT - BOTTOM),
+            words(x(v), HEIGHT - BOTTOM + 18, f"{v:g}", "middle"),
+        ]
+    for v in y.ticks():
+        parts += [line(LEFT, y(v), WIDTH - RIGHT, y(v)), words(LEFT - 8, y(v) + 4, f"{v:g}", "end")]
+    parts.append(words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_title, "middle"))
+    parts.append(words(8, 14, y_title))
+    if front:
+        best = [p for p in shown if not any(q.x <= p.x and q.y < p.y for q in shown)]
+        ordered = sorted(best, key=lambda p: p.x)
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in ordered)
+        parts.append(f'<polyline points="{path}" style="fill: none; stroke: {DOT}; opacity: .5"/>')
+    below = 0.0
+    for p in sorted(shown, key=lambda p: y(p.y)):
+        if p.error:
+            parts.append(line(x(p.x), y(max(p.y - p.error, 1e-12)), x(p.x), y(p.y + p.error), INK))
+        at = max(y(p.y) + 4, below + 14)
+        below = at
+        parts.append(line(x(p.x) + 5, y(p.y), WIDTH - RIGHT + 6, at - 4))
+        parts.append(words(WIDTH - RIGHT + 10, at, p.label))
+        title = f"{p.label}: {p.x:,.4g}, {p.y:.4g}" + (f" +- {p.error:.2g}" if p.error else "")
+        parts.append(
+            f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="4.5" style="fill: {DOT}">'
+            f"<title>{escape(title)}</title></circle>"
+        )
+    return frame(WIDTH, HEIGHT, f"{y_title} by {x_title}", parts)
+
+
+def strips(rows: Mapping[str, Sequence[float]], title: str) -> str:
+    """A row of cells for each name, darker where larger (by logarithm), on one scale."""
+    values = [v for row in rows.values() for v in row if v > 0 and isfinite(v)]
+    low, high = (log10(min(values)), log10(max(values))) if values else (0.0, 1.0)
+    columns = max((len(r) for r in rows.values()), default=1)
+    left, cell = 150, min(40.0, (WIDTH - 160) / columns)
+    parts = [words(8, 14, title)]
+    for n, (name, row) in enumerate(rows.items()):
+        top = 26 + n * 26
+        parts.append(words(left - 8, top + 15, name, "end"))
+        for i, value in enumerate(row):
+            share = 0.0
+            if value > 0 and isfinite(value):
+                share = (log10(value) - low) / ((high - low) or 1)
+            parts.append(
+                f'<rect x="{left + i * cell:.1f}" y="{top}" width="{cell - 1:.1f}" height="22" '
+                f'style="fill: {DOT}; opacity: {0.08 + 0.92 * share:.2f}">'
+                f"<title>{escape(name)}, layer {i}: {value:.3g}</title></rect>"
+            )
+    bottom = 26 + len(rows) * 26 + 16
+    every = max(1, columns // 12)
+    parts += [
+        words(left + (i + 0.5) * cell, bottom - 2, str(i), "middle", 10)
+        for i in range(0, columns, every)
+    ]
+    return frame(WIDTH, bottom + 6, title, parts)

@@ -1,0 +1,65 @@
+"""chalot compare SOURCE [MODEL...] --text FILE -o report.html"""
+
+from argparse import ArgumentParser
+from argparse import Namespace as Arguments
+from pathlib import Path
+
+from chalot.commands.output import as_json, progress
+from chalot.errors import FormatError, OutputError
+from chalot.table import rows
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("source", help="what the forms are made from: a folder, file or hub id")
+    parser.add_argument("models", nargs="*", help=".myai files made from it")
+    parser.add_argument("--schemes", default="", help="forms to make too, as nl4,int8")
+    parser.add_argument("--text", required=True, metavar="FILE", help="text to measure on")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts that every form answers")
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer (default: 64)")
+    parser.add_argument(
+        "-o", "--out", default="report.html", help="the page; .md and .json are put beside it"
+    )
+    parser.add_argument("--folder", help="where forms are kept (default: beside the page)")
+
+
+def main(arguments: Arguments) -> int:
+    """The exit code."""
+    from chalot.compare import compare
+    from chalot.compare.page import markdown, note, page, table
+    from chalot.evaluate.answers import read_prompts
+
+    out = Path(arguments.out).expanduser()
+    if out.suffix != ".html":
+        raise FormatError(f"{out}: the page is HTML; give it a name that ends in .html")
+    prompts = read_prompts(Path(arguments.prompts).expanduser()) if arguments.prompts else []
+    with progress(arguments, "comparing") as advance:
+        found = compare(
+            arguments.source,
+            arguments.models,
+            arguments.text,
+            arguments.folder or out.parent,
+            schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],
+            tokens=arguments.tokens,
+            prompts=prompts,
+            max_tokens=arguments.max_tokens,
+            threads=arguments.threads,
+            progress=advance,
+        )
+    data = as_json(found)
+    written = ((out, page(found)), (out.with_suffix(".md"), markdown(found)))
+    for path, text in (*written, (out.with_suffix(".json"), data + "\n")):
+        try:
+            path.write_text(text, "utf-8")
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    if arguments.json:
+        print(data)
+        return 0
+    print(rows(table(found)))
+    if not arguments.quiet:
+        print(
+            f"{note(found)}\n{out}, {out.with_suffix('.md').name}, {out.with_suffix('.json').name}"
+        )
+    return 0

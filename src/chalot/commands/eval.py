@@ -1,0 +1,109 @@
+"""chalot eval MODEL --text FILE"""
+
+from argparse import ArgumentParser
+from argparse import Namespace as Arguments
+from pathlib import Path
+from typing import Any
+
+from chalot.commands.opening import MODEL, converted
+from chalot.commands.output import as_json, progress, say
+from chalot.errors import FormatError
+from chalot.table import rows
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("--against", metavar="SOURCE", help="what it was made from: adds the KL")
+    parser.add_argument("--text", metavar="FILE", help="text to measure perplexity on")
+    parser.add_argument("--protocol", default="chalot", help="chalot, llama.cpp or huggingface")
+    parser.add_argument("--tokens", type=int, help="only so many tokens of the text")
+    parser.add_argument(
+        "--generate", metavar="PROMPTS", help="compare answers; a prompt a line, or .jsonl"
+    )
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer (default: 64)")
+    parser.add_argument("--tasks", nargs="+", help="tasks of lm-eval, or .yaml files of your own")
+    parser.add_argument("--limit", type=int, help="only so many questions of each task")
+
+
+def answers(arguments: Arguments, path: Path) -> Any:
+    """The model's answers beside its source's."""
+    from chalot.evaluate.answers import compare_answers, read_prompts
+    from chalot.evaluate.report import uncut
+    from chalot.load import Model
+
+    if arguments.against is None:
+        raise FormatError("--generate compares with the source; name it: --against SOURCE")
+    prompts = read_prompts(Path(arguments.generate).expanduser())
+    with (
+        uncut(arguments.against, arguments.threads) as made,
+        Model(made, threads=arguments.threads, kv="f32") as base,
+        Model(path, threads=arguments.threads) as model,
+        progress(arguments, "answering") as advance,
+    ):
+        most = arguments.max_tokens
+        return compare_answers(base, model, prompts, most, lambda n, of: advance("", n, of))
+
+
+def tasks(arguments: Arguments, path: Path) -> Any:
+    """Metrics of lm-eval's tasks."""
+    from chalot.evaluate.tasks import run_tasks
+    from chalot.load import Model
+
+    with (
+        Model(path, threads=arguments.threads) as model,
+        progress(arguments, "tasks") as advance,
+    ):
+        return run_tasks(model, arguments.tasks, arguments.limit, lambda n, of: advance("", n, of))
+
+
+def show_answers(found: Any) -> str:
+    """One line for all, and the first answers that differ."""
+    lines = [
+        f"{len(found.answers)} answers: {found.exact:.1%} the same, ROUGE-L {found.rouge_l:.3f}, "
+        f"BLEU {found.bleu:.1f}"
+    ]
+    for a in [a for a in found.answers if a.first_difference is not None][:3]:
+        lines += [f"  {a.prompt[:60]!r}: from token {a.first_difference}"]
+        lines += [f"    source  {a.base[:70]!r}", f"    model   {a.model[:70]!r}"]
+    return "\n".join(lines)
+
+
+def main(arguments: Arguments) -> int:
+    """The exit code."""
+    from chalot.evaluate.report import evaluate, render
+
+    if not (arguments.text or arguments.generate or arguments.tasks):
+        raise FormatError("nothing to measure; give --text FILE, --generate PROMPTS or --tasks")
+    path = converted(arguments.model, arguments)
+    reports: dict[str, Any] = {}
+    shown: list[str] = []
+    if arguments.text:
+        with progress(arguments, "measuring") as advance:
+            report = evaluate(
+                path,
+                arguments.text,
+                against=arguments.against,
+                protocol=arguments.protocol,
+                tokens=arguments.tokens,
+                threads=arguments.threads,
+                progress=lambda n, of: advance(f"window {n} of {of}", n, of),
+            )
+        reports["text"] = report
+        shown.append(render(report))
+    if arguments.generate:
+        reports["answers"] = answers(arguments, path)
+        shown.append(show_answers(reports["answers"]))
+    if arguments.tasks:
+        reports["tasks"] = tasks(arguments, path)
+        table = [["task", "metric", "value"]]
+        for task, metrics in reports["tasks"].items():
+            table += [[task, name, f"{value:.4f}"] for name, value in metrics.items()]
+        shown.append(rows(table))
+    if arguments.json:
+        print(as_json(reports))
+    else:
+        print("\n\n".join(shown))
+    if not arguments.quiet and arguments.text and arguments.against is None:
+        say("perplexity alone says little of a form; --against SOURCE shows what it cost")
+    return 0

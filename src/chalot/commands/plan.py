@@ -1,0 +1,80 @@
+"""chalot plan SOURCE -o plan.json"""
+
+from argparse import ArgumentParser
+from argparse import Namespace as Arguments
+from pathlib import Path
+from typing import Any
+
+from chalot.commands.opening import size
+from chalot.commands.output import as_json, progress, say
+from chalot.table import pairs
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("source", help="a Hugging Face folder, a file, or a hub id")
+    parser.add_argument("-o", "--out", default="plan.json", help="the plan's file")
+    parser.add_argument(
+        "--method", default="linear", help="ewq, error, activation, linear (default), measured"
+    )
+    parser.add_argument(
+        "--ewq-variant", default="softmax", help="softmax, softmax-eps, histogram or codes"
+    )
+    parser.add_argument("--ewq-x", type=float, default=1.0, help="sigmas below the mean")
+    parser.add_argument("--ewq-rest", default="int8", help="scheme of embedding and head")
+    parser.add_argument("--size", type=size, help="largest file, as 300MB")
+    parser.add_argument("--bpw", type=float, help="bits a weight of all matrices")
+    parser.add_argument("--max-kl", type=float, help="largest expected KL, nats a token")
+    parser.add_argument("--schemes", default="bf16,int8,nl4", help="what to choose from")
+    parser.add_argument("--text", help="calibration text (default: the bundled one)")
+    parser.add_argument(
+        "--exchanges", type=int, default=40, help="pairs tried by their true KL; 0: none"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="a picture of the plan, .svg")
+
+
+def summary(plan: Any) -> str:
+    """How many tensors of each scheme, size, and what is expected."""
+    counts: dict[str, int] = {}
+    for scheme in plan.tensors.values():
+        counts[scheme] = counts.get(scheme, 0) + 1
+    facts = [
+        ("method", plan.method),
+        ("tensors", ", ".join(f"{n} {scheme}" for scheme, n in sorted(counts.items()))),
+        ("size", f"{plan.bytes:,} bytes of matrices, {plan.bits_per_weight:.3f} bits a weight"),
+    ]
+    if plan.expected_loss is not None and plan.method in ("linear", "measured"):
+        facts.append(("expected KL", f"{plan.expected_loss:.5f} nats a token"))
+    if plan.measured_loss is not None:
+        facts.append(("measured KL", f"{plan.measured_loss:.5f} on the calibration text"))
+    return pairs(facts)
+
+
+def main(arguments: Arguments) -> int:
+    """The exit code."""
+    from chalot.plan import plan
+    from chalot.plan.picture import picture
+
+    with progress(arguments, "planning") as advance:
+        made = plan(
+            arguments.source,
+            Path(arguments.out).expanduser(),
+            method=arguments.method,
+            variant=arguments.ewq_variant,
+            x=arguments.ewq_x,
+            rest=arguments.ewq_rest,
+            size=arguments.size,
+            bits=arguments.bpw,
+            max_kl=arguments.max_kl,
+            schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],
+            text=arguments.text,
+            exchanges=arguments.exchanges,
+            threads=arguments.threads,
+            progress=advance,
+        )
+    if arguments.plot:
+        Path(arguments.plot).expanduser().write_text(picture(made), "utf-8")
+    if made.details.get("indistinct"):
+        say("the blocks' entropies differ by less than a millionth: chance decides this plan")
+    print(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")
+    return 0

@@ -1,0 +1,54 @@
+"""Ways of counting perplexity. Figures of one protocol are never to be compared with another's.
+
+    chalot       disjoint windows of 512 tokens, every token but a window's first is scored
+    llama.cpp    disjoint windows of 512, begun by the beginning-of-text token where the tokenizer
+                 adds one; the second half of each is scored (llama.cpp, tools/perplexity)
+    huggingface  disjoint windows of 2,048, every token but a window's first (the fixed-length
+                 perplexity of transformers' documentation, stride = window, as GPTQ's papers do)
+
+A window is never longer than the context; a shorter last one is left out, unless it is all.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from chalot.errors import ContextError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`scored` is the share of a window after which its tokens count."""
+
+    name: str
+    window: int
+    scored: float = 0.0
+    begins: bool = False  # each window's first token becomes the beginning of text
+
+    def first(self, size: int) -> int:
+        """The first position of a window whose next token is scored."""
+        return int(size * self.scored)
+
+    def __str__(self) -> str:
+        part = "all but the first" if not self.scored else f"the last {1 - self.scored:.0%}"
+        return f"{self.name} (disjoint windows of {self.window} tokens, {part} scored)"
+
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("chalot", 512),
+        Protocol("llama.cpp", 512, 0.5, True),
+        Protocol("huggingface", 2048),
+    )
+}
+PROTOCOL = PROTOCOLS["chalot"]
+
+
+def windows(ids: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Disjoint windows of a text, the short rest left out unless it is all there is."""
+    if len(ids) < 2:
+        raise ContextError(f"the text has {len(ids)} tokens; at least two are needed")
+    if len(ids) < size:
+        yield list(ids)
+    for at in range(0, len(ids) - size + 1, size):
+        yield list(ids[at : at + size])

@@ -1,0 +1,187 @@
+"""One model measured on a text, against the source it was made from where that is named."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+import numpy as np
+
+from chalot.convert import convert
+from chalot.errors import FormatError
+from chalot.evaluate.protocols import PROTOCOLS
+from chalot.evaluate.quality import Quality, Window, compare
+from chalot.formats.checkpoint import open_checkpoint
+from chalot.home import home
+from chalot.load import Model
+from chalot.quant.scheme import SCHEMES
+from chalot.sources import resolve
+from chalot.table import pairs
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What `eval` found. `base` is the source's own quality."""
+
+    model: str
+    bytes: int
+    bits_per_weight: float
+    text: str
+    protocol: str
+    quality: Quality
+    against: str | None = None
+    base: Quality | None = None
+
+
+class Unfinished:
+    """Windows measured so far, in a file that the next run goes on from; gone when finished."""
+
+    def __init__(self, key: str) -> None:
+        self.path = home() / "eval" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jsonl"
+
+    def read(self) -> list[list[Window]]:
+        """What an interrupted run left; a line that was cut ends it."""
+        found: list[list[Window]] = []
+        try:
+            for line in self.path.read_bytes().splitlines():
+                found.append(msgspec.json.decode(line, type=list[Window]))
+        except (OSError, msgspec.DecodeError):
+            pass
+        return found
+
+    def keep(self, windows: list[Window]) -> None:
+        """Add one window's figures; a disk that is full costs only the resuming."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(msgspec.json.encode([asdict(w) for w in windows]) + b"\n")
+        except OSError:
+            pass
+
+    def drop(self) -> None:
+        """Forget it."""
+        self.path.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises FormatError where it is none."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: byte {error.start} is not UTF-8; expected text") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@contextmanager
+def uncut(source: str | Path, threads: int | None, balance: str | None = None) -> Iterator[Path]:
+    """A `.myai` of a source's own numbers: itself, or made for as long as this lasts.
+
+    With `balance` its channels are folded as that scheme would have them; the function is the same.
+    """
+    path = resolve(source)
+    checkpoint = open_checkpoint(path)
+    kinds = {t.dtype for t in checkpoint.tensors.values()}
+    is_own = path.suffix == ".myai"
+    checkpoint.close()
+    if is_own:
+        yield path
+        return
+    scheme = next(iter(kinds)) if len(kinds) == 1 else "f32"
+    folder = home() / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix="base-") as made:
+        out = Path(made) / "base.myai"
+        stored = scheme if scheme in SCHEMES else "f32"
+        convert(path, out, stored, threads=threads, balance=balance)
+        yield out
+
+
+def bits_per_weight(model: Model) -> float:
+    """Of all tensors."""
+    entries = model.file.manifest.tensors.values()
+    weights = sum(int(np.prod(e.shape)) for e in entries)
+    return sum(e.extent.bytes for e in entries) * 8 / weights
+
+
+def evaluate(
+    path: str | Path,
+    text: str | Path,
+    *,
+    against: str | Path | None = None,
+    protocol: str = "chalot",
+    tokens: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> EvalReport:
+    """Perplexity of a `.myai` file on a text file; KL and agreement `against` its source.
+
+    `tokens` takes so many of the text's first. The source computes in its own numbers, with a
+    float32 cache. What was measured before an interruption is taken up again. Raises FormatError
+    for a text that is none, ContextError for one of fewer than two tokens, TokenizerError where
+    the models read text differently.
+    """
+    if protocol not in PROTOCOLS:
+        raise FormatError(f"protocol {protocol!r} is not known; choose {', '.join(PROTOCOLS)}")
+    way = PROTOCOLS[protocol]
+    written = read_text(Path(text).expanduser())
+    with Model(path, threads=threads) as model:
+        ids = model.tokenizer.encode(written)[:tokens]
+        size = model.file.size
+        bits = bits_per_weight(model)
+        begin = model.tokenizer.bos_id
+        said = hashlib.sha256(msgspec.json.encode(ids)).hexdigest()
+        if against is None:
+            key = Unfinished(f"{model.file.digest} {said} {protocol}")
+            found = compare(
+                model, [], ids, progress, protocol=way, begin=begin, done=key.read(), keep=key.keep
+            )
+            key.drop()
+            return EvalReport(str(path), size, bits, str(text), str(way), found[0])
+        with uncut(against, threads) as made, Model(made, threads=threads, kv="f32") as base:
+            if base.tokenizer.encode(written)[:tokens] != ids:
+                raise FormatError(
+                    f"{against}: reads this text as other tokens than {path}; expected the model "
+                    "that it was made from"
+                )
+            key = Unfinished(
+                f"{model.file.digest} {base.file.manifest.source.digest} {said} {protocol}"
+            )
+            found = compare(
+                base,
+                [model],
+                ids,
+                progress,
+                protocol=way,
+                begin=begin,
+                done=key.read(),
+                keep=key.keep,
+            )
+            key.drop()
+    return EvalReport(str(path), size, bits, str(text), str(way), found[1], str(against), found[0])
+
+
+def render(report: EvalReport) -> str:
+    """The figures, each with its error."""
+    q, base = report.quality, report.base
+    size = f"{report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight"
+    lines = [
+        ("model", f"{report.model}, {size}"),
+        ("text", f"{report.text}, {q.tokens:,} tokens scored"),
+        ("protocol", report.protocol),
+        ("perplexity", f"{q.perplexity:.4f} +- {q.perplexity_error:.4f}"),
+    ]
+    if base is not None:
+        spread = f"(median {q.kl_median:.5f}, 99 % {q.kl_99:.4f})"
+        lines += [
+            ("perplexity of the source", f"{base.perplexity:.4f} +- {base.perplexity_error:.4f}"),
+            ("KL to the source", f"{q.kl:.5f} +- {q.kl_error:.5f} {spread}"),
+            ("same top token", f"{q.same_top:.2%}"),
+        ]
+    if math.isnan(q.loss_error):
+        lines.append(("note", "one window only: no error can be given"))
+    return pairs(lines)

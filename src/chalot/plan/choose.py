@@ -1,0 +1,147 @@
+"""From a loss table to a plan of exactly so many bytes, and exchanges that the true KL approves."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from chalot.errors import LimitError
+from chalot.plan.losses import Table
+from chalot.plan.swap import Item, Swaps
+from chalot.quant.allocation import Option, allocate, hull, least
+from chalot.quant.packing import Matrix, stored_bytes
+from chalot.quant.scheme import SCHEMES, Scheme
+
+Choice = dict[str, str]  # item -> scheme
+EXCHANGES = 40  # pairs of items that are tried
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan by item. `bytes` are of the items' tensors; `expected` is the sum of losses."""
+
+    schemes: Choice
+    bytes: int
+    expected: float
+
+
+def item_bytes(item: Item, scheme: Scheme) -> int:
+    """Of all its tensors."""
+    return sum(stored_bytes(scheme, *t.shape) for t in item.tensors)
+
+
+def options(items: Sequence[Item], table: Table, schemes: Sequence[Scheme]) -> list[list[Option]]:
+    """Every way to store each item."""
+    return [
+        [Option(str(s), item_bytes(item, s), table[item.name][str(s)]) for s in schemes]
+        for item in items
+    ]
+
+
+def choose(items: Sequence[Item], table: Table, schemes: Sequence[Scheme], budget: int) -> Chosen:
+    """The best within `budget` bytes of matrices. Raises LimitError, which says the least."""
+    ways = options(items, table, schemes)
+    found = allocate(ways, budget)
+    if found is None:
+        raise LimitError(
+            f"{budget:,} bytes for the matrices; the least with these schemes is {least(ways):,}: "
+            "ask for more, or allow smaller schemes with --schemes"
+        )
+    names = {item.name: o.name for item, o in zip(items, found.chosen, strict=True)}
+    return Chosen(names, found.bytes, found.loss)
+
+
+def cheapest(items: Sequence[Item], table: Table, schemes: Sequence[Scheme], most: float) -> Chosen:
+    """The smallest plan whose expected loss is at most `most`: along the hulls' corners."""
+    ways = options(items, table, schemes)
+    budgets = sorted({sum(o.bytes for o in plan) for plan in corners(ways)})
+    for budget in budgets:
+        found = choose(items, table, schemes, budget)
+        if found.expected <= most:
+            return found
+    raise LimitError(
+        f"an expected KL of {most} is below what these schemes can do, "
+        f"{found.expected:.5f}; allow wider ones with --schemes"
+    )
+
+
+def corners(ways: Sequence[Sequence[Option]]) -> Iterator[list[Option]]:
+    """The plans that some multiplier makes the best, ascending in bytes."""
+    hulls = [hull(o) for o in ways]
+    at = [0] * len(hulls)
+    yield [h[0] for h in hulls]
+    steps = sorted(
+        ((b.loss - a.loss) / (b.bytes - a.bytes), i)
+        for i, h in enumerate(hulls)
+        for a, b in zip(h, h[1:], strict=False)
+    )
+    for _, i in steps:
+        at[i] += 1
+        yield [h[n] for h, n in zip(hulls, at, strict=True)]
+
+
+def exchanges(
+    items: Sequence[Item],
+    table: Table,
+    schemes: Sequence[Scheme],
+    now: Mapping[str, str],
+    room: int,
+) -> list[tuple[float, Choice]]:
+    """Pairs of changes that fit `room` more bytes: one item wider, one narrower; best first."""
+    ways = {
+        item.name: {o.name: o for o in each}
+        for item, each in zip(items, options(items, table, schemes), strict=True)
+    }
+    found = []
+    for a in items:
+        for b in items:
+            if a.name == b.name:
+                continue
+            old_a, old_b = ways[a.name][now[a.name]], ways[b.name][now[b.name]]
+            for up in ways[a.name].values():
+                for down in ways[b.name].values():
+                    more = up.bytes - old_a.bytes + down.bytes - old_b.bytes
+                    if up.bytes > old_a.bytes and down.bytes < old_b.bytes and more <= room:
+                        gain = up.loss - old_a.loss + down.loss - old_b.loss
+                        found.append((gain, {a.name: up.name, b.name: down.name}))
+    return sorted(found, key=lambda f: (f[0], sorted(f[1].items())))
+
+
+def improve(
+    swaps: Swaps,
+    table: Table,
+    schemes: Sequence[Scheme],
+    chosen: Chosen,
+    budget: int,
+    tries: int = EXCHANGES,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> tuple[Chosen, float]:
+    """Exchange pairs as long as the model's KL on the text falls; the plan and its KL."""
+    by_name = {item.name: item for item in swaps.items}
+    now = dict(chosen.schemes)
+    matrices: dict[str, Matrix] = {}
+    for name, scheme in now.items():
+        matrices |= swaps.encoded(by_name[name], SCHEMES[scheme])
+    best = swaps.kl(matrices)
+    used, tried = chosen.bytes, set()
+    for n in range(tries):
+        fresh = next(
+            (
+                change
+                for _, change in exchanges(swaps.items, table, schemes, now, budget - used)
+                if str(sorted(change.items())) not in tried
+            ),
+            None,
+        )
+        if fresh is None:
+            break
+        tried.add(str(sorted(fresh.items())))
+        trial = dict(matrices)
+        for name, scheme in fresh.items():
+            trial |= swaps.encoded(by_name[name], SCHEMES[scheme])
+        found = swaps.kl(trial)
+        if found < best:
+            best, matrices, now = found, trial, {**now, **fresh}
+            used = sum(item_bytes(by_name[i], SCHEMES[s]) for i, s in now.items())
+            tried.clear()
+        progress(f"KL {best:.5f}", n + 1, tries)
+    expected = sum(table[item][scheme] for item, scheme in now.items())
+    return Chosen(now, used, expected), best

@@ -1,0 +1,138 @@
+"""What each scheme is expected to cost each item: tables in four depths, from cheap to true.
+
+    error       relative squared error of the weights themselves; every item counts alike
+    activation  relative squared error of what the item's matrices give on a calibration text
+    linear      `activation`, times how much of it reaches the output, measured once for each item
+                with the coarsest scheme (losses are nearly linear: HIGGS, arXiv 2411.17525)
+    measured    the KL of the model with that item alone so stored
+
+A table is kept on disk item by item, so that an interrupted run goes on, and another budget costs
+nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from chalot.errors import WeightError
+from chalot.home import home
+from chalot.kernels.program import padded_vector
+from chalot.kernels.reference import rms_norm
+from chalot.model.calibration import ordered_sum, some_rows
+from chalot.plan.swap import Floats, Item, Swaps, stored
+from chalot.quant.scheme import SCHEMES, Scheme
+
+Table = dict[str, dict[str, float]]  # item -> scheme -> expected KL or error
+INPUTS = {  # a matrix -> what it is multiplied with
+    **dict.fromkeys(("query", "key", "value"), "attention input"),
+    "output": "attention output",
+    **dict.fromkeys(("gate", "up"), "feed-forward input"),
+    "down": "feed-forward inner",
+}
+
+
+def relative(again: Floats, exact: Floats) -> float:
+    """Relative squared error. Raises WeightError where it is no number."""
+    found = ordered_sum(again - exact) / max(ordered_sum(exact), 1e-30)
+    if not np.isfinite(found):
+        raise WeightError("activations are NaN or Inf on the calibration text; take another one")
+    return found
+
+
+def inputs_of(swaps: Swaps, item: Item, name: str) -> Floats:
+    """(tokens, columns): what a matrix is multiplied with; an embedding as the head."""
+    last = name.rsplit(".", 1)[-1]
+    if last in INPUTS:
+        return swaps.inputs[item.layer][INPUTS[last]]
+    norm = padded_vector(swaps.weights.vectors["final_norm"])
+    return rms_norm(swaps.hidden[-1], norm, swaps.config.norm_epsilon)
+
+
+def weight_error(swaps: Swaps, item: Item, scheme: Scheme) -> float:
+    """Relative squared error of the item's weights, on some rows of each."""
+    lost = had = 0.0
+    identity = np.eye(item.tensors[0].shape[1], dtype=np.float32)
+    for spec in item.tensors:
+        rows = swaps.floats(spec.name)[some_rows(spec.shape[0])]
+        again = swaps.backend.product(stored(swaps.backend, rows, scheme), identity, 2).T
+        lost, had = lost + ordered_sum(again - rows), had + ordered_sum(rows)
+    return lost / max(had, 1e-30)
+
+
+def output_error(swaps: Swaps, item: Item, scheme: Scheme) -> float:
+    """Mean relative squared error of the item's products, on some rows of each."""
+    total = 0.0
+    for spec in item.tensors:
+        rows = swaps.floats(spec.name)[some_rows(spec.shape[0])]
+        x = inputs_of(swaps, item, spec.name)[:: max(1, len(swaps.ids) // 256)]
+        exact = swaps.backend.product(stored(swaps.backend, rows, SCHEMES["f32"]), x, 1)
+        planes = max(swaps.file.manifest.tensors[spec.name].activation // 8, 1)
+        coded = stored(swaps.backend, rows, scheme)
+        total += relative(swaps.backend.product(coded, x, planes), exact)
+    return total / len(item.tensors)
+
+
+def error_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[str, float]:
+    """See module."""
+    return {str(s): weight_error(swaps, item, s) for s in schemes}
+
+
+def activation_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[str, float]:
+    """See module."""
+    return {str(s): output_error(swaps, item, s) for s in schemes}
+
+
+def linear_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[str, float]:
+    """See module."""
+    errors = activation_row(swaps, item, schemes)
+    coarse = max(schemes, key=lambda s: errors[str(s)])
+    reached = swaps.kl(swaps.encoded(item, coarse)) / max(errors[str(coarse)], 1e-30)
+    return {name: max(error * reached, 0.0) for name, error in errors.items()}
+
+
+def measured_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[str, float]:
+    """See module."""
+    return {str(s): max(swaps.kl(swaps.encoded(item, s)), 0.0) for s in schemes}
+
+
+DEPTHS: Mapping[str, Callable[[Swaps, Item, Sequence[Scheme]], dict[str, float]]] = {
+    "error": error_row,
+    "activation": activation_row,
+    "linear": linear_row,
+    "measured": measured_row,
+}
+
+
+def kept_at(key: str) -> Path:
+    """Where the table of that key is kept."""
+    return home() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def loss_table(
+    swaps: Swaps,
+    depth: str,
+    schemes: Sequence[Scheme],
+    key: str,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Table:
+    """item -> scheme -> expected loss. `key` names model and text, for what is kept on disk."""
+    place = kept_at(f"{key} {depth} {[str(s) for s in schemes]}")
+    table: Table = {}
+    with suppress(OSError, msgspec.DecodeError, msgspec.ValidationError):
+        table = msgspec.json.decode(place.read_bytes(), type=Table)
+    for n, item in enumerate(swaps.items):
+        if item.name not in table:
+            table[item.name] = DEPTHS[depth](swaps, item, schemes)
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                partial = place.with_suffix(".partial")
+                partial.write_bytes(msgspec.json.encode(table))
+                partial.replace(place)
+            except OSError:  # a full disk costs only the keeping
+                pass
+        progress(item.name, n + 1, len(swaps.items))
+    return table

@@ -1,0 +1,117 @@
+"""A plan as a file: the scheme of every tensor, and what it was decided from.
+
+Also read and written: the simple form of the EWQ proof of concept, {"0": "raw", "1": "8-bit", ...},
+which speaks of blocks only; what is no block takes the default scheme.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from chalot.errors import FormatError, OutputError, SchemeError
+from chalot.formats.checkpoint import Checkpoint
+from chalot.formats.documents import parse_json
+from chalot.model.config import ModelConfig
+from chalot.model.layers import model_tensors
+from chalot.quant.scheme import SCHEMES, Scheme
+
+VERSION = 1
+LARGEST = 16 << 20  # bytes of a plan
+SIMPLE = {"raw": "bf16", "8-bit": "int8", "4-bit": "nl4", "2-bit": "nl2", "1.58-bit": "ternary"}
+
+
+class PlanDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """See module. `tensors` goes from chalot's names to schemes; losses are nats a token."""
+
+    format: int
+    source: str
+    fingerprint: str  # of the checkpoint: see `fingerprint`
+    method: str
+    tensors: dict[str, str]
+    bytes: int  # of all tensors, as planned
+    bits_per_weight: float
+    expected_loss: float | None = None
+    measured_loss: float | None = None
+    text: str | None = None  # calibration text, by name and digest
+    details: dict[str, Any] = {}  # of the method: entropies, thresholds, tables
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells checkpoints apart without reading them whole: config, headers, each tensor's begin."""
+    digest = hashlib.sha256(checkpoint.document("config.json") or b"")
+    for name in sorted(checkpoint.tensors):
+        info = checkpoint.tensors[name]
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        if len(info.shape) == 2 and info.shape[0]:
+            digest.update(checkpoint.float32(name, 0, 1).tobytes())
+    return digest.hexdigest()
+
+
+def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
+    """A plan of either form. Raises FormatError, or SchemeError for a scheme that is not known."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise FormatError(f"{path}: larger than {LARGEST:,} bytes; no plan is")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    parsed = parse_json(raw, str(path))
+    if isinstance(parsed, dict) and parsed and all(k.isdecimal() for k in parsed):
+        return from_simple(parsed, config, str(path))
+    try:
+        plan = msgspec.convert(parsed, PlanDocument)
+    except msgspec.ValidationError as error:
+        raise FormatError(
+            f"{path}: {str(error)[:300]}; expected what `chalot plan` writes"
+        ) from None
+    if plan.format != VERSION:
+        raise FormatError(f"{path}: plan of format {plan.format}; this chalot reads {VERSION}")
+    for name, scheme in plan.tensors.items():
+        if scheme not in SCHEMES:
+            raise SchemeError(
+                f"{path}: tensor {name[:80]!r}: scheme {scheme[:40]!r} is not known; "
+                f"choose of: {', '.join(SCHEMES)}"
+            )
+    return plan
+
+
+def from_simple(levels: Mapping[str, Any], config: ModelConfig, where: str) -> PlanDocument:
+    """The simple form: a level for each block."""
+    expected = {str(i) for i in range(config.layers)}
+    if set(levels) != expected or any(v not in SIMPLE for v in levels.values()):
+        raise FormatError(
+            f"{where}: expected a level for each of {config.layers} blocks, of: {', '.join(SIMPLE)}"
+        )
+    tensors = {
+        spec.name: SIMPLE[levels[spec.name.split(".")[1]]]
+        for spec in model_tensors(config)
+        if spec.kind != "vector" and spec.name.startswith("layers.")
+    }
+    return PlanDocument(VERSION, "", "", "simple", tensors, 0, 0.0)
+
+
+def schemes_of(
+    plan: PlanDocument, checkpoint: Checkpoint, config: ModelConfig, default: Scheme
+) -> dict[str, Scheme]:
+    """The scheme of every matrix. Raises FormatError for the plan of another model."""
+    names = [s.name for s in model_tensors(config) if s.kind != "vector"]
+    unknown = sorted(set(plan.tensors) - set(names))
+    if unknown or (plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)):
+        raise FormatError(
+            f"the plan was made for {plan.source or 'another model'}, and {checkpoint.path} is not "
+            "that; make one for it with `chalot plan`"
+        )
+    return {n: SCHEMES[plan.tensors[n]] if n in plan.tensors else default for n in names}
+
+
+def write_plan(plan: PlanDocument, path: Path) -> None:
+    """Whole or not at all. Raises OutputError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None

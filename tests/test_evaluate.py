@@ -1,0 +1,168 @@
+"""Measuring: protocols count what they say, figures equal formulas, runs resume, bad input ends."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chalot import cli
+from chalot.demo import FOLDER
+from chalot.errors import ChalotError, ContextError, FormatError, KernelError
+from chalot.evaluate import PROTOCOLS, compare, log_softmax, report
+from chalot.evaluate.answers import first_difference, read_prompts
+
+VOCABULARY = 37
+
+
+class Written:
+    """A model of given logits: those of a token follow from the token and its place."""
+
+    context = 512
+
+    def __init__(self, seed: int, ties: float = 1.0) -> None:
+        self.table = np.random.default_rng(seed).standard_normal((VOCABULARY, VOCABULARY))
+        self.scale, self.asked = ties, 0
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        self.asked += 1
+        return (self.table[ids] * self.scale).astype(np.float32)
+
+
+def text(tokens: int) -> list[int]:
+    return [int(i) for i in np.random.default_rng(5).integers(0, VOCABULARY, tokens)]
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_figures_equal_the_formulas(name: str) -> None:
+    protocol, base, other = PROTOCOLS[name], Written(1), Written(2)
+    ids, size = text(1300), min(PROTOCOLS[name].window, 512)
+    found = compare(base, [other], ids, protocol=protocol, begin=3)
+    losses, divergences, same = [], [], 0
+    for at in range(0, 1300 - size + 1, size):
+        window = ids[at : at + size]
+        if protocol.begins:
+            window = [3, *window[1:]]
+        p, q = (log_softmax(m.logits(window)) for m in (base, other))
+        for i in range(int(size * protocol.scored), size - 1):
+            losses.append(-p[i, window[i + 1]])
+            divergences.append(np.sum(np.exp(p[i]) * (p[i] - q[i])))
+            same += int(p[i].argmax() == q[i].argmax())
+    assert found[0].tokens == found[1].tokens == len(losses)
+    assert found[0].loss == pytest.approx(np.mean(losses))
+    assert found[1].kl == pytest.approx(np.mean(divergences))
+    assert found[1].kl_99 == pytest.approx(np.quantile(divergences, 0.99))
+    assert found[1].same_top == pytest.approx(same / len(losses))
+
+
+def test_a_model_costs_nothing_against_itself() -> None:
+    found = compare(Written(1), [Written(1)], text(1100))
+    assert found[1].kl == 0 and found[1].same_top == 1 and found[0].loss == found[1].loss
+
+
+def test_an_interrupted_run_goes_on() -> None:
+    ids, kept = text(2100), []
+
+    class Stops(Exception):
+        pass
+
+    def stop_after_two(window: list) -> None:
+        kept.append(window)
+        if len(kept) == 2:
+            raise Stops
+
+    with pytest.raises(Stops):
+        compare(Written(1), [Written(2)], ids, keep=stop_after_two)
+    again = Written(1)
+    resumed = compare(again, [Written(2)], ids, done=kept)
+    assert resumed == compare(Written(1), [Written(2)], ids) and again.asked == 2
+
+
+def test_what_is_kept_survives_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHALOT_HOME", str(tmp_path))
+    kept: list = []
+    compare(Written(1), [Written(2)], text(1100), keep=kept.append)
+    unfinished = report.Unfinished("key")
+    for window in kept:
+        unfinished.keep(window)
+    with unfinished.path.open("ab") as file:
+        file.write(b'[{"losses": [1.')  # killed in the middle of a line
+    assert report.Unfinished("key").read() == kept
+    unfinished.drop()
+    assert report.Unfinished("key").read() == []
+
+
+@pytest.mark.parametrize(("tokens", "protocol"), [(0, "chalot"), (1, "chalot"), (2, "llama.cpp")])
+def test_too_short_a_text(tokens: int, protocol: str) -> None:
+    with pytest.raises(ContextError):
+        compare(Written(1), [], text(tokens), protocol=PROTOCOLS[protocol])
+
+
+def test_logits_that_are_no_numbers() -> None:
+    broken = Written(1)
+    broken.table[3] = np.nan
+    with pytest.raises(KernelError, match="NaN"):
+        compare(broken, [], text(600))
+
+
+def test_first_difference() -> None:
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2], [1, 3]) == 1 and first_difference([1], [1, 3]) == 1
+
+
+def test_prompts(tmp_path: Path) -> None:
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "a"}\n\n{"prompt": "b", "more": 1}\n')
+    assert read_prompts(lines) == ["a", "b"]
+    for wrong in ('{"prompt": 1}', "[]", "{", ""):
+        lines.write_text(wrong)
+        with pytest.raises(ChalotError):
+            read_prompts(lines)
+
+
+def test_eval_against_the_source(
+    demo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("CHALOT_HOME", str(tmp_path))
+    words = FOLDER / "heldout.txt"
+    command = ["eval", str(demo_file), "--against", str(FOLDER), "--text", str(words)]
+    assert cli.main([*command, "--tokens", "1100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["text"]
+    assert found["quality"]["tokens"] == 2 * 511
+    assert 0.005 < found["quality"]["kl"] < 0.06 and found["quality"]["same_top"] > 0.85
+    assert found["base"]["perplexity"] < found["quality"]["perplexity"] < 40
+    assert list((tmp_path / "eval").iterdir()) == []  # neither the base nor what was kept
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text", "nowhere.txt"], "cannot be read"),
+        (["--text", str(FOLDER / "model.safetensors")], "not UTF-8"),
+        (["--text", str(FOLDER / "heldout.txt"), "--protocol", "mine"], "chalot, llama.cpp"),
+        (["--text", str(FOLDER / "heldout.txt"), "--tokens", "1"], "at least two"),
+        ([], "--text FILE"),
+        (["--generate", "p.txt"], "--against"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    demo_file: Path, options: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cli.main(["eval", str(demo_file), *options]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == 1
+
+
+def test_another_models_text_is_refused(demo_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in FOLDER.iterdir():
+        if path.suffix in {".json", ".safetensors"}:
+            content = path.read_bytes()
+            if path.name == "tokenizer.json":
+                document = json.loads(content)
+                document["model"]["merges"] = document["model"]["merges"][:2000]
+                content = json.dumps(document).encode()
+            (folder / path.name).write_bytes(content)
+    with pytest.raises(FormatError, match="other tokens"):
+        report.evaluate(demo_file, FOLDER / "heldout.txt", against=folder, tokens=600)

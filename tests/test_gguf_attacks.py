@@ -79,6 +79,8 @@ FILES = {  # name -> (content, part of the message)
     "product 2^64 + 32": (with_info(((1 << 60) + 2, 16)), "impossible dimensions"),
     "type": (with_info((32, 4), kind=99), "has type 99, which is not known"),
     "removed type": (with_info((32, 4), kind=4), "has type 4, which is not known"),
+    "woven rows": (with_info((32, 4), kind=31), "has type 31, Q4_0_4_4, rows woven for one kind"),
+    "bitnet.cpp's": (with_info((32, 4), kind=36), "has type 36, I2_S of bitnet.cpp, which lays it"),
     "blocks": (with_info((48, 4), kind=8), "no whole blocks of Q8_0, which have 32"),
     "misaligned": (with_info((32, 4), offset=8), "begins at 8, expected a multiple of 32"),
     "past the end": (with_info((32, 5)), "file has"),
@@ -152,9 +154,9 @@ FILES = {  # name -> (content, part of the message)
     "unread type": (
         pack(
             model_metadata(),
-            [*SMALL, ("blk.0.attn_q.weight", np.zeros(66 * 8, np.uint8), 16, (256, 8))],
+            [*SMALL, ("blk.0.attn_q.weight", np.zeros(50 * 8, np.uint8), 19, (256, 8))],
         ),
-        "is IQ2_XXS; chalot reads F32, F16",
+        "is IQ1_S; chalot reads F32, F16",
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.files import quoted
-from chalot.formats.gguf_blocks import TYPES, BlockType
+from chalot.formats.gguf_blocks import REFUSED, TYPES, BlockType
 
 MAGIC = b"GGUF"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 256k tokens with merges takes 10 MB
@@ -232,10 +232,8 @@ def _infos(cursor: _Cursor, count: int, alignment: int) -> dict[str, Stored]:
         *dimensions, number, offset = struct.unpack(f"<{rank}QIQ", info)
         kind = TYPES.get(number)
         if kind is None:
-            raise UnsupportedError(
-                f"{at} has type {number}, which is not known; update chalot, or take another file "
-                "of this model"
-            )
+            unknown = "which is not known; update chalot, or take another file of this model"
+            raise UnsupportedError(f"{at} has type {number}, {REFUSED.get(number, unknown)}")
         if min(dimensions) < 1 or math.prod(dimensions) >= 1 << 62:
             raise FormatError(f"{at} has impossible dimensions {dimensions}")
         if dimensions[0] % kind.weights:

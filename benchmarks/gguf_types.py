@@ -6,9 +6,9 @@ The bundled model goes to each type by llama.cpp's quantiser (all matrices to th
 weight as important as any other), and the file is converted: to f32, which has what the file has;
 to what `keep` takes; and to some schemes beside it. Of each are said the relative squared error
 that converting added to the file's weights, the KL of its logits to llama.cpp's own of the same
-file, and the KL to the original model, which has a float32 cache. llama.cpp rounds activations of such files to 8 bits and has a float16
-cache, so the f32 row is the distance between two programs, not of chalot from the truth. Appends a
-JSON line to results/gguf_types.jsonl.
+file, and the KL to the original model, which has a float32 cache. llama.cpp rounds activations of
+such files to 8 bits and has a float16 cache, so the f32 row is the distance between two programs,
+not of chalot from the truth. Appends a JSON line to results/gguf_types.jsonl.
 """
 
 import argparse

@@ -173,13 +173,13 @@ def _iq4_xs(b: Bytes) -> Floats:
 
 def _factors(blocks: Bytes, scales: Floats, quarter: float) -> Floats:
     """(blocks, groups, 1, 1): (scale + 1/2) of the block's own scale, halved or quartered."""
-    factors = _half(blocks, 0) * (np.float32(0.5) + scales) * np.float32(quarter)
+    factors: Floats = _half(blocks, 0) * (np.float32(0.5) + scales) * np.float32(quarter)
     return factors[:, :, None, None]
 
 
 def _signed_points(name: str, codes: NDArray[np.integer[Any]], minuses: Floats) -> Floats:
     """(blocks, groups, points, coordinates): points of a code book, with signs to multiply with."""
-    points = grid(name)[codes]
+    points: Floats = grid(name)[codes]
     return points * minuses.reshape(points.shape)
 
 
@@ -282,11 +282,11 @@ TYPES: dict[int, BlockType] = {
         BlockType(34, "TQ1_0", 256, 54, "ternary", _tq1_0),
         BlockType(35, "TQ2_0", 256, 66, "ternary", _tq2_0),
         BlockType(39, "MXFP4", 32, 17, "int6", _mxfp4),
-        BlockType(16, "IQ2_XXS", 256, 66, "nl4", _iq2_xxs),
-        BlockType(17, "IQ2_XS", 256, 74, "nl4", _iq2_xs),
-        BlockType(18, "IQ3_XXS", 256, 98, "nl4", _iq3_xxs),
-        BlockType(21, "IQ3_S", 256, 110, "nl4", _iq3_s),
-        BlockType(22, "IQ2_S", 256, 82, "nl4", _iq2_s),
+        BlockType(16, "IQ2_XXS", 256, 66, "int4", _iq2_xxs),
+        BlockType(17, "IQ2_XS", 256, 74, "int4", _iq2_xs),
+        BlockType(18, "IQ3_XXS", 256, 98, "int4", _iq3_xxs),
+        BlockType(21, "IQ3_S", 256, 110, "int4", _iq3_s),
+        BlockType(22, "IQ2_S", 256, 82, "int4", _iq2_s),
         # by size only: their code books are larger, or nothing that chalot runs uses them
         BlockType(9, "Q8_1", 32, 40),
         BlockType(15, "Q8_K", 256, 292),

@@ -67,7 +67,8 @@ def grid(name: str) -> NDArray[np.float32]:
     sizes, coordinates, packed = _SETS[name]
     inside = np.unpackbits(np.frombuffer(zlib.decompress(b85decode(packed)), np.uint8))
     digits = np.flatnonzero(inside)[:, None] // len(sizes) ** np.arange(coordinates) % len(sizes)
-    return np.array(sizes, np.float32)[digits]
+    points: NDArray[np.float32] = np.array(sizes, np.float32)[digits]
+    return points
 
 
 @cache

@@ -21,7 +21,7 @@ from chalot.formats.gguf_blocks import REFUSED, TYPES, BlockType
 
 MAGIC = b"GGUF"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 256k tokens with merges takes 10 MB
-MAX_VALUES = 4_000_000  # strings and lists in arrays, all together; the largest have 0.7 million
+MAX_VALUES = 2_000_000  # strings and lists in arrays, all together; the largest have 0.7 million
 MAX_PAIRS = 100_000
 MAX_TENSORS = 1_000_000
 MAX_NAME = 65_535

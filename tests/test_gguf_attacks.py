@@ -119,6 +119,10 @@ FILES = {  # name -> (content, part of the message)
         pack(model_metadata(), [("token_embd.weight", np.zeros(32, np.float32), 0, (32,))]),
         "token_embd.weight is missing or no matrix",
     ),
+    "tokens without rows": (
+        pack(model_metadata(**{"tokenizer.ggml.tokens": list("abcde")}), SMALL),
+        "has 5 tokens, its embedding 4 rows",
+    ),
     "value heads": (
         pack(model_metadata(**{"llama.attention.value_length": 16}), SMALL),
         "value_length is 16, expected the 8 numbers",

@@ -103,6 +103,12 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise FormatError(f"{metadata.where}: tensor token_embd.weight is missing or no matrix")
+    tokens = metadata.texts("tokenizer.ggml.tokens", [])
+    if len(tokens) > embedding.shape[0]:
+        raise FormatError(
+            f"{metadata.where}: has {len(tokens):,} tokens, its embedding {embedding.shape[0]:,} "
+            "rows; expected a row for each token"
+        )
     config = {
         "architectures": [CLASSES[row.fields["model_type"]]],
         **row.fields,
@@ -137,12 +143,13 @@ def _refuse_unknown(metadata: Metadata, name: str, known: set[str]) -> None:
     """Raise UnsupportedError for what would change the function, and is not among the `known`."""
     if metadata.integer(f"{name}.expert_count", 0):
         raise UnsupportedError(f"{metadata.where}: mixtures of experts cannot be run")
-    for key in NEUTRAL.keys() - known:
-        found = metadata.values.get(f"{name}.{key}", NEUTRAL[key])
-        if isinstance(found, np.ndarray | list) or found != NEUTRAL[key]:
+    for short in sorted(NEUTRAL.keys() - known):
+        key = f"{name}.{short}"
+        found = metadata.values.get(key, NEUTRAL[short])
+        if isinstance(found, np.ndarray | list) or found != NEUTRAL[short]:
             raise UnsupportedError(
-                f"{metadata.where}: metadata {name}.{key} is {quoted_value(found)}; chalot runs "
-                f"{name} models without it"
+                f"{metadata.where}: metadata {key} is {quoted_value(found)}; chalot runs {name} "
+                "models without it"
             )
 
 

@@ -187,13 +187,14 @@ def _check_start(cursor: _Cursor) -> None:
     if len(start) < 24:
         raise FormatError(f"{cursor.where}: found {len(start)} bytes; truncated download?")
     version = int.from_bytes(start[4:8], "little")
-    if version not in (2, 3):
-        old = "make the file again with a newer llama.cpp" if version == 1 else "update chalot"
-        swapped = version & 0xFFFF == 0 and version
-        help_ = "is big-endian; convert it with `gguf-convert-endian FILE little`"
+    if version and version & 0xFFFF == 0:
         raise UnsupportedError(
-            f"{cursor.where}: "
-            + (help_ if swapped else f"is GGUF version {version}, expected 2 or 3; {old}")
+            f"{cursor.where}: is big-endian; convert it with `gguf-convert-endian FILE little`"
+        )
+    if version not in (2, 3):
+        help_ = "make the file again with a newer llama.cpp" if version == 1 else "update chalot"
+        raise UnsupportedError(
+            f"{cursor.where}: is GGUF version {version}, expected 2 or 3; {help_}"
         )
     cursor.at = 8
 

@@ -100,19 +100,10 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
                 f"{metadata.where}: {name}.{key} is {integer(key)}, expected the {head} numbers "
                 "that a head has"
             )
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise FormatError(f"{metadata.where}: tensor token_embd.weight is missing or no matrix")
-    tokens = metadata.texts("tokenizer.ggml.tokens", [])
-    if len(tokens) > embedding.shape[0]:
-        raise FormatError(
-            f"{metadata.where}: has {len(tokens):,} tokens, its embedding {embedding.shape[0]:,} "
-            "rows; expected a row for each token"
-        )
     config = {
         "architectures": [CLASSES[row.fields["model_type"]]],
         **row.fields,
-        "vocab_size": embedding.shape[0],
+        "vocab_size": _rows_of_tokens(metadata, tensors),
         "hidden_size": hidden,
         "num_hidden_layers": integer("block_count"),
         "num_attention_heads": heads,
@@ -137,6 +128,20 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         if key in metadata:
             config[f"{token.removesuffix('ding')}_token_id"] = metadata.integer(key)
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _rows_of_tokens(metadata: Metadata, tensors: Mapping[str, Stored]) -> int:
+    """Rows of the embedding. Raises FormatError where there are too few for the tokens."""
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise FormatError(f"{metadata.where}: tensor token_embd.weight is missing or no matrix")
+    tokens = metadata.texts("tokenizer.ggml.tokens", [])
+    if len(tokens) > embedding.shape[0]:
+        raise FormatError(
+            f"{metadata.where}: has {len(tokens):,} tokens, its embedding {embedding.shape[0]:,} "
+            "rows; expected a row for each token"
+        )
+    return embedding.shape[0]
 
 
 def _refuse_unknown(metadata: Metadata, name: str, known: set[str]) -> None:

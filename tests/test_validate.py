@@ -16,7 +16,7 @@ from chalot.export import export
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.safetensors import SafetensorsFolder
-from chalot.model.calibration import Plan
+from chalot.model.calibration import Plan, Trial
 from chalot.model.layers import ffn_norm
 from chalot.tensor import tensor
 from chalot.validate import BARS, render, validate
@@ -52,7 +52,7 @@ def test_errors_are_numpy_s(small: Path, tmp_path: Path) -> None:
     assert report.tokens > 0 and "32 tokens" in render(report)
 
 
-@pytest.mark.parametrize(("bits", "passes"), [(8, True), (4, False)])
+@pytest.mark.parametrize(("bits", "passes"), [(8, True), (4, False), (1, False)])
 def test_the_bars_on_the_bundled_model(tmp_path: Path, bits: int, passes: bool) -> None:
     """Real weights: 8 bits a row keep the bar, fewer do not; the report shows what chalot has."""
     made = export(FOLDER, tmp_path, "npz", bits=str(bits)).path
@@ -64,6 +64,9 @@ def test_the_bars_on_the_bundled_model(tmp_path: Path, bits: int, passes: bool) 
         assert worst.better_scheme == "nl4" and worst.better is not None
         assert worst.better < 0.08 < 0.12 < worst.error
         assert "nl4 of the same rows gives" in text and "real weights" in text
+    if bits == 1:
+        assert "sign of the same rows gives" in text and "over the bar too" in text
+        assert "mean size" in text and "even steps" not in text
     assert ("within the bar" in text) == passes
     assert report.tensors[-1].kind == "embedding"  # tied: seen as the head
     assert validate(made, FOLDER, tolerance=0.95).ok
@@ -136,6 +139,23 @@ def test_a_fold_of_any_power_is_found(
     off = max(t.error for t in report.tensors)
     assert off < 1e-5 if name == "gemma2" else off == 0
     assert validate(folder, tmp_path / "m.myai").ok
+
+
+def test_codes_that_come_over_stay_with_their_rows_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power of two of a row goes into its scale: keys are balanced, nothing is lost."""
+    monkeypatch.setattr(Trial, "best", lambda self, _: (np.ones(self.x.shape[1], np.float32), 1))
+    write_twin(FOLDER, tmp_path / "twin")
+    source = export(tmp_path / "twin", tmp_path, "npz", bits="4").path
+    report = chalot.convert(source, tmp_path / "twin.myai")
+    assert report.notes == () and {k.scheme for k in report.kinds} == {"row4", "f32"}
+    opened = [open_checkpoint(Path(p)) for p in (source, tmp_path / "twin.myai")]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert not np.allclose(*(k.float32(name) for k in opened), rtol=0.4)
+    for k in opened:
+        k.close()
+    assert max(t.error for t in validate(tmp_path / "twin.myai", source).tensors) < 1e-6
 
 
 def test_another_model_is_refused(small: Path, tmp_path: Path) -> None:

@@ -278,14 +278,18 @@ def advice(failed: list[TensorCheck]) -> Iterator[str]:
         t.stored for t in failed if t.better_scheme not in (None, t.stored)
     ):
         t = max((t for t in failed if t.stored == stored), key=lambda t: t.error)
-        per_row = stored.startswith(("q", "row"))
         how = f"{t.bits:g} bits a weight"
-        if per_row:
-            how += (
-                " in even steps over a row's whole range; real weights have a few far from the rest"
-            )
+        if stored.startswith(("q", "row")):
+            how = "each weight's sign times its row's mean size"
+            if t.bits > 1:
+                how = (
+                    f"{t.bits:g} bits a weight in even steps over a row's whole range; real "
+                    "weights have a few far from the rest"
+                )
+        helps = f"chalot convert SOURCE --scheme {t.better_scheme} -o model.myai"
+        if t.better is None or t.better > t.bar:
+            helps = "over the bar too; so few bits are for models that were trained for them"
         yield (
             f"{t.name}: {percent(t.error)}, over the bar of {percent(t.bar)}: {how}; "
-            f"{t.better_scheme} of the same rows gives {percent(t.better)}: "
-            f"chalot convert SOURCE --scheme {t.better_scheme} -o model.myai"
+            f"{t.better_scheme} of the same rows gives {percent(t.better)}: {helps}"
         )

@@ -468,7 +468,8 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes))
+    becomes = {n: str(s) if s.is_coded else None for n, s in work.schemes.items()}
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
     )

@@ -116,7 +116,8 @@ def ternary_scales(x: Floats) -> Floats:
     search = Search(unit, np.ones_like(unit))
     for step in range(1, 20):
         search.offer((unit > F32(step / 20)).astype(F32))
-    return search.scale * largest
+    scale: Floats = search.scale * largest
+    return scale
 
 
 GRID = np.array(IQ4_GRID, F32)

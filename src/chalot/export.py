@@ -118,7 +118,7 @@ def refuse_useless(to: str, given: Callable[[str], bool]) -> None:
             for_ = [name for name, target in TARGETS.items() if setting in target.settings]
             name = OPTIONS.get(setting, f"--{setting.replace('_', '-')}")
             raise SchemeError(
-                f"{name}: --to {to} has no use for it, only {' and '.join(for_)} have; leave it out"
+                f"{name}: --to {to} has no use for it; it is of {' and '.join(for_)}: leave it out"
             )
 
 

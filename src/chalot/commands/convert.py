@@ -205,21 +205,24 @@ def show(report: Any, arguments: Arguments) -> None:
 
 
 def losses(kinds: Any) -> str:
-    """The table of what each kind cost, with what the source had lost before where it says so."""
-    before = any(k.source_error is not None for k in kinds)
-    head = ["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]
-    table = [head[:6] + ["before"] * before + head[6:]]
+    """The table of what each kind cost; columns that say nothing of any kind are left out."""
+    table = [["kind", "scheme", "tensors", "weights", "bytes", "error"]]
     for k in kinds:
-        cells = [k.scheme, str(k.tensors), f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}"]
-        was = ["-" if k.source_error is None else f"{k.source_error:.2g}"] * before
-        table.append([k.kind, *cells, *was, str(k.wide), str(k.folded)])
-    lines = [rows(table), "error: relative squared error of the weights, to those of the source;"]
-    if before:
-        lines.append("before: that of the source's own to those that it was made of;")
-    return "\n".join(
-        [
-            *lines,
-            "16-bit: tensors that ask for 16-bit activations; folded: tensors whose columns were",
-            "balanced by powers of two",
-        ]
-    )
+        cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
+        table.append([k.kind, *map(str, cells)])
+    legend = ["error: relative squared error of the weights that are written, to the source's"]
+
+    def column(name: str, cells: list[str], what: str) -> None:
+        legend.append(f"{name}: {what}")
+        for line, cell in zip(table, [name, *cells], strict=True):
+            line.append(cell)
+
+    if any(k.source_error is not None for k in kinds):
+        before = ["-" if k.source_error is None else f"{k.source_error:.2g}" for k in kinds]
+        column("before", before, "error of the source's, to those it was quantised from")
+    if any(k.wide for k in kinds):
+        column("16-bit", [str(k.wide) for k in kinds], "tensors that ask for 16-bit activations")
+    if any(k.folded for k in kinds):
+        what = "tensors whose columns were balanced by powers of two"
+        column("folded", [str(k.folded) for k in kinds], what)
+    return "\n".join([rows(table), *legend])

@@ -202,6 +202,13 @@ def test_a_long_list_of_empty_texts_is_not_believed(tmp_path):
     refuse(path, "found more than 2,000,000 values in all")
 
 
+def test_many_arrays_in_an_array_are_not_made(tmp_path):
+    path = tmp_path / "m.gguf"
+    count = MAX_VALUES // 8 + 1
+    path.write_bytes(pack({"a": array(ARRAY, count, struct.pack("<IQ", 0, 0) * count)}))
+    refuse(path, "found more than 2,000,000 values in all")
+
+
 def test_a_header_without_end_is_not_read(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(pack({"a": array(0, 1 << 34)}))

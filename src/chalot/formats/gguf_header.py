@@ -23,7 +23,7 @@ MAGIC = b"GGUF"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 256k tokens with merges takes 10 MB
 MAX_VALUES = 2_000_000  # strings and lists in arrays, all together; the largest have 0.7 million
 MAX_PAIRS = 100_000
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 100_000  # large models have some 2,000
 MAX_NAME = 65_535
 MAX_RANK = 4
 MAX_DEPTH = 4  # of arrays in arrays, of which no known key has any
@@ -138,7 +138,7 @@ class _Cursor:
         if depth >= MAX_DEPTH and kind == ARRAY:
             raise FormatError(f"{self.where}: {what}: arrays nested deeper than {MAX_DEPTH}")
         self.need(count * (8 if kind == STRING else 12), what)
-        self.count(count, what)
+        self.count(count if kind == STRING else 8 * count, what)  # an empty array takes 112 bytes
         if kind == STRING:
             return [self.text(what) for _ in range(count)]
         return [self.array(what, depth + 1) for _ in range(count)]

@@ -82,10 +82,12 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each scheme that the type is converted to."""
     path = make(kind, folder, options.peer_python)
-    forms, reports, models = list(dict.fromkeys(["f32", KEEP, *options.beside])), [], []
-    for form in forms:
-        reports.append(convert(path, folder / f"{form}.myai", form))
-        models.append(Model(folder / f"{form}.myai", context=1024))
+    reports = {form: convert(path, folder / f"{form}.myai", form) for form in ("f32", KEEP)}
+    kept = reports[KEEP].kinds[0].scheme
+    for form in options.beside:
+        if form != kept:  # which is there already
+            reports[form] = convert(path, folder / f"{form}.myai", form)
+    models = [Model(folder / f"{form}.myai", context=1024) for form in reports]
     limits = ["--context", "1024", "--threads", str(options.threads)]
     serve = [options.peer_python, "-m", "peers.llamacpp", "serve", str(path), *limits]
     peer = Peer(Worker(kind, serve, folder / "peer.log"), path.stat().st_size, folder)
@@ -106,11 +108,11 @@ def rows(
         return found
 
     yield row("llama.cpp", peer.size, None, against_base[-1], None)
-    for form, report, model, p, b in zip(
-        forms, reports, models, against_peer, against_base[:-1], strict=True
+    for (form, report), model, p, b in zip(
+        reports.items(), models, against_peer, against_base[:-1], strict=True
     ):
-        kept = report.kinds[0].scheme if form == KEEP else form
-        yield row(f"{form} ({kept})" if form == KEEP else form, report.bytes, added(report), b, p)
+        said = f"{form} ({kept})" if form == KEEP else form
+        yield row(said, report.bytes, added(report), b, p)
         model.close()
 
 
@@ -149,7 +151,7 @@ def main() -> None:
                         flush=True,
                     )
     made = provenance(sys.argv[1:], ("--peer-python",))
-    line = {**made, "protocol": PROTOCOL, "tokens": len(ids), "rows": found}
+    line = {**made, "protocol": str(PROTOCOL), "tokens": len(ids), "rows": found}
     if not options.no_save:
         with (HERE / "results" / "gguf_types.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

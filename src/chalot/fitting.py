@@ -20,8 +20,9 @@ from typing import Any
 from chalot import machine, memory
 from chalot.convert import CALIBRATION_TOKENS, RUN, parse_schemes, planned_bytes
 from chalot.errors import LimitError
+from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
-from chalot.formats.hub_cache import Repository, cache_folder
+from chalot.formats.hub_cache import cache_folder
 from chalot.formats.names import hugging_face
 from chalot.memory import Stored
 from chalot.model.config import ModelConfig
@@ -84,7 +85,7 @@ def fit(
     """
     at = min(CONTEXT, config.context) if context is None else context
     free, folder = machine.memory_available(), folder or Path()
-    left = 0 if hub_id is None or Repository(hub_id).find("main") else download_bytes
+    left = 0 if hub_id is None or hub.kept(hub_id) else download_bytes
     disk = machine.disk_free(folder.absolute())
     same_disk = left and _device(folder) == _device(cache_folder())
     room = disk - left if same_disk else disk

@@ -14,7 +14,8 @@ KEEP = "keep"  # as a scheme: each tensor in codes goes to the one that its read
 
 def usual(source: str | Path, default: str) -> str:
     """The scheme when none is asked for: `default` for folders and hub ids, "keep" for files."""
-    return KEEP if Path(source).expanduser().is_file() else default
+    is_file = str(source).endswith(".gguf") or Path(source).expanduser().is_file()
+    return KEEP if is_file else default
 
 
 def kept(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, Scheme]:

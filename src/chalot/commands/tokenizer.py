@@ -12,7 +12,7 @@ from chalot.commands.output import as_json, say
 from chalot.errors import FormatError, TokenizerError
 from chalot.table import pairs, rows, size
 
-MODEL = "a .myai or tokenizer.json file, a model's folder, or a hub id"
+MODEL = "a tokenizer.json, a model's file or folder, a short name or a hub id"
 SHARED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("--threads",), int, "threads to train with (default: the cores)"),
     (("-q", "--quiet"), None, "only the answer"),

@@ -28,6 +28,8 @@ from chalot.formats.safetensors_header import INDEX, parse_index, weight_files
 
 SPARE_DISK = 100_000_000  # bytes that a download leaves free
 
+PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf", re.ASCII)
+
 Progress = Callable[[int, int], None]  # (bytes that are there, bytes in all)
 
 
@@ -42,6 +44,14 @@ class RemoteFile(NamedTuple):
 def is_hash(text: Any) -> TypeGuard[str]:
     """Whether this is a commit's or a file's hash: 40 or 64 hexadecimal digits."""
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
+
+
+def part_names(name: str) -> list[str]:
+    """All parts of NAME-00001-of-00003.gguf, in order; of a file that is not split, itself."""
+    found = PART.fullmatch(name)
+    if found is None:
+        return [name]
+    return [f"{found[1]}{n + 1:05}-of-{found[3]}.gguf" for n in range(int(found[3]))]
 
 
 def cache_folder() -> Path:
@@ -70,8 +80,11 @@ class Repository:
         self.path = cache_folder() / f"models--{repo_id.replace('/', '--')}"
         self.blobs = self.path / "blobs"
 
-    def find(self, revision: str) -> Path | None:
-        """A snapshot with configuration and all weights that an earlier download left, if any."""
+    def find(self, revision: str, file: str | None = None) -> Path | None:
+        """A snapshot with configuration and all weights that an earlier download left, if any.
+
+        With `file`, a .gguf, that file: if all its parts are there.
+        """
         commit = revision
         if not is_hash(commit):
             with suppress(OSError, UnicodeDecodeError):
@@ -79,6 +92,12 @@ class Repository:
         if not is_hash(commit):
             return None
         folder = self.path / "snapshots" / commit
+        if file is not None:
+            return (
+                folder / file
+                if all((folder / part).exists() for part in part_names(file))
+                else None
+            )
         try:
             names = [entry.name for entry in folder.iterdir() if entry.exists()]
             wanted = weight_files(names, folder)
@@ -112,6 +131,7 @@ class Repository:
                 for arrived in self._blob(file, source):
                     if progress:
                         progress(done + arrived, total)
+                (snapshot / file.name).parent.mkdir(parents=True, exist_ok=True)
                 _link(self.blobs / file.hash, snapshot / file.name)
                 done += file.size
             if revision != commit:

@@ -31,6 +31,7 @@ def arguments(parser: ArgumentParser) -> None:
         for flags, kind, help_ in SHARED:  # after the part's name as well as before it
             given: dict[str, Any] = {"action": "store_true"} if kind is None else {"type": kind}
             found.add_argument(*flags, default=SUPPRESS, help=help_, **given)
+        found.set_defaults(parser=found)  # for usage errors of this part
         return found
 
     train = part("train", "a new tokenizer from text")

@@ -472,7 +472,8 @@ def write_myai(
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
-    said = tuple(notes(checkpoint.path, checkpoint.tensors, others))
+    becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
     )

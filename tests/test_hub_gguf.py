@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chalot import batch, cli, sources
+from chalot import batch, cli, shelf, sources
 from chalot.demo import FOLDER
 from chalot.describe import describe
 from chalot.errors import FormatError, HubNotFoundError, HubOfflineError
@@ -106,6 +106,7 @@ def test_a_file_is_described_converted_and_run(
     server: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = describe(ONE)
+    assert found.origin.document_bytes > 100_000
     assert found.fit is not None and found.fit.download_bytes == found.origin.download_bytes
     assert cli.main(["run", ONE, "def f", "--max-tokens", "3", "--temperature", "0", "-q"]) == 0
     ran = capsys.readouterr().out
@@ -120,8 +121,16 @@ def test_a_file_is_described_converted_and_run(
     assert batch.name_of(PARTS) == "m"
     from huggingface_hub import constants
 
+    sources.resolve(PARTS)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert sources.resolve(ONE).exists()
+    shown = {d.id: d for d in shelf.models().downloaded}
+    assert list(shown) == [PARTS, ONE]
+    held = server.repositories["org/small-GGUF"]
+    assert shown[PARTS].bytes == sum(len(held[n]) for n in held if n.startswith("f32/"))
+    assert batch.sources([], True) == [PARTS, ONE]
+    Path(shown[PARTS].path).with_name("m-00002-of-00003.gguf").unlink()
+    assert [d.id for d in shelf.models().downloaded] == [ONE]
 
 
 def test_repositories_of_gguf_files_say_which(server: HubServer) -> None:

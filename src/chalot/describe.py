@@ -177,8 +177,8 @@ def describe(
             if copy is None:
                 raise
             return describe(copy, scheme, context, folder)
-        length = remote.download_bytes - remote.weight_bytes
-        origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
+        sizes = remote.weight_bytes, remote.download_bytes
+        origin = Origin("hub", *sizes, document_bytes=remote.document_bytes)
         tensors = as_computed(remote.tensors, remote.document("config.json"), named)
         found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
     else:

@@ -174,7 +174,7 @@ def render(found: Fit) -> str:
     """The schemes as a table, and the one that --fit would choose."""
     table = [["scheme", "bits each", "file", "to convert", "to run", "fits memory", "fits disk"]]
     words = {True: "yes", False: "no", None: "unknown"}
-    for o in found.options:
+    for o in sorted(found.options, key=lambda o: -o.bits_per_weight):
         name = f"{o.scheme} *" if o.scheme == found.best else o.scheme
         cells = [f"{o.bits_per_weight:.2f}", *map(size, (o.file_bytes, o.converting, o.running))]
         table.append([name, *cells, words[o.fits_memory], words[o.fits_disk]])

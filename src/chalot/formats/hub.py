@@ -85,13 +85,16 @@ class Listing:
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """What can be known of a model without its weights. `weight_bytes` are those of their files."""
+    """What can be known of a model without its weights. `weight_bytes` are those of their files,
+    `document_bytes` those of documents: a GGUF file's are in it, and made of its metadata.
+    """
 
     repo_id: str
     commit: str
     tensors: Mapping[str, TensorInfo]
     weight_bytes: int
-    download_bytes: int  # weights and documents
+    download_bytes: int
+    document_bytes: int
     _document: Callable[[str], bytes | None] = field(repr=False)
 
     def document(self, name: str) -> bytes | None:
@@ -134,7 +137,8 @@ def headers(name: str, revision: str | None = None) -> RemoteCheckpoint:
         wanted = hub_gguf.parts(repo_id, file, listing.files)
         tensors, held = hub_gguf.header(wanted, listing.source)
         total = sum(part.size for part in wanted)
-        return RemoteCheckpoint(name, listing.commit, tensors, total, total, held.get)
+        made = sum(map(len, held.values()))
+        return RemoteCheckpoint(name, listing.commit, tensors, total, total, made, held.get)
     names, promised = listing.weights()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
@@ -152,6 +156,7 @@ def headers(name: str, revision: str | None = None) -> RemoteCheckpoint:
         {tensor: shards[file][tensor].info for tensor, file in places.items()},
         weight_bytes,
         weight_bytes + documents,
+        documents,
         listing.document,
     )
 

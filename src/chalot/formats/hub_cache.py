@@ -62,13 +62,18 @@ def cache_folder() -> Path:
 
 
 def downloaded() -> list[tuple[str, Path]]:
-    """(repository's id, folder) of every model that the cache holds whole, by id."""
+    """(name, place) of every model that the cache holds whole, by name.
+
+    A repository's id and its folder, or ORG/NAME/FILE.gguf and that file, the first of its parts.
+    """
     found = []
     for path in sorted(cache_folder().glob("models--*")):
         repo_id = path.name.removeprefix("models--").replace("--", "/")
-        folder = Repository(repo_id).find("main")
+        repository = Repository(repo_id)
+        folder = repository.find("main")
         if folder is not None:
             found.append((repo_id, folder))
+        found += [(f"{repo_id}/{file}", place) for file, place in repository.gguf_files("main")]
     return found
 
 
@@ -85,13 +90,9 @@ class Repository:
 
         With `file`, a .gguf, that file: if all its parts are there.
         """
-        commit = revision
-        if not is_hash(commit):
-            with suppress(OSError, UnicodeDecodeError):
-                commit = (self.path / "refs" / revision).read_text("ascii").strip()
-        if not is_hash(commit):
+        folder = self._snapshot(revision)
+        if folder is None:
             return None
-        folder = self.path / "snapshots" / commit
         if file is not None:
             return (
                 folder / file
@@ -107,6 +108,25 @@ class Repository:
         except (OSError, ChalotError):
             return None
         return folder if {"config.json", *wanted} <= set(names) else None
+
+    def gguf_files(self, revision: str) -> list[tuple[str, Path]]:
+        """(name, place) of each whole GGUF file of a snapshot; of a split one the first part."""
+        folder = self._snapshot(revision)
+        found = [] if folder is None else sorted(folder.rglob("*.gguf"))
+        names = [(path.relative_to(folder or path).as_posix(), path) for path in found]
+        return [
+            (name, path)
+            for name, path in names
+            if name == part_names(name)[0] and self.find(revision, name) is not None
+        ]
+
+    def _snapshot(self, revision: str) -> Path | None:
+        """The folder of a commit, branch or tag; it may not be there."""
+        commit = revision
+        if not is_hash(commit):
+            with suppress(OSError, UnicodeDecodeError):
+                commit = (self.path / "refs" / revision).read_text("ascii").strip()
+        return self.path / "snapshots" / commit if is_hash(commit) else None
 
     def download(
         self,

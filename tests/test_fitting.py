@@ -83,7 +83,7 @@ def test_a_longer_context_takes_another_scheme(
 ) -> None:
     have(monkeypatch, int(7.5 * GB))
     best = [describe("llama2-7b", context=n).fit.best for n in (0, 4096)]  # type: ignore[union-attr]
-    assert best == ["int8", "nl4"]
+    assert best == ["int8", "int6"]
     with pytest.raises(ContextError, match="4096"):
         describe("llama2-7b", context=4097)
 

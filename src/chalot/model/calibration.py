@@ -8,7 +8,7 @@ they meet, for the cache's sake. All arithmetic is the kernels',
 so the choice, and with it the file, is the same on every machine.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -134,12 +134,14 @@ class Calibration:
         backend: Backend,
         inverse_frequency: Floats,
         hidden: Floats,  # (tokens, hidden), at most a page of them
+        kept: Set[str] = frozenset(),  # matrices whose columns must stay as they are
     ) -> None:
         self.config = config
         self.schemes = schemes
         self.backend = backend
         self.inverse_frequency = inverse_frequency
         self.hidden = hidden
+        self.kept = kept
         self.plan = Plan()
 
     def layer(
@@ -214,7 +216,8 @@ class Calibration:
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:
                 continue
-            factor, planes = Trial(self.backend, inputs[slot], coded).best(share)
+            fold_columns = None if self.kept & coded.keys() else share
+            factor, planes = Trial(self.backend, inputs[slot], coded).best(fold_columns)
             self.plan.planes.update(dict.fromkeys(coded, planes))
             if (factor == 1).all():
                 continue

@@ -26,7 +26,7 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, kept, notes, usual
+from chalot.keeping import KEEP, keeps, kept, notes, usual_of
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
@@ -108,7 +108,7 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
 
 def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
     """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
-    text = text or usual(checkpoint.path, DEFAULT_SCHEME)
+    text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
     schemes = parse_schemes(text)
     if text.strip().lower() == KEEP:
         schemes |= kept(checkpoint.tensors, read_config(checkpoint))
@@ -222,6 +222,8 @@ class Conversion:
         self.schemes = {s.name: scheme_of(schemes, s) for s in matrices}
         self.balanced = {s.name: scheme_of(balance or schemes, s) for s in matrices}
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
+        held = checkpoint.tensors
+        self.kept = {n for n, s in self.schemes.items() if keeps(held[hugging_face(n)], s)}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
@@ -290,7 +292,9 @@ class Conversion:
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
-        calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
+        calibration = Calibration(
+            self.config, self.balanced, self.backend, frequencies, hidden, self.kept
+        )
         calibration.plan = self.plan
         return calibration
 
@@ -417,7 +421,7 @@ def convert(
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
-    the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
+    the scheme that loses least of them. None is "keep" for those, else "nl4". `command` and `name`
     are what the file says of its making and of its source. `balance` folds channels of a dense file
     as another scheme would have it. Peak memory is that of a layer and its largest tensor
     (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong

@@ -472,7 +472,7 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes))
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes, work.errors))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
     )

@@ -69,16 +69,23 @@ def kept(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, Sc
 
 
 def notes(
-    path: Path, tensors: Mapping[str, TensorInfo], schemes: Mapping[str, Scheme]
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    schemes: Mapping[str, Scheme],
+    lost: Mapping[str, tuple[float, float]],
 ) -> Iterator[str]:
-    """A line on what becomes of a source in codes; none for a source of numbers."""
+    """A line on what becomes of a source in codes; none for a source of numbers.
+
+    `lost` has (error, sum of squares) of each matrix: codes that were kept are not quantised again.
+    """
     types: set[str] = set()
     again: set[str] = set()
     for name, scheme in schemes.items():
         info = tensors[hugging_face(name)]
         if info.scheme:
             types.add(info.dtype)
-            again |= {f"{info.dtype} to {scheme}"} if scheme.is_coded else set()
+            same = keeps(info, scheme) and not lost[name][0]
+            again |= {f"{info.dtype} to {scheme}"} if scheme.is_coded and not same else set()
     if types:
         what = "what that lost stays lost"
         if again:

@@ -207,6 +207,7 @@ CASES = {
         Case("qwen2-window", qwen2(**SOME_WINDOWS, num_hidden_layers=3), "f32"),
         Case("mistral", mistral()),
         Case("mistral-long", mistral(sliding_window=100), "f32", tokens=300),
+        Case("mistral-wide", mistral(sliding_window=280), "f32", tokens=300),
         Case("mistral-full", mistral(sliding_window=None, head_dim=24), "f16"),
         Case("qwen3", qwen3()),
         Case(

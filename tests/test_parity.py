@@ -116,6 +116,7 @@ def test_logits_are_those_of_transformers(case: Case, made: Path) -> None:
         ("qwen2-window", {"max_window_layers": 2}),
         ("mistral", {"sliding_window": 25}),
         ("mistral-long", {"sliding_window": 101}),
+        ("mistral-wide", {"sliding_window": 281}),
         ("qwen3-new", {"layer_types": ["full_attention", "sliding_attention"]}),
         ("gemma", {"torch_dtype": "float32"}),
         ("gemma2", {"final_logit_softcapping": None}),
@@ -184,7 +185,7 @@ def test_a_tied_head_may_be_stored_too(tmp_path: Path) -> None:
         assert difference(m.logits(truth["ids"].tolist()), truth) < HELD
 
 
-@pytest.mark.parametrize("name", ["gemma2-long", "mistral-long", "qwen3-new"])
+@pytest.mark.parametrize("name", ["gemma2-long", "mistral-wide", "qwen3-new"])
 def test_an_int8_cache_stays_near(name: str, made: Path) -> None:
     """Caps, windows and norms of heads: nothing of them makes the codes of keys worse.
 
@@ -196,7 +197,7 @@ def test_an_int8_cache_stays_near(name: str, made: Path) -> None:
     assert 0 < float((np.exp(p) * (p - q)).sum(axis=1).mean()) < 0.002
 
 
-@pytest.mark.parametrize("name", ["gemma2-long", "mistral-long"])
+@pytest.mark.parametrize("name", ["gemma2-long", "mistral-wide"])
 def test_a_text_taken_back_leaves_no_trace(name: str, made: Path) -> None:
     """As drafts are: tokens beyond a window's and a page's end are taken back, others follow."""
     case = CASES[name]

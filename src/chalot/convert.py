@@ -384,6 +384,12 @@ class Conversion:
         self.done += weights
         self.progress(spec.name, self.done, self.total)
 
+    def is_as_it_was(self, name: str) -> bool:
+        """Whether a matrix was not quantised, or not again."""
+        scheme, info = self.schemes[name], self.checkpoint.tensors[hugging_face(name)]
+        same = keeps(info, scheme) and not self.errors[name][0]
+        return not scheme.is_coded or name in self.taken or same
+
     def kinds(self, writer: MyaiWriter) -> Iterator[KindReport]:
         """A row for each kind of tensor there is."""
         for kind in (*KINDS, "vector"):
@@ -475,8 +481,7 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    others = {n: s for n, s in work.schemes.items() if n not in work.taken}
-    becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
+    becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in work.schemes.items()}
     said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said

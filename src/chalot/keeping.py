@@ -73,7 +73,7 @@ def notes(
 ) -> Iterator[str]:
     """A line on what becomes of a source in codes; none for a source of numbers.
 
-    `becomes` has each matrix's new type, by chalot's name; None for a type of plain numbers.
+    `becomes` has each matrix's new type, by chalot's name; None: not quantised, or not again.
     """
     types: set[str] = set()
     again: set[str] = set()

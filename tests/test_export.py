@@ -1,4 +1,4 @@
-"""Every target of `convert`: a typed error and nothing left where something goes wrong; the verb."""
+"""Every target of `convert`: where it goes wrong, a typed error and nothing left; the verb."""
 
 import json
 import sys

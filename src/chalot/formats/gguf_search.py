@@ -27,12 +27,15 @@ def _sum(x: Floats) -> Floats:
     while len(x) > 1:
         half = len(x) // 2
         x = x[:half] + x[half:]
-    return x[0]
+    total: Floats = x[0]
+    return total
 
 
 def _peak(columns: Floats) -> Floats:
     """(groups,): the number of largest magnitude, its sign kept; of equal ones the first."""
-    return np.take_along_axis(columns, np.abs(columns).argmax(axis=0)[None], axis=0)[0]
+    at = np.abs(columns).argmax(axis=0)[None]
+    found: Floats = np.take_along_axis(columns, at, axis=0)[0]
+    return found
 
 
 def over(a: Any, b: Floats) -> Floats:

@@ -227,6 +227,7 @@ class Conversion:
         self.digest = hashlib.sha256()
         self.plan = Plan()
         self.errors: dict[str, tuple[float, float]] = {}
+        self.carried: set[str] = set()  # matrices whose codes came over as they are
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
@@ -370,6 +371,7 @@ class Conversion:
         if held is not None and is_same and not folded:
             found = carried(held(name, first, first + len(values)), scheme)
             if found is not None:
+                self.carried.add(spec.name)
                 return packing.pack(found)
         return self.backend.encode(values, scheme)
 
@@ -468,7 +470,8 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    becomes = {n: str(s) if s.is_coded else None for n, s in work.schemes.items()}
+    again = {n for n, s in work.schemes.items() if s.is_coded and n not in work.carried}
+    becomes = {n: str(s) if n in again else None for n, s in work.schemes.items()}
     said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said

@@ -26,7 +26,7 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, kept, notes, usual
+from chalot.keeping import KEEP, keeps, kept, notes, usual_of
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
@@ -108,7 +108,7 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
 
 def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
     """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
-    text = text or usual(checkpoint.path, DEFAULT_SCHEME)
+    text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
     schemes = parse_schemes(text)
     if text.strip().lower() == KEEP:
         schemes |= kept(checkpoint.tensors, read_config(checkpoint))
@@ -222,6 +222,8 @@ class Conversion:
         self.schemes = {s.name: scheme_of(schemes, s) for s in matrices}
         self.balanced = {s.name: scheme_of(balance or schemes, s) for s in matrices}
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
+        held = checkpoint.tensors
+        self.kept = {n for n, s in self.schemes.items() if keeps(held[hugging_face(n)], s)}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
@@ -290,7 +292,9 @@ class Conversion:
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
-        calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
+        calibration = Calibration(
+            self.config, self.balanced, self.backend, frequencies, hidden, self.kept
+        )
         calibration.plan = self.plan
         return calibration
 
@@ -380,6 +384,12 @@ class Conversion:
         self.done += weights
         self.progress(spec.name, self.done, self.total)
 
+    def is_as_it_was(self, name: str) -> bool:
+        """Whether a matrix was not quantised, or not again."""
+        scheme, info = self.schemes[name], self.checkpoint.tensors[hugging_face(name)]
+        same = keeps(info, scheme) and not self.errors[name][0]
+        return not scheme.is_coded or name in self.taken or same
+
     def kinds(self, writer: MyaiWriter) -> Iterator[KindReport]:
         """A row for each kind of tensor there is."""
         for kind in (*KINDS, "vector"):
@@ -417,7 +427,7 @@ def convert(
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
-    the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
+    the scheme that loses least of them. None is "keep" for those, else "nl4". `command` and `name`
     are what the file says of its making and of its source. `balance` folds channels of a dense file
     as another scheme would have it. Peak memory is that of a layer and its largest tensor
     (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
@@ -471,8 +481,7 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    others = {n: s for n, s in work.schemes.items() if n not in work.taken}
-    becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
+    becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in work.schemes.items()}
     said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said

@@ -3,6 +3,7 @@
 A plan is a file (`chalot.planfile`) that `convert --plan` obeys. Methods:
 
     ewq                   entropy-weighted quantisation: a level for each block, by its entropy
+    fast-ewq              the same levels, guessed from the configuration (plan/fast_ewq.py)
     error .. measured     the planner, with a loss table of that depth (plan/losses.py)
 
 Budgets are bytes of the file's matrices; vectors, documents and alignment come on top, and are
@@ -10,7 +11,9 @@ taken off first.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 
@@ -25,17 +28,21 @@ from chalot.errors import FormatError, LimitError, SchemeError
 from chalot.evaluate.report import read_text, uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile
+from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend
-from chalot.plan import ewq
+from chalot.plan import ewq, fast_ewq
 from chalot.plan.choose import Chosen, cheapest, choose, improve, item_bytes
-from chalot.plan.losses import DEPTHS, Table, loss_table
-from chalot.plan.swap import Swaps
-from chalot.planfile import VERSION, PlanDocument, fingerprint, write_plan
+from chalot.plan.losses import DEPTHS, KNOWS_KL, Table, loss_table
+from chalot.plan.swap import Swaps, items_of
+from chalot.planfile import VERSION, PlanDocument, as_bytes, fingerprint
+from chalot.quant.entropy import fit
+from chalot.quant.grids import tables_of
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.sources import resolve
 
-METHODS = ("ewq", *DEPTHS)
+BY_BLOCK = ("ewq", "fast-ewq")
+METHODS = (*BY_BLOCK, *DEPTHS)
 USUAL_SCHEMES = ("bf16", "int8", "nl4")
 Progress = Callable[[str, int, int], None]
 
@@ -54,10 +61,52 @@ def budget_of(work: Conversion, size: int | None, bits: float | None) -> int | N
         return int(sum(r * c for _, (r, c) in matrices) * bits / 8)
     if size is None:
         return None
-    documents = sum(len(work.checkpoint.document(n) or b"") for n in DOCUMENTS)
-    whole = planned_bytes(work.config, parse_schemes("nl4")) + documents
-    stored = sum(stored_bytes(work.schemes[name], *shape) for name, shape in matrices)
-    return size - (whole - stored)
+    return size - overhead(work)
+
+
+def overhead(work: Conversion) -> int:
+    """Bytes of a file around its matrices, at most; of grids, those of three schemes."""
+    from chalot.text.tokenizer import compiled
+
+    found = [raw for raw in map(work.checkpoint.document, DOCUMENTS) if raw is not None]
+    tokenizer = work.checkpoint.document("tokenizer.json")
+    found.append((compiled(tokenizer) if tokenizer is not None else None) or b"")
+    grids = [t for t in map(tables_of, SCHEMES.values()) if t is not None]
+    found += [t.tobytes() for t in grids[:3]]
+    stored = sum(stored_bytes(work.schemes[name], *shape) for name, shape in matrices_of(work))
+    return planned_bytes(work.config, parse_schemes("nl4")) - stored + sum(map(len, found))
+
+
+def check_budget(
+    work: Conversion, budget: int, schemes: Sequence[Scheme], rest: Scheme | None
+) -> None:
+    """Raise LimitError, which says the least, where no plan can be so small.
+
+    `rest` is the scheme of embedding and head where it is given: for methods by blocks.
+    """
+    matrices = matrices_of(work)
+    if rest is None:
+        ways = ([item_bytes(i, s) for s in schemes] for i in items_of(work.specs))
+        least = sum(map(min, ways))
+    else:
+        lowest = SCHEMES[next(iter(ewq.levels_of(schemes).values()))]
+        stored = {n: lowest if n.startswith("layers.") else rest for n, _ in matrices}
+        least = sum(stored_bytes(stored[n], *shape) for n, shape in matrices)
+    if budget < least:
+        bits = least * 8 / sum(r * c for _, (r, c) in matrices)
+        raise LimitError(
+            f"too small a size: the least that {', '.join(map(str, schemes))} can do here is a "
+            f"file of {least + overhead(work):,} bytes, {bits:.3f} bits a weight; ask for that "
+            "much, or allow smaller schemes with --schemes"
+            + ("" if rest is None else f" or --ewq-rest (now {rest})")
+        )
+
+
+def ewq_budget(work: Conversion, budget: int, schemes: Sequence[Scheme], rest: Scheme) -> int:
+    """Bytes for the blocks alone. Raises LimitError: see `check_budget`."""
+    check_budget(work, budget, schemes, rest)
+    ends = [shape for name, shape in matrices_of(work) if not name.startswith("layers.")]
+    return budget - sum(stored_bytes(rest, *shape) for shape in ends)
 
 
 def total_bytes(work: Conversion, tensors: dict[str, str]) -> int:
@@ -88,21 +137,47 @@ def by_entropy(
     checkpoint: Checkpoint,
     variant: str,
     x: float,
+    schemes: Sequence[Scheme],
     budget: int | None,
     rest: Scheme,
     progress: Progress,
 ) -> PlanDocument:
     """EWQ; embedding and head, which are no blocks, take the scheme `rest`."""
-    if variant not in ewq.VARIANTS:
-        raise FormatError(f"variant {variant!r} is not known; choose {', '.join(ewq.VARIANTS)}")
     if budget is not None:
-        ends = [s for n, s in matrices_of(work) if not n.startswith("layers.")]
-        budget -= sum(stored_bytes(rest, *shape) for shape in ends)
-    specs = list(work.specs)
-    blocks = ewq.analyse(work.read, specs, variant, x, budget, progress=progress)
-    tensors = ewq.tensors_of(specs, blocks, ewq.DEFAULT, rest)
+        budget = ewq_budget(work, budget, schemes, rest)
+    specs, levels = list(work.specs), ewq.levels_of(schemes)
+    blocks = ewq.analyse(work.read, specs, variant, x, budget, levels, progress)
+    tensors = ewq.tensors_of(specs, blocks, levels, rest)
     said = ewq.details(blocks, variant, x)
     return document(work, checkpoint, f"ewq {variant}", tensors, details=said)
+
+
+def by_guess(
+    work: Conversion,
+    checkpoint: Checkpoint,
+    schemes: Sequence[Scheme],
+    budget: int | None,
+    rest: Scheme,
+) -> PlanDocument:
+    """FastEWQ; under a budget blocks go by what the tree says of them."""
+    guess, levels, specs = fast_ewq.guess(work.config), ewq.levels_of(schemes), list(work.specs)
+    blocks, given = ewq.by_block(specs), guess.levels
+    if budget is not None:
+        left = ewq_budget(work, budget, schemes, rest)
+        found = fit(guess.order, given, ewq.sizes(blocks, levels), left, tuple(levels))
+        given = found or given  # `ewq_budget` has seen that there is one
+    by_name = dict(zip(blocks, given, strict=True))
+    record = fast_ewq.fitted()
+    said = {
+        "x": 1.0,
+        **{n: getattr(record, n) for n in ("agreement", "majority", "models")},
+        "blocks": {
+            n: {"decided": d, "level": by_name[n]}
+            for n, d in zip(blocks, guess.levels, strict=True)
+        },
+    }
+    tensors = ewq.by_level(specs, by_name, levels, rest)
+    return document(work, checkpoint, "fast-ewq", tensors, details=said)
 
 
 def by_loss(
@@ -118,6 +193,8 @@ def by_loss(
     progress: Progress,
 ) -> PlanDocument:
     """The planner: a loss table, the best allocation, and exchanges that the true KL approves."""
+    if budget is not None:
+        check_budget(work, budget, schemes, None)
     if text is None:
         place = resources.files("chalot").joinpath(*CALIBRATION_TEXT)
         name, words = "bundled", place.read_text("utf-8")
@@ -188,6 +265,31 @@ def chosen(
     return improve(swaps, table, schemes, found, budget, tries, progress)
 
 
+def check_choice(
+    method: str,
+    variant: str,
+    x: float,
+    size: int | None,
+    bits: float | None,
+    max_kl: float | None,
+) -> None:
+    """Raise FormatError where what is asked for does not go together."""
+    if method not in METHODS:
+        raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
+    if variant not in ewq.VARIANTS:
+        raise FormatError(f"variant {variant!r} is not known; choose {', '.join(ewq.VARIANTS)}")
+    if not math.isfinite(x):
+        raise FormatError(f"found {x} sigmas below the mean; expected a finite number, as 1.0")
+    if sum(v is not None for v in (size, bits, max_kl)) > 1:
+        raise FormatError("give one of a size, bits a weight and a largest KL, not several")
+    if max_kl is not None and method not in KNOWS_KL:
+        raise FormatError(
+            f"method {method} expects no KL that could be bounded; choose {', '.join(KNOWS_KL)}"
+        )
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise FormatError(f"found a largest KL of {max_kl}; expected nats a token above 0, as 0.02")
+
+
 def plan(
     source: str | Path,
     out: str | Path,
@@ -202,6 +304,7 @@ def plan(
     text: str | Path | None = None,
     exchanges: int = 40,
     rest: str = "int8",
+    simple: bool = False,
     threads: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> PlanDocument:
@@ -209,24 +312,27 @@ def plan(
 
     At most one of `size` (bytes of the file), `bits` (a weight, of all matrices) and `max_kl`
     (expected, nats a token) bounds it; without one a planner's file has the size of `nl4`, and EWQ
-    is free. `rest` is what EWQ gives embedding and head. Raises LimitError for a budget below what
-    is possible, and says the least; SchemeError, FormatError, WeightError.
+    is free. EWQ's levels are the `schemes`, three or four; `rest` is what it gives embedding and
+    head. `simple` writes {"0": "raw", ...}. The file appears whole or not at all. Raises LimitError
+    for a budget below what is possible, and says the least; SchemeError, FormatError, WeightError.
     """
-    if method not in METHODS:
-        raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
-    if sum(v is not None for v in (size, bits, max_kl)) > 1:
-        raise FormatError("give one of a size, bits a weight and a largest KL, not several")
-    known = [Scheme.parse(s) for s in schemes]
-    if len(set(known)) < 2 and method != "ewq":
+    check_choice(method, variant, x, size, bits, max_kl)
+    known = list(dict.fromkeys(Scheme.parse(s) for s in schemes))
+    if len(known) < 2:
         raise SchemeError("a plan needs two schemes to choose from; name more with --schemes")
+    if method in BY_BLOCK:
+        ewq.levels_of(known)
     checkpoint = open_checkpoint(resolve(source))
-    try:
+    with closing(checkpoint), NewFile(Path(out), b"{", ".json") as file:
         work = Conversion(
             checkpoint, parse_schemes("nl4"), open_backend(threads=threads), lambda *_: None
         )
         budget = budget_of(work, size, bits)
+        last = Scheme.parse(rest)
         if method == "ewq":
-            made = by_entropy(work, checkpoint, variant, x, budget, Scheme.parse(rest), progress)
+            made = by_entropy(work, checkpoint, variant, x, known, budget, last, progress)
+        elif method == "fast-ewq":
+            made = by_guess(work, checkpoint, known, budget, last)
         else:
             words = None if text is None else Path(text).expanduser()
             made = by_loss(
@@ -241,7 +347,6 @@ def plan(
                 threads,
                 progress,
             )
-    finally:
-        checkpoint.close()
-    write_plan(made, Path(out))
+        file.write(as_bytes(made, simple))
+        file.commit()
     return made

@@ -2,8 +2,8 @@
 
     python benchmarks/fast_ewq.py [--model FOLDER ...] [--depth 2] [--no-save]
 
-EWQ (softmax, X = 1) runs over the bundled model, its twin, and each FOLDER (tools/train_demo_model.py
-makes them, of several sizes). A tree is fitted on all but one model and asked about that one, in
+EWQ (softmax, X = 1) runs over the bundled model, its twin, and each FOLDER (of several sizes, from
+tools/train_demo_model.py). A tree is fitted on all but one model and asked about that one, in
 turn; beside it the level that is commonest in the others. The tree of all models goes to
 src/chalot/plan/fast_ewq.json, the record to results/fast_ewq.jsonl. Models of random weights are
 asked about too, apart: their blocks differ by chance alone, so no tree can know.
@@ -168,7 +168,7 @@ def main() -> None:
     if not options.no_save:
         DATA.write_bytes(msgspec.json.format(msgspec.json.encode(fitted), indent=1) + b"\n")
         run = {
-            **provenance(sys.argv[1:], hidden={}),
+            **provenance(sys.argv[1:], ("--model",)),
             "depth": options.depth,
             "held_out": rows,
             **shares,

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors_files import entry, pack
 
 from chalot.demo import FOLDER
 from chalot.formats.names import hugging_face
 from chalot.model.config import from_hugging_face
 from chalot.model.layers import model_tensors
+from safetensors_files import entry, pack
 
 Weights = dict[str, np.ndarray]
 SHAPE = {

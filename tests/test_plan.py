@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Weights, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from chalot.quant import codes
 from chalot.quant.entropy import decide, fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
+from checkpoints import Weights, write_checkpoint
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

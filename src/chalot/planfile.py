@@ -7,7 +7,7 @@ which speaks of blocks only; what is no block takes the default scheme.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -31,7 +31,7 @@ class PlanDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str  # of the checkpoint: see `fingerprint`
     method: str
     tensors: dict[str, str]
-    bytes: int  # of all tensors, as planned
+    bytes: Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]  # of all tensors, as planned
     bits_per_weight: float
     expected_loss: float | None = None
     measured_loss: float | None = None

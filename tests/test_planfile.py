@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from checkpoints import Weights, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +28,7 @@ from chalot.planfile import (
     to_simple,
 )
 from chalot.quant.scheme import SCHEMES
+from checkpoints import Weights, write_checkpoint
 
 NL4 = SCHEMES["nl4"]
 

@@ -22,15 +22,23 @@ def arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--ewq-x", type=float, default=1.0, help="sigmas below the mean")
     parser.add_argument("--ewq-rest", default="int8", help="scheme of embedding and head")
-    parser.add_argument("--size", type=size, help="largest file, as 300MB")
+    parser.add_argument(
+        "--size", type=size_or_fit, help="largest file, as 300MB; fit: what runs on this machine"
+    )
+    parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
     parser.add_argument("--bpw", type=float, help="bits a weight of all matrices")
     parser.add_argument("--max-kl", type=float, help="largest expected KL, nats a token")
-    parser.add_argument("--schemes", default="bf16,int8,nl4", help="what to choose from")
+    parser.add_argument("--schemes", default="bf16,int8,int6,nl4,nl2", help="what to choose from")
     parser.add_argument("--text", help="calibration text (default: the bundled one)")
     parser.add_argument(
         "--exchanges", type=int, default=40, help="pairs tried by their true KL; 0: none"
     )
     parser.add_argument("--plot", metavar="FILE", help="a picture of the plan, .svg")
+
+
+def size_or_fit(text: str) -> int | str:
+    """A size in bytes, or "fit"."""
+    return text if text == "fit" else size(text)
 
 
 def summary(plan: Any) -> str:
@@ -64,6 +72,7 @@ def main(arguments: Arguments) -> int:
             x=arguments.ewq_x,
             rest=arguments.ewq_rest,
             size=arguments.size,
+            context=arguments.context,
             bits=arguments.bpw,
             max_kl=arguments.max_kl,
             schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],

@@ -21,6 +21,7 @@ from chalot.convert import (
     parse_schemes,
     planned_bytes,
 )
+from chalot.describe import describe
 from chalot.errors import FormatError, LimitError, SchemeError
 from chalot.evaluate.report import read_text, uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +37,8 @@ from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.sources import resolve
 
 METHODS = ("ewq", *DEPTHS)
-USUAL_SCHEMES = ("bf16", "int8", "nl4")
+USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl2")
+FIT = "fit"  # as a size: what this machine can run
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,19 +47,33 @@ def matrices_of(work: Conversion) -> list[tuple[str, tuple[int, int]]]:
     return [(s.name, (s.shape[0], s.shape[1])) for s in work.specs if s.kind != "vector"]
 
 
-def budget_of(work: Conversion, size: int | None, bits: float | None) -> int | None:
+def budget_of(work: Conversion, size: int | str | None, bits: float | None) -> int | None:
     """Bytes for the matrices: of a file's size, or of bits a weight; None: neither is asked."""
     matrices = matrices_of(work)
     if bits is not None:
         if not 0 < bits <= 32:
             raise LimitError(f"{bits} bits a weight; expected above 0, at most 32")
         return int(sum(r * c for _, (r, c) in matrices) * bits / 8)
-    if size is None:
+    if not isinstance(size, int):
         return None
     documents = sum(len(work.checkpoint.document(n) or b"") for n in DOCUMENTS)
     whole = planned_bytes(work.config, parse_schemes("nl4")) + documents
     stored = sum(stored_bytes(work.schemes[name], *shape) for name, shape in matrices)
     return size - (whole - stored)
+
+
+def fitting_bytes(checkpoint: Checkpoint, context: int | None) -> int:
+    """The largest file that this machine can run at a context.
+
+    Raises LimitError where the system does not say how much memory is free.
+    """
+    found = describe(checkpoint.path, context=context).fit
+    assert found is not None  # only a .myai file has none
+    if found.memory_available is None:
+        raise LimitError("this system does not say how much memory is free; give --size in bytes")
+    nl4 = next(o for o in found.options if o.scheme == "nl4")
+    beside = nl4.running - nl4.file_bytes
+    return min(found.memory_available - beside, found.disk_available)
 
 
 def total_bytes(work: Conversion, tensors: dict[str, str]) -> int:
@@ -110,10 +126,8 @@ def by_loss(
     checkpoint: Checkpoint,
     depth: str,
     schemes: Sequence[Scheme],
-    budget: int | None,
-    max_kl: float | None,
+    bounds: tuple[int | None, float | None, int],
     text: Path | None,
-    tries: int,
     threads: int | None,
     progress: Progress,
 ) -> PlanDocument:
@@ -131,7 +145,7 @@ def by_loss(
             swaps = Swaps(file, open_backend(threads=threads), ids)
             key = f"{file.manifest.source.digest} {digest} {len(swaps.ids)}"
             table = loss_table(swaps, depth, schemes, key, progress)
-            found, kl = chosen(swaps, table, schemes, budget, max_kl, tries, progress)
+            found, kl = chosen(swaps, table, schemes, *bounds, progress)
             tensors = {
                 t.name: found.schemes[item.name] for item in swaps.items for t in item.tensors
             }
@@ -195,7 +209,8 @@ def plan(
     method: str = "linear",
     variant: str = "softmax",
     x: float = 1.0,
-    size: int | None = None,
+    size: int | str | None = None,
+    context: int | None = None,
     bits: float | None = None,
     max_kl: float | None = None,
     schemes: Sequence[str] = USUAL_SCHEMES,
@@ -207,40 +222,38 @@ def plan(
 ) -> PlanDocument:
     """Choose a scheme for every tensor of a checkpoint, and write the plan to `out`.
 
-    At most one of `size` (bytes of the file), `bits` (a weight, of all matrices) and `max_kl`
-    (expected, nats a token) bounds it; without one a planner's file has the size of `nl4`, and EWQ
-    is free. `rest` is what EWQ gives embedding and head. Raises LimitError for a budget below what
+    At most one of `size` (bytes of the file, or "fit": what this machine can run at `context`),
+    `bits` (a weight, of all matrices) and `max_kl` (expected, nats a token) bounds it; without one
+    a planner's file has the size of `nl4`, and EWQ is free. `rest` is what EWQ gives embedding and head. Raises LimitError for a budget below what
     is possible, and says the least; SchemeError, FormatError, WeightError.
     """
     if method not in METHODS:
         raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
+    if isinstance(size, str) and size != FIT:
+        raise FormatError(f"size {size!r}; expected bytes, or {FIT!r}")
     if sum(v is not None for v in (size, bits, max_kl)) > 1:
         raise FormatError("give one of a size, bits a weight and a largest KL, not several")
     known = [Scheme.parse(s) for s in schemes]
     if len(set(known)) < 2 and method != "ewq":
         raise SchemeError("a plan needs two schemes to choose from; name more with --schemes")
+    most = budget = None
     checkpoint = open_checkpoint(resolve(source))
     try:
         work = Conversion(
             checkpoint, parse_schemes("nl4"), open_backend(threads=threads), lambda *_: None
         )
-        budget = budget_of(work, size, bits)
+        most = fitting_bytes(checkpoint, context) if size == FIT else size
+        budget = budget_of(work, most, bits)
         if method == "ewq":
             made = by_entropy(work, checkpoint, variant, x, budget, Scheme.parse(rest), progress)
         else:
             words = None if text is None else Path(text).expanduser()
-            made = by_loss(
-                work,
-                checkpoint,
-                method,
-                known,
-                budget,
-                max_kl,
-                words,
-                exchanges,
-                threads,
-                progress,
-            )
+            bounds = budget, max_kl, exchanges
+            made = by_loss(work, checkpoint, method, known, bounds, words, threads, progress)
+    except LimitError as error:
+        if most is None or budget is None:
+            raise
+        raise LimitError(f"{error} (beside them a file has {most - budget:,} bytes)") from None
     finally:
         checkpoint.close()
     write_plan(made, Path(out))

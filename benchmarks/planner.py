@@ -37,7 +37,8 @@ from chalot.text.tokenizer import from_source
 from machine import HERE, provenance
 
 BITS = (2.5, 3.0, 3.5, 4.25, 5.0)
-NAMES = ("bf16", "int8", "int6", "nl4", "nl2")
+OF_NL4 = 4.25
+NAMES = ("bf16", "int8", "int6", "nl4", "nl2", "ternary")
 LEVELS = {"low": "nl2", "middle": "nl4", "raw": "int8"}  # of EWQ, where budgets are this small
 OVERLAP = 32  # tokens
 RESULTS = HERE / "results" / "planner.jsonl"
@@ -182,6 +183,8 @@ def plans(
     """(method, result) at one size."""
     weights = sum(i.weights for i in subject.items)
     budget = int(weights * bits / 8)
+    if bits == OF_NL4:  # with what a narrow model's rows take beside
+        budget = subject.bytes({i.name: "nl4" for i in subject.items})
     found = uniform(subject, budget)
     if found:
         yield "uniform", subject.result(found)
@@ -296,7 +299,7 @@ def main() -> None:
             (twin / name).write_bytes((FOLDER / name).read_bytes())
         folders = [FOLDER, twin, *map(Path, options.model)]
         chosen = [f for f in folders if not options.only or f.name in options.only]
-        run = {**provenance(sys.argv[1:]), "models": [measure(f, options) for f in chosen]}
+        run = {**provenance(sys.argv[1:], ()), "models": [measure(f, options) for f in chosen]}
     if not options.no_save:
         with RESULTS.open("a") as file:
             file.write(json.dumps(run) + "\n")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chalot import cli
-from chalot.convert import parse_schemes, read_config, write_myai
+from chalot.convert import read_config
 from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, KernelError, LimitError, WeightError
 from chalot.formats.checkpoint import open_checkpoint
@@ -21,7 +21,7 @@ from chalot.model.layers import model_tensors
 from chalot.plan import fast_ewq, losses, plan
 from chalot.plan.choose import options
 from chalot.plan.swap import items_of
-from chalot.planfile import PlanDocument, read_plan, schemes_of
+from chalot.planfile import PlanDocument
 from chalot.quant import codes
 from chalot.quant.entropy import decide, fit
 from chalot.quant.packing import stored_bytes
@@ -191,11 +191,8 @@ def assert_fused(made: PlanDocument) -> None:
 
 def written(folder: Path, planned: Path, out: Path) -> int:
     """Bytes of the file that a plan makes."""
-    with closing(open_checkpoint(folder)) as source:
-        config = read_config(source)
-        schemes = schemes_of(read_plan(planned, config), source, config, SCHEMES["nl4"])
-        schemes |= parse_schemes("nl4")
-        return write_myai(source, out, schemes, "", "", None, lambda *_: None).bytes
+    assert cli.main(["convert", str(folder), "--plan", str(planned), "-o", str(out), "-q"]) == 0
+    return out.stat().st_size
 
 
 @pytest.mark.parametrize("method", ["error", "activation", "fisher", "linear", "measured"])

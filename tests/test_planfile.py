@@ -23,14 +23,12 @@ from chalot.planfile import (
     as_bytes,
     fingerprint,
     from_simple,
+    planned_schemes,
     read_plan,
-    schemes_of,
     to_simple,
 )
 from chalot.quant.scheme import SCHEMES
 from checkpoints import Weights, write_checkpoint
-
-NL4 = SCHEMES["nl4"]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +66,8 @@ def test_the_simple_form_goes_both_ways(
     blocks = {n: s for n, s in made.tensors.items() if n.startswith("layers.")}
     assert again.tensors == blocks and again.fingerprint == ""
     with closing(open_checkpoint(folder)) as source:
-        whole = schemes_of(again, source, config, SCHEMES["int6"])
-    assert whole["embedding"] == SCHEMES["int6"]  # is no block: as converting has it else
-    assert {n: str(s) for n, s in whole.items() if n != "embedding"} == blocks
+        schemes = planned_schemes(again, source, config)  # embedding and head: as is usual
+    assert {n: str(s) for n, s in schemes.items()} == blocks
 
 
 @given(st.lists(st.sampled_from(sorted(SIMPLE)), min_size=3, max_size=3))
@@ -95,13 +92,13 @@ def test_another_models_plan_is_refused(
     other = write_checkpoint(tmp_path / "other", other_row)
     with closing(open_checkpoint(folder)) as a, closing(open_checkpoint(other)) as b:
         assert fingerprint(a) == made.fingerprint != fingerprint(b)
-        assert schemes_of(made, a, config, NL4)["embedding"] == SCHEMES["int8"]
+        assert planned_schemes(made, a, config)["embedding"] == SCHEMES["int8"]
         for wrong, checkpoint in (
             (made, b),
             (msgspec.structs.replace(made, fingerprint="", tensors={"layers.9.up": "nl4"}), a),
         ):
             with pytest.raises(FormatError, match="make one for it with `chalot plan`"):
-                schemes_of(wrong, checkpoint, config, NL4)
+                planned_schemes(wrong, checkpoint, config)
 
 
 def changed(made: PlanDocument, **fields: object) -> str:

@@ -23,6 +23,7 @@ class Options:
     source: str  # as the user named it
     type: str | None = None  # of --type: the numbers or blocks that the target stores
     scheme: str | None = None  # None: as is usual for such a source
+    plan: Path | None = None  # of myai: a file of `chalot plan`
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
@@ -37,7 +38,8 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
+    schemes = schemes_for(options.scheme, checkpoint, options.plan)
+    name = called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress
     )
@@ -70,6 +72,7 @@ def export(
     type: str | None = None,
     *,
     scheme: str | None = None,
+    plan: str | Path | None = None,
     bits: str = "4",
     tokenizer: bool = True,
     threads: int | None = None,
@@ -87,7 +90,8 @@ def export(
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     watch = progress or (lambda *_: None)
-    options = Options(str(source), type, scheme, said, threads, watch, bits, tokenizer)
+    place = None if plan is None else Path(plan).expanduser()
+    options = Options(str(source), type, scheme, place, said, threads, watch, bits, tokenizer)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)

@@ -112,18 +112,22 @@ def to_simple(plan: PlanDocument) -> dict[str, str]:
     return {block: levels[found.pop()] for block, found in blocks.items()}
 
 
-def schemes_of(
-    plan: PlanDocument, checkpoint: Checkpoint, config: ModelConfig, default: Scheme
+def planned_schemes(
+    plan: PlanDocument, checkpoint: Checkpoint, config: ModelConfig
 ) -> dict[str, Scheme]:
-    """The scheme of every matrix. Raises FormatError for the plan of another model."""
-    names = [s.name for s in model_tensors(config) if s.kind != "vector"]
-    unknown = sorted(set(plan.tensors) - set(names))
-    if unknown or (plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)):
+    """The schemes of the matrices that it names. Raises FormatError for another model's plan."""
+    known = {s.name for s in model_tensors(config) if s.kind != "vector"}
+    if plan.tensors.keys() - known or (
+        plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)
+    ):
         raise FormatError(
             f"the plan was made for {plan.source or 'another model'}, and {checkpoint.path} is not "
             "that; make one for it with `chalot plan`"
         )
-    return {n: SCHEMES[plan.tensors[n]] if n in plan.tensors else default for n in names}
+    found = {name: SCHEMES[scheme] for name, scheme in plan.tensors.items()}
+    if "embedding" in found:
+        found.setdefault("head", found["embedding"])  # a tied head has no other
+    return found
 
 
 def as_bytes(plan: PlanDocument, simple: bool = False) -> bytes:

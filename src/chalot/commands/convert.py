@@ -46,6 +46,7 @@ def arguments(parser: ArgumentParser) -> None:
         "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
         "already goes to the scheme that loses least of it",
     )
+    how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
     parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
@@ -71,6 +72,8 @@ def main(arguments: Arguments) -> int:
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
     if (arguments.fit or arguments.dry_run) and arguments.to not in (None, "myai"):
         arguments.parser.error("--fit and --dry-run are for .myai files; leave out --to")
+    if arguments.plan and (arguments.dry_run or arguments.to not in (None, "myai")):
+        arguments.parser.error("--plan is for .myai files; leave out --to and --dry-run")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -106,7 +109,7 @@ def one(source: str, arguments: Arguments) -> Any:
     if to == "npz":
         out = out or arguments.output_dir or "."
     elif not out:
-        kind = scheme if to == "myai" else arguments.type or ""
+        kind = "plan" if arguments.plan else scheme if to == "myai" else arguments.type or ""
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
@@ -121,6 +124,7 @@ def one(source: str, arguments: Arguments) -> Any:
             to,
             arguments.type,
             scheme=scheme,
+            plan=arguments.plan,
             bits=arguments.bits or "4",
             tokenizer=arguments.tokenizer,
             threads=arguments.threads,

@@ -32,15 +32,27 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--simple", action="store_true", help='write {"0": "raw", "1": "8-bit", ...}: of EWQ only'
     )
-    parser.add_argument("--size", type=size, help="largest file, as 300MB")
+    parser.add_argument(
+        "--size", type=size_or_fit, help="largest file, as 300MB; fit: what runs on this machine"
+    )
+    parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
     parser.add_argument("--bpw", type=float, help="bits a weight of all matrices")
     parser.add_argument("--max-kl", type=float, help="largest expected KL, nats a token")
-    parser.add_argument("--schemes", default="bf16,int8,nl4", help="what to choose from")
+    parser.add_argument(
+        "--schemes",
+        default="",
+        help="what to choose from (default: bf16,int8,int6,nl4,nl2; of ewq: bf16,int8,nl4)",
+    )
     parser.add_argument("--text", help="calibration text (default: the bundled one)")
     parser.add_argument(
         "--exchanges", type=int, default=40, help="pairs tried by their true KL; 0: none"
     )
     parser.add_argument("--plot", metavar="FILE", help="a picture of the plan, .svg")
+
+
+def size_or_fit(text: str) -> int | str:
+    """A size in bytes, or "fit"."""
+    return text if text == "fit" else size(text)
 
 
 def summary(plan: Any) -> str:
@@ -80,6 +92,7 @@ def main(arguments: Arguments) -> int:
             rest=arguments.ewq_rest,
             simple=arguments.simple,
             size=arguments.size,
+            context=arguments.context,
             bits=arguments.bpw,
             max_kl=arguments.max_kl,
             schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],

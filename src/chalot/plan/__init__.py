@@ -17,96 +17,36 @@ from contextlib import closing
 from importlib import resources
 from pathlib import Path
 
-from chalot.convert import (
-    CALIBRATION_TEXT,
-    DOCUMENTS,
-    Conversion,
-    parse_schemes,
-    planned_bytes,
-)
-from chalot.errors import FormatError, LimitError, SchemeError
+from chalot.convert import CALIBRATION_TEXT, Conversion, parse_schemes
+from chalot.errors import FormatError, SchemeError
 from chalot.evaluate.report import read_text, uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile
 from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend
 from chalot.plan import ewq, fast_ewq
+from chalot.plan.budget import (
+    budget_of,
+    check_budget,
+    ewq_budget,
+    fitting_bytes,
+    matrices_of,
+)
 from chalot.plan.choose import Chosen, cheapest, choose, improve, item_bytes
 from chalot.plan.losses import DEPTHS, KNOWS_KL, Table, loss_table
-from chalot.plan.swap import Swaps, items_of
+from chalot.plan.swap import Swaps
 from chalot.planfile import VERSION, PlanDocument, as_bytes, fingerprint
 from chalot.quant.entropy import fit
-from chalot.quant.grids import tables_of
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.sources import resolve
 
 BY_BLOCK = ("ewq", "fast-ewq")
 METHODS = (*BY_BLOCK, *DEPTHS)
-USUAL_SCHEMES = ("bf16", "int8", "nl4")
+USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl2")
+USUAL_LEVELS = ("bf16", "int8", "nl4")  # of methods by blocks
+FIT = "fit"  # as a size: what this machine can run
 Progress = Callable[[str, int, int], None]
-
-
-def matrices_of(work: Conversion) -> list[tuple[str, tuple[int, int]]]:
-    """Names and shapes of what has a scheme."""
-    return [(s.name, (s.shape[0], s.shape[1])) for s in work.specs if s.kind != "vector"]
-
-
-def budget_of(work: Conversion, size: int | None, bits: float | None) -> int | None:
-    """Bytes for the matrices: of a file's size, or of bits a weight; None: neither is asked."""
-    matrices = matrices_of(work)
-    if bits is not None:
-        if not 0 < bits <= 32:
-            raise LimitError(f"{bits} bits a weight; expected above 0, at most 32")
-        return int(sum(r * c for _, (r, c) in matrices) * bits / 8)
-    if size is None:
-        return None
-    return size - overhead(work)
-
-
-def overhead(work: Conversion) -> int:
-    """Bytes of a file around its matrices, at most; of grids, those of three schemes."""
-    from chalot.text.tokenizer import compiled
-
-    found = [raw for raw in map(work.checkpoint.document, DOCUMENTS) if raw is not None]
-    tokenizer = work.checkpoint.document("tokenizer.json")
-    found.append((compiled(tokenizer) if tokenizer is not None else None) or b"")
-    grids = [t for t in map(tables_of, SCHEMES.values()) if t is not None]
-    found += [t.tobytes() for t in grids[:3]]
-    stored = sum(stored_bytes(work.schemes[name], *shape) for name, shape in matrices_of(work))
-    return planned_bytes(work.config, parse_schemes("nl4")) - stored + sum(map(len, found))
-
-
-def check_budget(
-    work: Conversion, budget: int, schemes: Sequence[Scheme], rest: Scheme | None
-) -> None:
-    """Raise LimitError, which says the least, where no plan can be so small.
-
-    `rest` is the scheme of embedding and head where it is given: for methods by blocks.
-    """
-    matrices = matrices_of(work)
-    if rest is None:
-        ways = ([item_bytes(i, s) for s in schemes] for i in items_of(work.specs))
-        least = sum(map(min, ways))
-    else:
-        lowest = SCHEMES[next(iter(ewq.levels_of(schemes).values()))]
-        stored = {n: lowest if n.startswith("layers.") else rest for n, _ in matrices}
-        least = sum(stored_bytes(stored[n], *shape) for n, shape in matrices)
-    if budget < least:
-        bits = least * 8 / sum(r * c for _, (r, c) in matrices)
-        raise LimitError(
-            f"too small a size: the least that {', '.join(map(str, schemes))} can do here is a "
-            f"file of {least + overhead(work):,} bytes, {bits:.3f} bits a weight; ask for that "
-            "much, or allow smaller schemes with --schemes"
-            + ("" if rest is None else f" or --ewq-rest (now {rest})")
-        )
-
-
-def ewq_budget(work: Conversion, budget: int, schemes: Sequence[Scheme], rest: Scheme) -> int:
-    """Bytes for the blocks alone. Raises LimitError: see `check_budget`."""
-    check_budget(work, budget, schemes, rest)
-    ends = [shape for name, shape in matrices_of(work) if not name.startswith("layers.")]
-    return budget - sum(stored_bytes(rest, *shape) for shape in ends)
 
 
 def total_bytes(work: Conversion, tensors: dict[str, str]) -> int:
@@ -185,16 +125,14 @@ def by_loss(
     checkpoint: Checkpoint,
     depth: str,
     schemes: Sequence[Scheme],
-    budget: int | None,
-    max_kl: float | None,
+    bounds: tuple[int | None, float | None, int],
     text: Path | None,
-    tries: int,
     threads: int | None,
     progress: Progress,
 ) -> PlanDocument:
     """The planner: a loss table, the best allocation, and exchanges that the true KL approves."""
-    if budget is not None:
-        check_budget(work, budget, schemes, None)
+    if bounds[0] is not None:
+        check_budget(work, bounds[0], schemes, None)
     if text is None:
         place = resources.files("chalot").joinpath(*CALIBRATION_TEXT)
         name, words = "bundled", place.read_text("utf-8")
@@ -208,7 +146,7 @@ def by_loss(
             swaps = Swaps(file, open_backend(threads=threads), ids)
             key = f"{file.manifest.source.digest} {digest} {len(swaps.ids)}"
             table = loss_table(swaps, depth, schemes, key, progress)
-            found, kl = chosen(swaps, table, schemes, budget, max_kl, tries, progress)
+            found, kl = chosen(swaps, table, schemes, *bounds, progress)
             tensors = {
                 t.name: found.schemes[item.name] for item in swaps.items for t in item.tensors
             }
@@ -269,7 +207,7 @@ def check_choice(
     method: str,
     variant: str,
     x: float,
-    size: int | None,
+    size: int | str | None,
     bits: float | None,
     max_kl: float | None,
 ) -> None:
@@ -280,6 +218,8 @@ def check_choice(
         raise FormatError(f"variant {variant!r} is not known; choose {', '.join(ewq.VARIANTS)}")
     if not math.isfinite(x):
         raise FormatError(f"found {x} sigmas below the mean; expected a finite number, as 1.0")
+    if isinstance(size, str) and size != FIT:
+        raise FormatError(f"size {size!r}; expected bytes, or {FIT!r}")
     if sum(v is not None for v in (size, bits, max_kl)) > 1:
         raise FormatError("give one of a size, bits a weight and a largest KL, not several")
     if max_kl is not None and method not in KNOWS_KL:
@@ -297,10 +237,11 @@ def plan(
     method: str = "linear",
     variant: str = "softmax",
     x: float = 1.0,
-    size: int | None = None,
+    size: int | str | None = None,
+    context: int | None = None,
     bits: float | None = None,
     max_kl: float | None = None,
-    schemes: Sequence[str] = USUAL_SCHEMES,
+    schemes: Sequence[str] | None = None,
     text: str | Path | None = None,
     exchanges: int = 40,
     rest: str = "int8",
@@ -310,14 +251,16 @@ def plan(
 ) -> PlanDocument:
     """Choose a scheme for every tensor of a checkpoint, and write the plan to `out`.
 
-    At most one of `size` (bytes of the file), `bits` (a weight, of all matrices) and `max_kl`
-    (expected, nats a token) bounds it; without one a planner's file has the size of `nl4`, and EWQ
-    is free. EWQ's levels are the `schemes`, three or four; `rest` is what it gives embedding and
-    head. `simple` writes {"0": "raw", ...}. The file appears whole or not at all. Raises LimitError
-    for a budget below what is possible, and says the least; SchemeError, FormatError, WeightError.
+    At most one of `size` (bytes of the file, or "fit": what this machine can run at `context`),
+    `bits` (a weight, of all matrices) and `max_kl` (expected, nats a token) bounds it; without one
+    a planner's file has the size of `nl4`, and EWQ is free. EWQ's levels are the `schemes`, three
+    or four; `rest` is what it gives embedding and head. `simple` writes {"0": "raw", ...}. The file
+    appears whole or not at all. Raises LimitError for a budget below what is possible, and says
+    the least; SchemeError, FormatError, WeightError.
     """
     check_choice(method, variant, x, size, bits, max_kl)
-    known = list(dict.fromkeys(Scheme.parse(s) for s in schemes))
+    usual = USUAL_LEVELS if method in BY_BLOCK else USUAL_SCHEMES
+    known = list(dict.fromkeys(Scheme.parse(s) for s in schemes or usual))
     if len(known) < 2:
         raise SchemeError("a plan needs two schemes to choose from; name more with --schemes")
     if method in BY_BLOCK:
@@ -327,7 +270,8 @@ def plan(
         work = Conversion(
             checkpoint, parse_schemes("nl4"), open_backend(threads=threads), lambda *_: None
         )
-        budget = budget_of(work, size, bits)
+        most = fitting_bytes(checkpoint, context) if isinstance(size, str) else size
+        budget = budget_of(work, most, bits)
         last = Scheme.parse(rest)
         if method == "ewq":
             made = by_entropy(work, checkpoint, variant, x, known, budget, last, progress)
@@ -335,18 +279,8 @@ def plan(
             made = by_guess(work, checkpoint, known, budget, last)
         else:
             words = None if text is None else Path(text).expanduser()
-            made = by_loss(
-                work,
-                checkpoint,
-                method,
-                known,
-                budget,
-                max_kl,
-                words,
-                exchanges,
-                threads,
-                progress,
-            )
+            bounds = budget, max_kl, exchanges
+            made = by_loss(work, checkpoint, method, known, bounds, words, threads, progress)
         file.write(as_bytes(made, simple))
         file.commit()
     return made

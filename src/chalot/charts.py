@@ -9,8 +9,9 @@ from html import escape
 from math import floor, isfinite, log10
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 720, 400
-LEFT, RIGHT, TOP, BOTTOM = 76, 150, 24, 52
+WIDTH, HEIGHT = 480, 320  # so narrow that words can be read on a phone
+LEFT, RIGHT, TOP, BOTTOM = 56, 112, 28, 46
+LONGEST = 15  # characters of a name beside a point or a strip
 INK, FAINT, DOT = "var(--ink, #222)", "var(--faint, #ddd)", "var(--accent, #0b6e99)"
 
 
@@ -58,12 +59,17 @@ class Scale:
         return [i * step for i in range(first, first + 12) if i * step <= self.high]
 
 
-def words(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:
+def words(x: float, y: float, text: str, anchor: str = "start", size: int = 13) -> str:
     """Text at a place."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
         f'fill="{INK}">{escape(text)}</text>'
     )
+
+
+def short(name: str) -> str:
+    """A name that fits beside what it names."""
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str = FAINT) -> str:
@@ -114,7 +120,7 @@ def scatter(
         at = max(y(p.y) + 4, below + 14)
         below = at
         parts.append(line(x(p.x) + 5, y(p.y), WIDTH - RIGHT + 6, at - 4))
-        parts.append(words(WIDTH - RIGHT + 10, at, p.label))
+        parts.append(words(WIDTH - RIGHT + 10, at, short(p.label)))
         title = f"{p.label}: {p.x:,.4g}, {p.y:.4g}" + (f" +- {p.error:.2g}" if p.error else "")
         parts.append(
             f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="4.5" style="fill: {DOT}">'
@@ -128,11 +134,11 @@ def strips(rows: Mapping[str, Sequence[float]], title: str) -> str:
     values = [v for row in rows.values() for v in row if v > 0 and isfinite(v)]
     low, high = (log10(min(values)), log10(max(values))) if values else (0.0, 1.0)
     columns = max((len(r) for r in rows.values()), default=1)
-    left, cell = 150, min(40.0, (WIDTH - 160) / columns)
+    left, cell = 118, min(40.0, (WIDTH - 126) / columns)
     parts = [words(8, 14, title)]
     for n, (name, row) in enumerate(rows.items()):
         top = 26 + n * 26
-        parts.append(words(left - 8, top + 15, name, "end"))
+        parts.append(words(left - 8, top + 15, short(name), "end"))
         for i, value in enumerate(row):
             share = 0.0
             if value > 0 and isfinite(value):
@@ -145,7 +151,7 @@ def strips(rows: Mapping[str, Sequence[float]], title: str) -> str:
     bottom = 26 + len(rows) * 26 + 16
     every = max(1, columns // 12)
     parts += [
-        words(left + (i + 0.5) * cell, bottom - 2, str(i), "middle", 10)
+        words(left + (i + 0.5) * cell, bottom - 2, str(i), "middle", 11)
         for i in range(0, columns, every)
     ]
     return frame(WIDTH, bottom + 6, title, parts)

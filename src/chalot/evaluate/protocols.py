@@ -12,7 +12,7 @@ A window is never longer than the context; a shorter last one is left out, unles
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from chalot.errors import ContextError
+from chalot.errors import ContextError, FormatError
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,9 @@ def windows(ids: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(ids)
     for at in range(0, len(ids) - size + 1, size):
         yield list(ids[at : at + size])
+
+
+def check_count(what: str, count: int | None) -> None:
+    """Raise FormatError for a count below one."""
+    if count is not None and count < 1:
+        raise FormatError(f"{what} {count}; expected at least 1")

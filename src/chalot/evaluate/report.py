@@ -13,7 +13,7 @@ import numpy as np
 
 from chalot.convert import convert
 from chalot.errors import FormatError
-from chalot.evaluate.protocols import PROTOCOLS
+from chalot.evaluate.protocols import PROTOCOLS, check_count
 from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.home import home
@@ -127,6 +127,7 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise FormatError(f"protocol {protocol!r} is not known; choose {', '.join(PROTOCOLS)}")
+    check_count("--tokens", tokens)
     way = PROTOCOLS[protocol]
     written = read_text(Path(text).expanduser())
     with Model(path, threads=threads) as model:
@@ -179,6 +180,7 @@ def render(report: EvalReport) -> str:
         spread = f"(median {q.kl_median:.5f}, 99 % {q.kl_99:.4f})"
         lines += [
             ("perplexity of the source", f"{base.perplexity:.4f} +- {base.perplexity_error:.4f}"),
+            ("loss above the source", f"{q.excess:+.5f} +- {q.excess_error:.5f} nats a token"),
             ("KL to the source", f"{q.kl:.5f} +- {q.kl_error:.5f} {spread}"),
             ("same top token", f"{q.same_top:.2%}"),
         ]

@@ -254,7 +254,7 @@ def compare(
             str(source),
             Path(text).name,
             measured[0].quality.tokens if measured[0].quality else 0,
-            str(PROTOCOL),
+            str(PROTOCOL.within(min(m.context for m in models), len(ids))),
             base.backend.name,
             base.backend.threads,
             __version__,

@@ -8,6 +8,7 @@ from typing import Any
 from chalot.charts import Point, scatter, strips
 from chalot.compare import Comparison, Form, spread
 from chalot.errors import FormatError
+from chalot.evaluate.report import with_error
 from chalot.formats.new_file import NewFile
 
 HEADS = (
@@ -22,15 +23,13 @@ def cells(form: Form) -> list[str]:
     q = form.quality
     if q is None:
         raise FormatError(f"{form.name} was not measured")
-    more = "-" if q.excess is None else f"{q.excess:+.4f} +- {q.excess_error:.4f}"
-    kl = "-" if q.kl is None else f"{q.kl:.5f} +- {q.kl_error:.5f}"
     return [
         form.name,
         f"{form.bytes:,}",
         f"{form.bits_per_weight:.2f}",
-        f"{q.perplexity:.3f} +- {q.perplexity_error:.3f}",
-        more,
-        kl,
+        with_error(q.perplexity, q.perplexity_error, ".3f"),
+        with_error(q.excess, q.excess_error, "+.4f"),
+        with_error(q.kl, q.kl_error, ".5f"),
         "-" if q.kl_99 is None else f"{q.kl_99:.3f}",
         "-" if q.same_top is None else f"{q.same_top:.2%}",
         spread(form.prefill_tokens_per_second),
@@ -50,8 +49,8 @@ def note(found: Comparison) -> str:
         f"{found.tokens:,} tokens of {found.text} scored; protocol {found.protocol}. Speeds are "
         f"medians (ranges) of rounds in turn, {found.kernels} on {found.threads} threads. The "
         "source computes in its own numbers with a float32 cache. Losses are in nats a token, "
-        "errors standard errors over windows. That of a perplexity says how texts differ; that of the "
-        "loss above the source, window by window, what the form did."
+        "errors standard errors over windows. That of a perplexity says how texts differ; that of "
+        "the loss above the source, window by window, what the form did."
     )
 
 

@@ -47,14 +47,14 @@ def matrices_of(work: Conversion) -> list[tuple[str, tuple[int, int]]]:
     return [(s.name, (s.shape[0], s.shape[1])) for s in work.specs if s.kind != "vector"]
 
 
-def budget_of(work: Conversion, size: int | str | None, bits: float | None) -> int | None:
+def budget_of(work: Conversion, size: int | None, bits: float | None) -> int | None:
     """Bytes for the matrices: of a file's size, or of bits a weight; None: neither is asked."""
     matrices = matrices_of(work)
     if bits is not None:
         if not 0 < bits <= 32:
             raise LimitError(f"{bits} bits a weight; expected above 0, at most 32")
         return int(sum(r * c for _, (r, c) in matrices) * bits / 8)
-    if not isinstance(size, int):
+    if size is None:
         return None
     documents = sum(len(work.checkpoint.document(n) or b"") for n in DOCUMENTS)
     whole = planned_bytes(work.config, parse_schemes("nl4")) + documents
@@ -224,8 +224,9 @@ def plan(
 
     At most one of `size` (bytes of the file, or "fit": what this machine can run at `context`),
     `bits` (a weight, of all matrices) and `max_kl` (expected, nats a token) bounds it; without one
-    a planner's file has the size of `nl4`, and EWQ is free. `rest` is what EWQ gives embedding and head. Raises LimitError for a budget below what
-    is possible, and says the least; SchemeError, FormatError, WeightError.
+    a planner's file has the size of `nl4`, and EWQ is free. `rest` is what EWQ gives embedding and
+    head. Raises LimitError for a budget below what is possible, and says the least; SchemeError,
+    FormatError, WeightError.
     """
     if method not in METHODS:
         raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
@@ -236,13 +237,14 @@ def plan(
     known = [Scheme.parse(s) for s in schemes]
     if len(set(known)) < 2 and method != "ewq":
         raise SchemeError("a plan needs two schemes to choose from; name more with --schemes")
-    most = budget = None
+    most: int | None = None
+    budget: int | None = None
     checkpoint = open_checkpoint(resolve(source))
     try:
         work = Conversion(
             checkpoint, parse_schemes("nl4"), open_backend(threads=threads), lambda *_: None
         )
-        most = fitting_bytes(checkpoint, context) if size == FIT else size
+        most = size if isinstance(size, int | None) else fitting_bytes(checkpoint, context)
         budget = budget_of(work, most, bits)
         if method == "ewq":
             made = by_entropy(work, checkpoint, variant, x, budget, Scheme.parse(rest), progress)

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chalot import export_gguf, export_safetensors
 from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
@@ -151,7 +151,7 @@ def export(
     from chalot.sources import resolve
 
     to = target_of(to, out)
-    given = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
+    given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given["tokenizer"] = not tokenizer
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])

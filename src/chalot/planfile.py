@@ -7,11 +7,11 @@ which speaks of blocks only; what is no block takes the default scheme.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from chalot.errors import FormatError, OutputError, SchemeError
+from chalot.errors import FormatError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.model.config import ModelConfig
@@ -31,7 +31,7 @@ class PlanDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str  # of the checkpoint: see `fingerprint`
     method: str
     tensors: dict[str, str]
-    bytes: int  # of all tensors, as planned
+    bytes: Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]  # of all tensors, as planned
     bits_per_weight: float
     expected_loss: float | None = None
     measured_loss: float | None = None
@@ -53,11 +53,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
     """A plan of either form. Raises FormatError, or SchemeError for a scheme that is not known."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise FormatError(f"{path}: larger than {LARGEST:,} bytes; no plan is")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+        if not path.is_file():  # a device would never end
+            raise FormatError(f"{path}: is no file; expected what `chalot plan` writes")
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise FormatError(f"{path}: cannot be read ({error})") from None
+    if len(raw) > LARGEST:
+        raise FormatError(f"{path}: larger than {LARGEST:,} bytes; no plan is")
     parsed = parse_json(raw, str(path))
     if isinstance(parsed, dict) and parsed and all(k.isdecimal() for k in parsed):
         return from_simple(parsed, config, str(path))
@@ -81,7 +84,7 @@ def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
 def from_simple(levels: Mapping[str, Any], config: ModelConfig, where: str) -> PlanDocument:
     """The simple form: a level for each block."""
     expected = {str(i) for i in range(config.layers)}
-    if set(levels) != expected or any(v not in SIMPLE for v in levels.values()):
+    if set(levels) != expected or any(v not in tuple(SIMPLE) for v in levels.values()):
         raise FormatError(
             f"{where}: expected a level for each of {config.layers} blocks, of: {', '.join(SIMPLE)}"
         )
@@ -91,6 +94,22 @@ def from_simple(levels: Mapping[str, Any], config: ModelConfig, where: str) -> P
         if spec.kind != "vector" and spec.name.startswith("layers.")
     }
     return PlanDocument(VERSION, "", "", "simple", tensors, 0, 0.0)
+
+
+def to_simple(plan: PlanDocument) -> dict[str, str]:
+    """Block -> level. Raises SchemeError for a plan that cannot be said so: one not by blocks."""
+    levels = {scheme: level for level, scheme in SIMPLE.items()}
+    blocks: dict[str, set[str]] = {}
+    for name, scheme in plan.tensors.items():
+        if name.startswith("layers."):
+            blocks.setdefault(name.split(".")[1], set()).add(scheme)
+    for block, found in blocks.items():
+        if len(found) > 1 or not found <= levels.keys():
+            raise SchemeError(
+                f"block {block} has {', '.join(sorted(found))}; the simple form knows one of "
+                f"{', '.join(levels)} for each block: leave out --simple"
+            )
+    return {block: levels[found.pop()] for block, found in blocks.items()}
 
 
 def planned_schemes(
@@ -111,11 +130,7 @@ def planned_schemes(
     return found
 
 
-def write_plan(plan: PlanDocument, path: Path) -> None:
-    """Whole or not at all. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+def as_bytes(plan: PlanDocument, simple: bool = False) -> bytes:
+    """The plan's file; in the simple form, which may raise SchemeError, where asked for."""
+    said = to_simple(plan) if simple else plan
+    return msgspec.json.format(msgspec.json.encode(said), indent=1) + b"\n"

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from chalot.charts import Point, curves
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate.quality import standard_error
 from chalot.evaluate.report import uncut
@@ -279,6 +280,28 @@ def table(run: Mapping[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+DRAWN = {
+    "uniform": "uniform",
+    "ewq softmax": "EWQ, softmax",
+    "planner linear": "planner, linear",
+    "planner measured, exchanges": "planner, measured",
+    "planner measured, exchanges, gptq": "planner, gptq",
+}
+
+
+def picture(model: Mapping[str, Any]) -> str:
+    """KL by bits a weight, a curve for each of some methods."""
+    series = {
+        label: [
+            Point(label, r["bits"], r["kl"], r["kl_error"])
+            for r in model["rows"]
+            if r["method"] == method
+        ]
+        for method, label in DRAWN.items()
+    }
+    return curves(series, "bits a weight", f"KL to the source, nats a token: {model['model']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", default=[], help="a further model's folder")
@@ -288,9 +311,13 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=40)
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the last run, measure nothing")
+    parser.add_argument("--picture", metavar="SVG", help="draw the last run's first model")
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(RESULTS.read_text().splitlines()[-1])))
+    if options.table or options.picture:
+        last = json.loads(RESULTS.read_text().splitlines()[-1])
+        if options.picture:
+            Path(options.picture).write_text(picture(last["models"][0]) + "\n")
+        print(table(last))
         return
     with tempfile.TemporaryDirectory() as scratch:
         twin = Path(scratch) / "twin"

@@ -10,8 +10,9 @@ from math import floor, isfinite, log10
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 480, 320  # so narrow that words can be read on a phone
-LEFT, RIGHT, TOP, BOTTOM = 56, 112, 28, 46
-LONGEST = 15  # characters of a name beside a point or a strip
+LEFT, TOP, BOTTOM = 56, 28, 46
+LETTER = 7.0  # width of a letter, about
+LONGEST, BESIDE_STRIP = 28, 15  # characters of a name beside a point, beside a strip
 INK, FAINT, DOT = "var(--ink, #222)", "var(--faint, #ddd)", "var(--accent, #0b6e99)"
 
 
@@ -67,9 +68,9 @@ def words(x: float, y: float, text: str, anchor: str = "start", size: int = 13) 
     )
 
 
-def short(name: str) -> str:
+def short(name: str, longest: int = LONGEST) -> str:
     """A name that fits beside what it names."""
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return name if len(name) <= longest else name[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str = FAINT) -> str:
@@ -96,7 +97,36 @@ def scatter(
 ) -> str:
     """Points with labels; `front` joins those that no other beats in both (less is better)."""
     shown = [p for p in points if isfinite(p.x) and isfinite(p.y) and (p.y > 0 or not log_y)]
-    x = Scale([p.x for p in shown], LEFT, WIDTH - RIGHT, False)
+    best = [p for p in shown if not any(q.x <= p.x and q.y < p.y for q in shown)]
+    return drawn(shown, shown, [best] if front else [], x_title, y_title, log_y)
+
+
+def curves(series: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> str:
+    """Points of each series, joined, with its name at its largest x; y by its logarithm."""
+    kept = {
+        name: [p for p in points if isfinite(p.x) and isfinite(p.y) and p.y > 0]
+        for name, points in series.items()
+    }
+    lines = [points for points in kept.values() if points]
+    ends = [
+        max(points, key=lambda p: p.x)._replace(label=n) for n, points in kept.items() if points
+    ]
+    shown = [p for points in lines for p in points]
+    return drawn(shown, ends, lines, x_title, y_title, True)
+
+
+def drawn(
+    shown: Sequence[Point],
+    labelled: Sequence[Point],
+    lines: Sequence[Sequence[Point]],
+    x_title: str,
+    y_title: str,
+    log_y: bool,
+) -> str:
+    """Two axes, points, lines through some of them, and labels in the right margin."""
+    longest = max((len(short(p.label)) for p in labelled), default=0)
+    right = WIDTH - 20 - LETTER * longest
+    x = Scale([p.x for p in shown], LEFT, right, False)
     y = Scale([p.y for p in shown], HEIGHT - BOTTOM, TOP, log_y)
     parts = []
     for v in x.ticks():
@@ -105,27 +135,26 @@ def scatter(
             words(x(v), HEIGHT - BOTTOM + 18, f"{v:g}", "middle"),
         ]
     for v in y.ticks():
-        parts += [line(LEFT, y(v), WIDTH - RIGHT, y(v)), words(LEFT - 8, y(v) + 4, f"{v:g}", "end")]
-    parts.append(words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_title, "middle"))
+        parts += [line(LEFT, y(v), right, y(v)), words(LEFT - 8, y(v) + 4, f"{v:g}", "end")]
+    parts.append(words((LEFT + right) / 2, HEIGHT - 10, x_title, "middle"))
     parts.append(words(8, 14, y_title))
-    if front:
-        best = [p for p in shown if not any(q.x <= p.x and q.y < p.y for q in shown)]
-        ordered = sorted(best, key=lambda p: p.x)
-        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in ordered)
+    for points in lines:
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in sorted(points, key=lambda p: p.x))
         parts.append(f'<polyline points="{path}" style="fill: none; stroke: {DOT}; opacity: .5"/>')
-    below = 0.0
-    for p in sorted(shown, key=lambda p: y(p.y)):
+    for p in shown:
         if p.error:
             parts.append(line(x(p.x), y(max(p.y - p.error, 1e-12)), x(p.x), y(p.y + p.error), INK))
-        at = max(y(p.y) + 4, below + 14)
-        below = at
-        parts.append(line(x(p.x) + 5, y(p.y), WIDTH - RIGHT + 6, at - 4))
-        parts.append(words(WIDTH - RIGHT + 10, at, short(p.label)))
         title = f"{p.label}: {p.x:,.4g}, {p.y:.4g}" + (f" +- {p.error:.2g}" if p.error else "")
         parts.append(
             f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="4.5" style="fill: {DOT}">'
             f"<title>{escape(title)}</title></circle>"
         )
+    below = 0.0
+    for p in sorted(labelled, key=lambda p: y(p.y)):
+        at = max(y(p.y) + 4, below + 14)
+        below = at
+        parts.append(line(x(p.x) + 5, y(p.y), right + 6, at - 4))
+        parts.append(words(right + 10, at, short(p.label)))
     return frame(WIDTH, HEIGHT, f"{y_title} by {x_title}", parts)
 
 
@@ -138,7 +167,7 @@ def strips(rows: Mapping[str, Sequence[float]], title: str) -> str:
     parts = [words(8, 14, title)]
     for n, (name, row) in enumerate(rows.items()):
         top = 26 + n * 26
-        parts.append(words(left - 8, top + 15, short(name), "end"))
+        parts.append(words(left - 8, top + 15, short(name, BESIDE_STRIP), "end"))
         for i, value in enumerate(row):
             share = 0.0
             if value > 0 and isfinite(value):

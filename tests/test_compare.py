@@ -228,6 +228,18 @@ def test_what_is_no_form_of_the_source(
     assert not list(tmp_path.glob("r.*"))
 
 
+def test_a_source_in_codes_has_no_layers_to_put_back(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHALOT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(verb, "ROUNDS", 1)
+    monkeypatch.setattr(verb, "peak_memory", lambda *_: None)
+    out = tmp_path / "r.html"
+    words = ["--text", made["text.txt"], "--tokens", 100, "-o", out, "-q", "--schemes", "nl2"]
+    assert cli.main([str(w) for w in ("compare", made["file"], *words)]) == 0
+    assert "Where the loss is" not in out.read_text("utf-8")
+
+
 def test_an_interrupted_run_leaves_no_page(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

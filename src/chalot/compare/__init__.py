@@ -27,6 +27,7 @@ from chalot.kernels.backend import open_backend
 from chalot.load import Model
 from chalot.model.layers import layer_tensors
 from chalot.plan.swap import Swaps
+from chalot.quant.packing import DENSE
 from chalot.sources import called
 
 ROUNDS = 5
@@ -274,12 +275,14 @@ def measure(
     base = models[0]
     found = compare_quality(base, models[1:], ids, lambda n, of: progress("quality", n, of))
     in_turn(models, forms, progress)
-    swaps = Swaps(base.file, open_backend(threads=base.backend.threads), ids)
+    swaps = None
+    if all(e.scheme in DENSE for e in base.file.manifest.tensors.values()):
+        swaps = Swaps(base.file, open_backend(threads=base.backend.threads), ids)
     for n, (form, quality) in enumerate(zip(forms, found, strict=True)):
         progress("layers and memory", n, len(forms))
         form.quality = quality
         form.peak_bytes = peak_memory(form.file, base.backend.threads, base.context)
-        if n:
+        if n and swaps is not None:  # a source of codes has no layers to put back
             form.layers = layer_losses(swaps, form.file)
         for prompt in prompts:
             form.prompts.append(answer(models[n], prompt, max_tokens))

@@ -19,7 +19,7 @@ from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.home import home
 from chalot.load import Model
-from chalot.quant.scheme import SCHEMES
+from chalot.quant.packing import DENSE
 from chalot.sources import resolve
 from chalot.table import pairs
 
@@ -83,14 +83,15 @@ def read_text(path: Path) -> str:
 def uncut(source: str | Path, threads: int | None, balance: str | None = None) -> Iterator[Path]:
     """A `.myai` of a source's own numbers: itself, or made for as long as this lasts.
 
-    With `balance` its channels are folded as that scheme would have them; the function is the same.
+    With `balance` its channels are folded as that scheme would have them, and codes are written as
+    numbers; the function of the weights is the same.
     """
     path = resolve(source)
     checkpoint = open_checkpoint(path)
     kinds = {t.dtype for t in checkpoint.tensors.values()}
     is_own = path.suffix == ".myai"
     checkpoint.close()
-    if is_own:
+    if is_own and balance is None:
         yield path
         return
     scheme = next(iter(kinds)) if len(kinds) == 1 else "f32"
@@ -98,7 +99,7 @@ def uncut(source: str | Path, threads: int | None, balance: str | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix="base-") as made:
         out = Path(made) / "base.myai"
-        stored = scheme if scheme in SCHEMES else "f32"
+        stored = scheme if scheme in DENSE else "f32"
         convert(path, out, stored, threads=threads, balance=balance)
         yield out
 

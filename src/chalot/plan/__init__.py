@@ -259,6 +259,8 @@ def plan(
     the least; SchemeError, FormatError, WeightError.
     """
     check_choice(method, variant, x, size, bits, max_kl)
+    if exchanges < 0:
+        raise FormatError(f"found {exchanges} exchanges; expected 0 or more")
     usual = USUAL_LEVELS if method in BY_BLOCK else USUAL_SCHEMES
     known = list(dict.fromkeys(Scheme.parse(s) for s in schemes or usual))
     if len(known) < 2:

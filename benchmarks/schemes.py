@@ -1,0 +1,178 @@
+"""What each scheme costs and gives: errors on ideal weights, KL, tokens a second.
+
+    python benchmarks/schemes.py [--parts errors quality]
+    python benchmarks/schemes.py --parts speed --model qwen2.5-1.5b --envs FOLDER
+
+errors   |w' - w|^2 / |w|^2 on N(0, 1) and Student-t5 weights, beside the figures that the schemes
+         were designed by; int4 with groups of 16 beside its 32; ternary by BitNet's one scale
+quality  every scheme on the bundled model and its outlier twin, as quality.py measures
+speed    decoding of every scheme beside llama.cpp's small types, in turn, as peers.py measures;
+         only where it is asked for: it wants a machine that does nothing else
+
+Each part appends a line to results/schemes.jsonl.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+import quality
+from chalot.evaluate import PROTOCOL
+from chalot.quant import coarse, codes
+from chalot.quant.packing import stored_bytes
+from chalot.quant.scheme import SCHEMES, Scheme
+from machine import HERE, provenance
+from make_models import SHAPES
+from report import table
+
+RESULTS = HERE / "results" / "schemes.jsonl"
+CODED = [name for name, scheme in SCHEMES.items() if scheme.is_coded]
+ROWS, COLUMNS = 512, 4096
+DESIGNED = {  # computed on ideal weights when the schemes were designed
+    "int8": (6e-5, 2.2e-4), "nl4": (.0054, .0071), "int4": (.00653, .0107), "nl2": (.09, .12),
+    "ternary": (.190, .274), "ternary, one scale": (.264, .364), "sign": (.364, .459),
+}  # fmt: skip
+BARS = {"ternary": ("TQ2_0", 2.5), "nl2": ("Q2_K", 2.0)}  # times as fast, on 1.5B
+
+
+# ---- errors
+
+
+def relative(w: NDArray[np.float32], again: NDArray[np.float32]) -> float:
+    """|w' - w|^2 / |w|^2."""
+    lost = again.astype(np.float64) - w
+    return float((lost**2).sum() / (w.astype(np.float64) ** 2).sum())
+
+
+def of_sixteen(w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """int4 as it would be with a level for each 16 columns: 4.5 bits instead of 4.25.
+
+    Each 16 columns stand twice in a group of 32, so that its level is theirs alone.
+    """
+    rows, columns = w.shape
+    twice = np.repeat(w.reshape(rows, columns // 16, 1, 16), 2, axis=2).reshape(rows, -1)
+    scheme = replace(SCHEMES["int4"], segment=1024)  # of what stands twice: 512 columns
+    again = codes.dequantize(codes.quantize(twice, scheme))
+    return np.ascontiguousarray(again.reshape(rows, -1, 2, 16)[:, :, 0]).reshape(w.shape)
+
+
+def again(form: str, w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is left of weights in a form of `error_rows`."""
+    if form == "int4, group 16":
+        return of_sixteen(w)
+    if form == "ternary, one scale":
+        return codes.dequantize(codes.quantize(w, SCHEMES["ternary"], coarse.absmean([w])))
+    return codes.dequantize(codes.quantize(w, SCHEMES[form]))
+
+
+def bits(scheme: Scheme, rows: int, columns: int) -> float:
+    """Bits a weight, with all that rows, segments and groups share."""
+    return stored_bytes(scheme, rows, columns) * 8 / (rows * columns)
+
+
+def error_rows() -> Iterator[dict[str, Any]]:
+    """A row for each scheme, and for two forms beside them."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((ROWS, COLUMNS), dtype=np.float32)
+    student = rng.standard_t(5, (ROWS, COLUMNS)).astype(np.float32)
+    for form in (*CODED, "int4, group 16", "ternary, one scale"):
+        size = bits(SCHEMES[form.split(",")[0]], ROWS, COLUMNS)
+        size += 0.25 if form == "int4, group 16" else 0
+        found = [relative(w, again(form, w)) for w in (normal, student)]
+        yield {"form": form, "bits": size, "normal": found[0], "student": found[1],
+               "designed": DESIGNED.get(form)}  # fmt: skip
+
+
+def errors(_: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    print(f"{'':20} {'bits':>6}   N(0, 1)  designed  Student t5  designed")
+    for row in error_rows():
+        first, second = row["designed"] or (None, None)
+        cells = [f"{x:.3g}" if x is not None else "-"
+                 for x in (row["normal"], first, row["student"], second)]  # fmt: skip
+        print("{:20} {:6.3f} {:>9} {:>9} {:>11} {:>9}".format(row["form"], row["bits"], *cells))
+        rows.append(row)
+    return {"weights": [ROWS, COLUMNS], "rows": rows}
+
+
+# ---- quality
+
+
+def kl(options: argparse.Namespace) -> dict[str, Any]:
+    forms = {name: (name, None, True) for name in CODED}
+    with mock.patch.dict(quality.FORMS, {**quality.FORMS, **forms}):
+        rows, tokens = quality.measure(options.windows, ["bf16", *options.schemes])
+    return {"protocol": str(PROTOCOL), "tokens": tokens, "rows": rows}
+
+
+# ---- speed
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """peers.py with every scheme, and how the bars are met."""
+    command = [sys.executable, str(HERE / "peers.py"), "--sides", "schemes", "--tasks", "decode"]
+    command += ["--peers", *options.schemes, "llama.cpp", "--no-save", "--json"]
+    for name in ("model", "envs", "rounds", "threads", "work"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--reuse"] if options.reuse else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: failed, see above")
+    result: dict[str, Any] = json.loads(done.stdout)
+    print(table(result))
+    rounds = {name: side["decode"]["tokens_per_second"]["rounds"]
+              for name, side in result["tasks"]["decode"]["sides"].items()}  # fmt: skip
+    bars = {}
+    for ours, (theirs, times) in BARS.items():
+        if ours in rounds and theirs in rounds:
+            found = median(a / b for a, b in zip(rounds[ours], rounds[theirs], strict=True))
+            bars[ours] = {"against": theirs, "least": times, "median": found}
+            print(f"{ours} / {theirs}: {found:.2f}, expected {times} on 1.5B")
+    return {**result, "bars": bars}
+
+
+PARTS = {"errors": errors, "quality": kl, "speed": speed}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=["errors", "quality"])
+    add("--schemes", nargs="+", choices=CODED, default=CODED, metavar="SCHEME")
+    add("--windows", type=int, default=60, help="quality: of 512 held-out tokens")
+    add("--model", choices=SHAPES, default="qwen2.5-1.5b", help="speed: whose shapes")
+    add("--envs", type=Path, default=Path("envs"), help="speed: folder of peers/, as of peers.py")
+    add("--rounds", type=int, default=10, help="speed: turns of each side")
+    add("--threads", type=int, default=2, help="speed: of each side")
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "chalot-benchmarks",
+        help="speed: folder for models, kept for the next run")  # fmt: skip
+    add("--reuse", action="store_true", help="speed: keep chalot's files of the last run too")
+    add("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    options.work, options.envs = options.work.resolve(), options.envs.absolute()
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    for part in options.parts:
+        found = PARTS[part](options)
+        made = provenance(sys.argv[1:], ("--envs", "--work"))
+        if not options.no_save:
+            with RESULTS.open("a") as file:
+                file.write(json.dumps({"benchmark": f"schemes, {part}", **made, **found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
+from chalot.convert import TERNARY, ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
 from chalot.export_gguf import write_gguf
 from chalot.export_npz import write_npz
@@ -28,6 +28,7 @@ class Options:
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
     tokenizer: bool = True  # of gguf: whether the file has one
+    ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
 
 
 Target = Callable[[Checkpoint, Path, Options], ConvertReport]
@@ -39,8 +40,9 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
 
     schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
     return write_myai(
-        checkpoint, out, schemes, name, options.command, options.threads, options.progress
-    )
+        checkpoint, out, schemes, name, options.command, options.threads, options.progress,
+        ternary=options.ternary,
+    )  # fmt: skip
 
 
 def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -72,6 +74,7 @@ def export(
     scheme: str | None = None,
     bits: str = "4",
     tokenizer: bool = True,
+    ternary: str = TERNARY[0],
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -87,7 +90,9 @@ def export(
         raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     watch = progress or (lambda *_: None)
-    options = Options(str(source), type, scheme, said, threads, watch, bits, tokenizer)
+    if to != "myai" and ternary != TERNARY[0]:
+        raise SchemeError(f"--ternary {ternary}: is for .myai files; leave out --to {to}")
+    options = Options(str(source), type, scheme, said, threads, watch, bits, tokenizer, ternary)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to](checkpoint, Path(out), options)

@@ -39,10 +39,18 @@ def arguments(parser: ArgumentParser) -> None:
         action="store_false",
         help="for gguf: leave out a tokenizer that such files cannot hold",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=("least-error", "absmean"),
+        default="least-error",
+        help="the scale of ternary weights: what leaves the least error (default), or BitNet's "
+        "mean |w| of a matrix, for models trained with it",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
-        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
+        help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl2, ternary, sign, row8, row4, "
+        "row2, row1, or KIND=SCHEME,... "
         "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
         "already goes to the scheme that loses least of it",
     )
@@ -123,6 +131,7 @@ def one(source: str, arguments: Arguments) -> Any:
             scheme=scheme,
             bits=arguments.bits or "4",
             tokenizer=arguments.tokenizer,
+            ternary=arguments.ternary,
             threads=arguments.threads,
             progress=advance,
             command=command,

@@ -1,11 +1,13 @@
 """What each scheme costs and gives: errors on ideal weights, KL, tokens a second.
 
-    python benchmarks/schemes.py [--parts errors quality]
+    python benchmarks/schemes.py [--parts errors quality products]
     python benchmarks/schemes.py --parts speed --model qwen2.5-1.5b --envs FOLDER
 
 errors   |w' - w|^2 / |w|^2 on N(0, 1) and Student-t5 weights, beside the figures that the schemes
          were designed by; int4 with groups of 16 beside its 32; ternary by BitNet's one scale
 quality  every scheme on the bundled model and its outlier twin, as quality.py measures
+products one matrix, in the cache, times one token, by one thread, with each instruction set: the
+         best of many passes, so that a machine with other work does
 speed    decoding of every scheme beside llama.cpp's small types, in turn, as peers.py measures;
          only where it is asked for: it wants a machine that does nothing else
 
@@ -17,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +32,19 @@ from numpy.typing import NDArray
 
 import quality
 from chalot.evaluate import PROTOCOL
+from chalot.kernels.backend import Backend, instruction_sets, open_backend
 from chalot.quant import coarse, codes
-from chalot.quant.packing import stored_bytes
+from chalot.quant.grids import tables_of
+from chalot.quant.packing import Layout, Matrix, aligned, stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
-from machine import HERE, provenance
+from machine import HERE, describe_machine, provenance
 from make_models import SHAPES
 from report import table
 
 RESULTS = HERE / "results" / "schemes.jsonl"
 CODED = [name for name, scheme in SCHEMES.items() if scheme.is_coded]
 ROWS, COLUMNS = 512, 4096
+IN_CACHE, PASSES = (2048, 1536), 400  # of products
 DESIGNED = {  # computed on ideal weights when the schemes were designed
     "int8": (6e-5, 2.2e-4), "nl4": (.0054, .0071), "int4": (.00653, .0107), "nl2": (.09, .12),
     "ternary": (.190, .274), "ternary, one scale": (.264, .364), "sign": (.364, .459),
@@ -116,6 +122,47 @@ def kl(options: argparse.Namespace) -> dict[str, Any]:
     return {"protocol": str(PROTOCOL), "tokens": tokens, "rows": rows}
 
 
+# ---- products
+
+
+def random_matrix(scheme: Scheme, rows: int, columns: int) -> Matrix:
+    """Codes of all kinds under scales that are ordinary numbers."""
+    rng, layout = np.random.default_rng(0), Layout(scheme, rows, columns)
+    data = aligned(layout.nbytes)
+    codes_end = layout.parts[0].stop
+    data[:codes_end] = rng.integers(0, 256, codes_end, np.uint8)
+    data[layout.parts[1]].view("<f2")[:] = 1
+    for of_rows in layout.parts[2:]:
+        data[of_rows].view("<f4")[:] = 1e-4
+    return Matrix(scheme, (rows, columns), data, tables_of(scheme))
+
+
+def fastest(backend: Backend, matrix: Matrix, x: NDArray[np.float32]) -> float:
+    """Seconds of the best pass, with its call and the rounding of x."""
+    best = np.inf
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        backend.product(matrix, x, 1)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def products(options: argparse.Namespace) -> dict[str, Any]:
+    rows, (height, width) = [], IN_CACHE
+    x = np.random.default_rng(1).standard_normal((1, width), dtype=np.float32)
+    for isa in (name for name, runs in instruction_sets() if runs and name != "reference"):
+        backend = open_backend(isa, 1)
+        for name in options.schemes:
+            matrix = random_matrix(SCHEMES[name], height, width)
+            seconds = fastest(backend, matrix, x)
+            row = {"isa": isa, "scheme": name, "weights_per_second": height * width / seconds,
+                   "bytes_per_second": matrix.data.size / seconds}  # fmt: skip
+            print(f"{isa:12} {name:8} {row['weights_per_second'] / 1e9:6.1f} billion weights/s "
+                  f"{row['bytes_per_second'] / 1e9:6.1f} GB/s", flush=True)  # fmt: skip
+            rows.append(row)
+    return {"machine": describe_machine(), "matrix": IN_CACHE, "passes": PASSES, "rows": rows}
+
+
 # ---- speed
 
 
@@ -142,13 +189,13 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     return {**result, "bars": bars}
 
 
-PARTS = {"errors": errors, "quality": kl, "speed": speed}
+PARTS = {"errors": errors, "quality": kl, "products": products, "speed": speed}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=["errors", "quality"])
+    add("--parts", nargs="+", choices=PARTS, default=["errors", "quality", "products"])
     add("--schemes", nargs="+", choices=CODED, default=CODED, metavar="SCHEME")
     add("--windows", type=int, default=60, help="quality: of 512 held-out tokens")
     add("--model", choices=SHAPES, default="qwen2.5-1.5b", help="speed: whose shapes")

@@ -1,4 +1,4 @@
-"""chalot.quant and chalot.kernels as public parts: the page's examples run, what is wrong is said."""
+"""chalot.quant and chalot.kernels as parts: the page's examples run, what is wrong is said."""
 
 import inspect
 import re

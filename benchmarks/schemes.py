@@ -40,6 +40,7 @@ from chalot.quant.scheme import SCHEMES, Scheme
 from machine import HERE, describe_machine, provenance
 from make_models import SHAPES
 from report import table
+from sides import LOW
 
 RESULTS = HERE / "results" / "schemes.jsonl"
 CODED = [name for name, scheme in SCHEMES.items() if scheme.is_coded]
@@ -169,7 +170,7 @@ def products(options: argparse.Namespace) -> dict[str, Any]:
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """peers.py with every scheme, and how the bars are met."""
     command = [sys.executable, str(HERE / "peers.py"), "--sides", "schemes", "--tasks", "decode"]
-    command += ["--peers", *options.schemes, "llama.cpp", "--no-save", "--json"]
+    command += ["--peers", *options.schemes, *options.beside, "--no-save", "--json"]
     for name in ("model", "envs", "rounds", "threads", "work"):
         command += [f"--{name}", str(getattr(options, name))]
     command += ["--reuse"] if options.reuse else []
@@ -199,6 +200,8 @@ def arguments() -> argparse.Namespace:
     add("--schemes", nargs="+", choices=CODED, default=CODED, metavar="SCHEME")
     add("--windows", type=int, default=60, help="quality: of 512 held-out tokens")
     add("--model", choices=SHAPES, default="qwen2.5-1.5b", help="speed: whose shapes")
+    add("--beside", nargs="*", choices=LOW, default=list(LOW), metavar="TYPE",
+        help=f"speed: of llama.cpp (default: all of {', '.join(LOW)})")  # fmt: skip
     add("--envs", type=Path, default=Path("envs"), help="speed: folder of peers/, as of peers.py")
     add("--rounds", type=int, default=10, help="speed: turns of each side")
     add("--threads", type=int, default=2, help="speed: of each side")

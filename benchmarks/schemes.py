@@ -1,6 +1,7 @@
 """What each scheme costs and gives: errors on ideal weights, KL, tokens a second.
 
     python benchmarks/schemes.py [--parts errors quality products]
+    python benchmarks/schemes.py --table docs/schemes.md
     python benchmarks/schemes.py --parts speed --model qwen2.5-1.5b --envs FOLDER
 
 errors   |w' - w|^2 / |w|^2 on N(0, 1) and Student-t5 weights, beside the figures that the schemes
@@ -39,7 +40,7 @@ from chalot.quant.packing import Layout, Matrix, aligned, stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from machine import HERE, describe_machine, provenance
 from make_models import SHAPES
-from report import table
+from report import into, table
 from sides import LOW
 
 RESULTS = HERE / "results" / "schemes.jsonl"
@@ -190,6 +191,44 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     return {**result, "bars": bars}
 
 
+# ---- the table of docs/schemes.md
+
+GRIDS = {
+    "int8": "-127 ... 127", "nl4": "16 points, curved, in 256 tables", "int6": "-31 ... 31",
+    "int4": "16 even steps, in 256 tables", "nl2": "4 points, in 256 tables",
+    "ternary": "-1 0 1", "sign": "-1 1", "row8": "256 steps a row", "row4": "16 steps a row",
+    "row2": "4 steps a row", "row1": "-1 1",
+}  # fmt: skip
+HEAD = ("scheme", "bits a weight", "values", "error, N(0, 1)", "error, t5", "KL, model", "KL, twin",
+        "weights/s, AVX-512", "AVX2", "tokens/s")  # fmt: skip
+
+
+def tabulate(file: Path) -> str:
+    """The newest line of each part as one table; "-" for what nobody has measured."""
+    cells: dict[tuple[str, str], str] = {}
+    for line in file.read_text().splitlines():
+        run = json.loads(line)
+        part = run["benchmark"].removeprefix("schemes, ")
+        for row in run.get("rows", ()):
+            if part == "errors":
+                cells[row["form"], "bits"] = f"{row['bits']:.2f}"
+                cells[row["form"], "normal"] = f"{row['normal']:.3g}"
+                cells[row["form"], "student"] = f"{row['student']:.3g}"
+            elif part == "quality":
+                cells[row["form"], row["model"]] = f"{row['kl']:.2g}"
+            elif part == "products":
+                cells[row["scheme"], row["isa"]] = f"{row['weights_per_second'] / 1e9:.0f}"
+        if part == "speed" and run["model"] == "qwen2.5-1.5b":
+            for name, side in run["tasks"]["decode"]["sides"].items():
+                cells[name, "speed"] = f"{side['decode']['tokens_per_second']['median']:.0f}"
+    columns = ("normal", "student", "demo", "twin", "avx512vnni", "avx2", "speed")
+    rows = [HEAD, ["---", "---:", "---", *["---:"] * len(columns)]]
+    for name in CODED:
+        found = [cells.get((name, column), "-") for column in columns]
+        rows.append([f"`{name}`", cells.get((name, "bits"), "-"), GRIDS[name], *found])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 PARTS = {"errors": errors, "quality": kl, "products": products, "speed": speed}
 
 
@@ -208,6 +247,7 @@ def arguments() -> argparse.Namespace:
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "chalot-benchmarks",
         help="speed: folder for models, kept for the next run")  # fmt: skip
     add("--reuse", action="store_true", help="speed: keep chalot's files of the last run too")
+    add("--table", type=Path, metavar="PAGE", help="only write the results' table into that page")
     add("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     options.work, options.envs = options.work.resolve(), options.envs.absolute()
@@ -216,6 +256,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    if options.table:
+        into(options.table, "table", tabulate(RESULTS))
+        return
     for part in options.parts:
         found = PARTS[part](options)
         made = provenance(sys.argv[1:], ("--envs", "--work"))

@@ -40,10 +40,17 @@ def arguments(parser: ArgumentParser) -> None:
         action="store_false",
         help="for gguf: leave out a tokenizer that such files cannot hold",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=("least-error", "absmean"),
+        help="the scale of ternary weights: what leaves the least error (default), or BitNet's "
+        "mean |w| of a matrix, for models trained with it",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
-        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
+        help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl2, ternary, sign, row8, row4, "
+        "row2, row1, or KIND=SCHEME,... "
         "with kinds attention, ffn, embedding, head; keep (default where weights are quantised "
         "already): each goes to the scheme that loses least of it",
     )
@@ -137,6 +144,7 @@ def one(source: str, arguments: Arguments) -> Any:
             scheme=scheme if to == "myai" else None,
             bits=arguments.bits if to == "npz" else None,
             tokenizer=arguments.tokenizer,
+            ternary=arguments.ternary or TERNARY[0],
             threads=arguments.threads,
             progress=advance,
             command=command,

@@ -90,6 +90,33 @@ def scatter(
 ) -> str:
     """Points with labels; `front` joins those that no other beats in both (less is better)."""
     shown = [p for p in points if isfinite(p.x) and isfinite(p.y) and (p.y > 0 or not log_y)]
+    best = [p for p in shown if not any(q.x <= p.x and q.y < p.y for q in shown)]
+    return drawn(shown, shown, [best] if front else [], x_title, y_title, log_y)
+
+
+def curves(series: Mapping[str, Sequence[Point]], x_title: str, y_title: str) -> str:
+    """Points of each series, joined, with its name at its largest x; y by its logarithm."""
+    kept = {
+        name: [p for p in points if isfinite(p.x) and isfinite(p.y) and p.y > 0]
+        for name, points in series.items()
+    }
+    lines = [points for points in kept.values() if points]
+    ends = [
+        max(points, key=lambda p: p.x)._replace(label=n) for n, points in kept.items() if points
+    ]
+    shown = [p for points in lines for p in points]
+    return drawn(shown, ends, lines, x_title, y_title, True)
+
+
+def drawn(
+    shown: Sequence[Point],
+    labelled: Sequence[Point],
+    lines: Sequence[Sequence[Point]],
+    x_title: str,
+    y_title: str,
+    log_y: bool,
+) -> str:
+    """Two axes, points, lines through some of them, and labels in the right margin."""
     x = Scale([p.x for p in shown], LEFT, WIDTH - RIGHT, False)
     y = Scale([p.y for p in shown], HEIGHT - BOTTOM, TOP, log_y)
     parts = []
@@ -102,24 +129,23 @@ def scatter(
         parts += [line(LEFT, y(v), WIDTH - RIGHT, y(v)), words(LEFT - 8, y(v) + 4, f"{v:g}", "end")]
     parts.append(words((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_title, "middle"))
     parts.append(words(8, 14, y_title))
-    if front:
-        best = [p for p in shown if not any(q.x <= p.x and q.y < p.y for q in shown)]
-        ordered = sorted(best, key=lambda p: p.x)
-        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in ordered)
+    for points in lines:
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in sorted(points, key=lambda p: p.x))
         parts.append(f'<polyline points="{path}" style="fill: none; stroke: {DOT}; opacity: .5"/>')
-    below = 0.0
-    for p in sorted(shown, key=lambda p: y(p.y)):
+    for p in shown:
         if p.error:
             parts.append(line(x(p.x), y(max(p.y - p.error, 1e-12)), x(p.x), y(p.y + p.error), INK))
-        at = max(y(p.y) + 4, below + 14)
-        below = at
-        parts.append(line(x(p.x) + 5, y(p.y), WIDTH - RIGHT + 6, at - 4))
-        parts.append(words(WIDTH - RIGHT + 10, at, p.label))
         title = f"{p.label}: {p.x:,.4g}, {p.y:.4g}" + (f" +- {p.error:.2g}" if p.error else "")
         parts.append(
             f'<circle cx="{x(p.x):.1f}" cy="{y(p.y):.1f}" r="4.5" style="fill: {DOT}">'
             f"<title>{escape(title)}</title></circle>"
         )
+    below = 0.0
+    for p in sorted(labelled, key=lambda p: y(p.y)):
+        at = max(y(p.y) + 4, below + 14)
+        below = at
+        parts.append(line(x(p.x) + 5, y(p.y), WIDTH - RIGHT + 6, at - 4))
+        parts.append(words(WIDTH - RIGHT + 10, at, p.label))
     return frame(WIDTH, HEIGHT, f"{y_title} by {x_title}", parts)
 
 

@@ -32,6 +32,7 @@ from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.planfile import planned_schemes, read_plan
 from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
@@ -107,12 +108,20 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     return {kind: chosen.get(kind, default) for kind in KINDS}
 
 
-def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
+def schemes_for(
+    text: str | None, checkpoint: Checkpoint, plan: Path | None = None
+) -> dict[str, Scheme]:
+    """Schemes by kind, and by tensor where a plan or a source in codes names its own.
+
+    Without a text, as is usual for such a source. Raises SchemeError or FormatError.
+    """
     text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
     schemes = parse_schemes(text)
+    config = read_config(checkpoint)
     if text.strip().lower() == KEEP:
-        schemes |= kept(checkpoint.tensors, read_config(checkpoint))
+        schemes |= kept(checkpoint.tensors, config)
+    if plan is not None:
+        schemes |= planned_schemes(read_plan(plan, config), checkpoint, config)
     return schemes
 
 
@@ -451,6 +460,7 @@ def convert(
     progress: Progress | None = None,
     command: str | None = None,
     name: str | None = None,
+    plan: str | Path | None = None,
     balance: str | None = None,
     ternary: str = TERNARY[0],
 ) -> ConvertReport:
@@ -459,21 +469,23 @@ def convert(
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
     the scheme that loses least of them. None is "keep" for those, else "nl4". `command` and `name`
-    are what the file says of its making and of its source. `balance` folds channels of a dense file
-    as another scheme would have it. `ternary` is where the scale of ternary weights comes from:
-    "least-error", or BitNet's "absmean" of a matrix. Peak memory is that of a layer and its largest
-    tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything
-    wrong with source or target.
+    are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
+    tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
+    would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
+    BitNet's "absmean" of a matrix. Peak memory is that of a layer and its largest tensor
+    (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
+    with source or target.
     """
     from chalot.sources import called, resolve
 
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
+    asked += [] if plan is None else ["--plan", str(plan)]
     said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
-        schemes = schemes_for(scheme, checkpoint)
+        schemes = schemes_for(scheme, checkpoint, None if plan is None else Path(plan))
         balanced = parse_schemes(balance) if balance else None
         watch = progress or (lambda *_: None)
         return write_myai(

@@ -24,6 +24,7 @@ class Options:
     source: str  # as the user named it
     type: str | None = None  # of --type: the numbers or blocks that the target stores
     scheme: str | None = None  # None: as is usual for such a source
+    plan: Path | None = None  # of myai: a file of `chalot plan`
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
@@ -36,7 +37,8 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
+    schemes = schemes_for(options.scheme, checkpoint, options.plan)
+    name = called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress,
         ternary=options.ternary,
@@ -76,7 +78,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "myai": Target(to_myai, ".myai", ("scheme", "bits", "ternary", "fit", "dry_run")),
+    "myai": Target(to_myai, ".myai", ("scheme", "bits", "plan", "ternary", "fit", "dry_run")),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
@@ -134,6 +136,7 @@ def export(
     type: str | None = None,
     *,
     scheme: str | None = None,
+    plan: str | Path | None = None,
     bits: str | None = None,
     tokenizer: bool = True,
     ternary: str = TERNARY[0],
@@ -151,18 +154,21 @@ def export(
     from chalot.sources import resolve
 
     to = target_of(to, out)
-    given: dict[str, Any] = {
-        "type": type,
-        "scheme": scheme,
-        "bits": bits,
-        "tokenizer": not tokenizer,
-    }
-    given["ternary"] = ternary != TERNARY[0]
+    given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
+    given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
-    said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
-    watch = progress or (lambda *_: None)
-    width = bits or "4"
-    options = Options(str(source), type, scheme, said, threads, watch, width, tokenizer, ternary)
+    options = Options(
+        str(source),
+        type,
+        scheme,
+        None if plan is None else Path(plan).expanduser(),
+        command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)]),
+        threads,
+        progress or (lambda *_: None),
+        bits or "4",
+        tokenizer,
+        ternary,
+    )
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to].write(checkpoint, Path(out), options)

@@ -54,6 +54,7 @@ def arguments(parser: ArgumentParser) -> None:
         "with kinds attention, ffn, embedding, head; keep (default where weights are quantised "
         "already): each goes to the scheme that loses least of it",
     )
+    how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
     parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
@@ -78,6 +79,8 @@ def main(arguments: Arguments) -> int:
     if not (arguments.source or arguments.all):
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
     check_settings(arguments)
+    if arguments.plan and arguments.dry_run:
+        arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -114,6 +117,7 @@ def check_settings(arguments: Arguments) -> None:
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
     from chalot import batch, fitting
+    from chalot.convert import TERNARY
     from chalot.export import TARGETS, export, target_of
 
     out = arguments.out or ""
@@ -127,7 +131,9 @@ def one(source: str, arguments: Arguments) -> Any:
         out = out or arguments.output_dir or "."
     elif not out:
         scheme = scheme or usual_scheme(source, arguments)
-        kind = scheme if to == "myai" else arguments.type or TARGETS[to].type
+        kind = "plan" if arguments.plan else scheme
+        if to != "myai":
+            kind = arguments.type or TARGETS[to].type
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
@@ -142,6 +148,7 @@ def one(source: str, arguments: Arguments) -> Any:
             to,
             arguments.type,
             scheme=scheme if to == "myai" else None,
+            plan=arguments.plan,
             bits=arguments.bits if to == "npz" else None,
             tokenizer=arguments.tokenizer,
             ternary=arguments.ternary or TERNARY[0],

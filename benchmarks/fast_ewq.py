@@ -147,6 +147,8 @@ def main() -> None:
         sum(r["blocks"] for r in rows),
     )
     shares = {k: sum(r[k] for r in rows) / blocks for k in ("tree", "majority")}
+    better = [r["tree"] - r["majority"] for r in rows]  # blocks of a model are no single draws
+    shares["error"] = float(np.std(better, ddof=1) * np.sqrt(len(rows)) / blocks)
     checkpoint = open_checkpoint(FOLDER)
     base = Conversion(checkpoint, parse_schemes("nl4"), open_backend(), lambda *_: None).config
     chance = [of_chance(base, *size, seed) for size in RANDOM for seed in range(5)]
@@ -162,13 +164,13 @@ def main() -> None:
     print(f"held out, of {blocks} blocks: {shares}")
     print(f"random weights: {of_random}")
     fitted = Fitted(
-        tree, len(models), blocks, round(shares["tree"], 3), round(shares["majority"], 3)
+        tree, len(models), blocks, *(round(shares[k], 3) for k in ("tree", "majority", "error"))
     )
     print(msgspec.json.encode(fitted.tree).decode())
     if not options.no_save:
         DATA.write_bytes(msgspec.json.format(msgspec.json.encode(fitted), indent=1) + b"\n")
         run = {
-            **provenance(sys.argv[1:], ("--model",)),
+            **provenance([Path(a).name for a in sys.argv[1:]], ()),
             "depth": options.depth,
             "held_out": rows,
             **shares,

@@ -13,6 +13,9 @@ AGREEMENT = (
     "with EWQ's own decisions {agreement:.0%} on held-out models, the commonest level's "
     "{majority:.0%} ({models} small models)"
 )
+CHANCE = (
+    "the difference is within chance ({error:.0%} standard error): look at the weights, with ewq"
+)
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -74,6 +77,8 @@ def summary(plan: Any) -> str:
     if plan.method == "fast-ewq":
         d = plan.details
         facts.append(("agreement", AGREEMENT.format(**d)))
+        if d["agreement"] - d["majority"] <= 2 * d["error"]:
+            facts.append(("", CHANCE.format(**d)))
     return pairs(facts)
 
 

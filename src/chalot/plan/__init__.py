@@ -110,7 +110,7 @@ def by_guess(
     record = fast_ewq.fitted()
     said = {
         "x": 1.0,
-        **{n: getattr(record, n) for n in ("agreement", "majority", "models")},
+        **{n: getattr(record, n) for n in ("agreement", "majority", "error", "models")},
         "blocks": {
             n: {"decided": d, "level": by_name[n]}
             for n, d in zip(blocks, guess.levels, strict=True)

@@ -45,6 +45,7 @@ class Fitted(msgspec.Struct, frozen=True):
     blocks: int
     agreement: float
     majority: float  # of the level that is commonest in the other models
+    error: float  # standard error, over models, of the difference of these two
 
 
 @dataclass(frozen=True)

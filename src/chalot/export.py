@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chalot import export_gguf, export_safetensors
-from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
+from chalot.convert import TERNARY, ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -30,6 +30,7 @@ class Options:
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
     tokenizer: bool = True  # of gguf: whether the file has one
+    ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -39,8 +40,9 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     schemes = schemes_for(options.scheme, checkpoint, options.plan)
     name = called(options.source)
     return write_myai(
-        checkpoint, out, schemes, name, options.command, options.threads, options.progress
-    )
+        checkpoint, out, schemes, name, options.command, options.threads, options.progress,
+        ternary=options.ternary,
+    )  # fmt: skip
 
 
 def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -76,7 +78,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "myai": Target(to_myai, ".myai", ("scheme", "bits", "plan", "fit", "dry_run")),
+    "myai": Target(to_myai, ".myai", ("scheme", "bits", "plan", "ternary", "fit", "dry_run")),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
@@ -137,6 +139,7 @@ def export(
     plan: str | Path | None = None,
     bits: str | None = None,
     tokenizer: bool = True,
+    ternary: str = TERNARY[0],
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -152,13 +155,20 @@ def export(
 
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
-    given["tokenizer"] = not tokenizer
+    given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
-    said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
-    watch = progress or (lambda *_: None)
-    place = None if plan is None else Path(plan).expanduser()
-    width = bits or "4"
-    options = Options(str(source), type, scheme, place, said, threads, watch, width, tokenizer)
+    options = Options(
+        str(source),
+        type,
+        scheme,
+        None if plan is None else Path(plan).expanduser(),
+        command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)]),
+        threads,
+        progress or (lambda *_: None),
+        bits or "4",
+        tokenizer,
+        ternary,
+    )
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to].write(checkpoint, Path(out), options)

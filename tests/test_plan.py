@@ -31,6 +31,7 @@ from checkpoints import Weights, write_checkpoint
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 VARIANTS = ("softmax", "softmax-eps", "histogram", "codes")
+NONE = ("--exchanges", "0")
 BYTES = {"raw": 16, "middle": 8, "low": 4}
 
 
@@ -267,7 +268,10 @@ def test_an_interrupted_table_is_taken_up_again(
         return row(swaps, item, schemes)
 
     monkeypatch.setitem(losses.DEPTHS, "error", counted)
-    out, command = tmp_path / "p.json", (folder, "--method", "error", "--text", text, "-q")
+    out, command = (
+        tmp_path / "p.json",
+        [folder, "--method", "error", "--text", text, "-q", "--exchanges", 0],
+    )
     assert run(*command, "-o", out) == 130
     assert list(tmp_path.glob("*.json")) == list(tmp_path.glob(".*.partial")) == []
     assert list((home / "eval").iterdir()) == []
@@ -357,7 +361,10 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, text: Path) -> None:
         (["--text", "WEIGHTS"], "not UTF-8"),
         (["--method", "ewq", "-o", "nowhere/p.json"], "nowhere"),
         (["--method", "ewq", "-o", "TINY"], "is no .json file"),
-        (["--method", "error", "--simple", "--schemes", "nl4,int6", "--bpw", "6"], "--simple"),
+        (
+            ["--method", "error", "--simple", "--schemes", "nl4,int6", "--bpw", "6", *NONE],
+            "--simple",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line(

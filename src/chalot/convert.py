@@ -8,7 +8,7 @@ import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -229,6 +229,7 @@ class Conversion:
         self.digest = hashlib.sha256()
         self.plan = Plan()
         self.errors: dict[str, tuple[float, float]] = {}
+        self.taken: set[str] = set()  # tensors that have the source's own codes
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
@@ -359,6 +360,8 @@ class Conversion:
             lost += ordered_sum(again - sample)
             had += ordered_sum(sample)
         self.errors[spec.name] = lost, had
+        if spec.name in self.kept and not lost:
+            self.taken.add(spec.name)
         if scheme.is_coded:
             whole = packing.Layout(scheme, spec.shape[0], spec.shape[1])
             for i, (before, after) in enumerate(pairwise(whole.parts)):
@@ -370,10 +373,12 @@ class Conversion:
         scheme, name = self.schemes[spec.name], hugging_face(spec.name)
         held = getattr(self.checkpoint, "codes", None)  # of NpzModel
         is_same = self.checkpoint.tensors[name].scheme == str(scheme)
-        folded = spec.name in self.plan.columns or spec.name in self.plan.rows
-        if held is not None and is_same and not folded:
-            found = carried(held(name, first, first + len(values)), scheme)
+        if held is not None and is_same and spec.name not in self.plan.columns:
+            rows = held(name, first, first + len(values))
+            rows = replace(rows, scale=self.plan.apply_rows(spec.name, rows.scale, first))
+            found = carried(rows, scheme)
             if found is not None:
+                self.taken.add(spec.name)
                 return packing.pack(found)
         return self.backend.encode(values, scheme)
 
@@ -472,7 +477,9 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes, work.errors))
+    others = {n: s for n, s in work.schemes.items() if n not in work.taken}
+    becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
     )

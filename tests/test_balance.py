@@ -97,10 +97,13 @@ def test_norms_of_heads_take_the_factors(tmp_path: Path) -> None:
         loss[name] = float(np.sqrt(np.mean((found[1] - found[0]) ** 2)))
     np.testing.assert_array_equal(exact["plain"], exact["balanced"])
     config = from_hugging_face(case.config)
-    made, source = (Rows(open_checkpoint(path), config) for path in (out, twin))
+    opened = [open_checkpoint(path) for path in (out, twin)]
+    made, source = (Rows(checkpoint, config) for checkpoint in opened)
     plan, name = unfolding(config, 1, made, source), "layers.1.key_norm"
     assert not np.array_equal(made.read(name), source.read(name))
     np.testing.assert_array_equal(plan.apply(name, made.read(name), 0), source.read(name))
+    for checkpoint in opened:
+        checkpoint.close()
     assert loss["balanced"] < loss["plain"] / 2 and loss["balanced"] < 1.1 * loss["even"], loss
 
 

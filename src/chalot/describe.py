@@ -24,7 +24,6 @@ from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
-from chalot.formats.hub_cache import Repository
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, kept, usual_of
@@ -175,12 +174,12 @@ def describe(
         try:
             remote = on_hub(source, hub.headers)
         except (HubOfflineError, HubBusyError):
-            copy = Repository(named).find("main")  # downloaded earlier
+            copy = hub.kept(named)  # downloaded earlier
             if copy is None:
                 raise
             return describe(copy, scheme, context, folder)
-        length = remote.download_bytes - remote.weight_bytes
-        origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
+        sizes = remote.weight_bytes, remote.download_bytes
+        origin = Origin("hub", *sizes, document_bytes=remote.document_bytes)
         tensors = as_computed(remote.tensors, remote.document("config.json"), named)
         found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
     else:

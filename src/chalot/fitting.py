@@ -20,8 +20,9 @@ from typing import Any
 from chalot import machine, memory
 from chalot.convert import CALIBRATION_TOKENS, RUN, parse_schemes, planned_bytes, scheme_of
 from chalot.errors import LimitError
+from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
-from chalot.formats.hub_cache import Repository, cache_folder
+from chalot.formats.hub_cache import cache_folder
 from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, in_codes, kept
 from chalot.memory import Stored
@@ -33,7 +34,7 @@ from chalot.table import rows, size
 
 CONTEXT = 4096  # tokens to judge at, unless others are asked for or the model has fewer
 # For --fit, best first; "keep" is of sources in codes. bf16 would take twice the memory and time of
-# int8 to be nearer by a KL of 0.0007 (docs/performance.md); int4 is as long as nl4 and worse;
+# int8 to be nearer by a KL of 0.0007 (docs/performance.md); int4 is as long as nl4, and worse;
 # below, models are trained for it.
 CHOICES = (KEEP, "int8", "int6", "nl4")
 WIDTHS = {"bf16": 2, "f16": 2}  # bytes of a number in a layer that waits for calibration; else 4
@@ -86,7 +87,7 @@ def fit(
     """
     at = min(CONTEXT, config.context) if context is None else context
     free, folder = machine.memory_available(), folder or Path()
-    left = 0 if hub_id is None or Repository(hub_id).find("main") else download_bytes
+    left = 0 if hub_id is None or hub.kept(hub_id) else download_bytes
     disk = machine.disk_free(folder.absolute())
     same_disk = left and _device(folder) == _device(cache_folder())
     room = disk - left if same_disk else disk
@@ -178,7 +179,7 @@ def render(found: Fit) -> str:
     """The schemes as a table, and the one that --fit would choose."""
     table = [["scheme", "bits each", "file", "to convert", "to run", "fits memory", "fits disk"]]
     words = {True: "yes", False: "no", None: "unknown"}
-    for o in found.options:
+    for o in sorted(found.options, key=lambda o: -o.bits_per_weight):
         name = f"{o.scheme} *" if o.scheme == found.best else o.scheme
         cells = [f"{o.bits_per_weight:.2f}", *map(size, (o.file_bytes, o.converting, o.running))]
         table.append([name, *cells, words[o.fits_memory], words[o.fits_disk]])

@@ -1,4 +1,4 @@
-"""Sources in codes already: the scheme that loses least of each tensor, and what is said of it.
+"""What scheme keeps a source in codes best, and what a user is told of coarse or repeated codes.
 
 What such a source holds in numbers, an embedding beside BitNet's ternary matrices, goes to int8: a
 hundredth of what nl4 loses, at half of bf16's bytes, which would be more than all that is ternary.
@@ -14,6 +14,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.quant.scheme import Scheme
 
+LOST = 0.01  # relative squared error; weights that had few values already stay far below
 KEEP = "keep"  # as a scheme: each tensor in codes goes to the one that its reader names
 BESIDE = "int8"  # of numbers beside codes
 
@@ -30,7 +31,7 @@ def usual(source: str | Path, default: str) -> str:
     why.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if path.is_file() or path.suffix == ".gguf":  # of the hub
         return KEEP
     if not path.is_dir():
         return default
@@ -68,12 +69,31 @@ def kept(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, Sc
     return found
 
 
+def coarse_note(
+    schemes: Mapping[str, Scheme], errors: Mapping[str, tuple[float, float]]
+) -> Iterator[str]:
+    """A line where weights of many values were given 1 or 2 bits; `errors` are (lost, had)."""
+    lossy = {
+        str(s): 0.0
+        for name, s in schemes.items()
+        if s.is_coarse and errors[name][0] > LOST * errors[name][1]
+    }
+    if lossy:
+        lost = [errors[name] for name, s in schemes.items() if str(s) in lossy]
+        share = sum(e for e, _ in lost) / max(sum(had for _, had in lost), 1e-30)
+        yield (
+            f"{', '.join(lossy)}: meant for models that were trained for it; these weights were "
+            f"not, and {share:.0%} of them is lost (relative squared error), so the text will make "
+            "little sense. nl4 and int8 suit any model."
+        )
+
+
 def notes(
     path: Path, tensors: Mapping[str, TensorInfo], becomes: Mapping[str, str | None]
 ) -> Iterator[str]:
     """A line on what becomes of a source in codes; none for a source of numbers.
 
-    `becomes` has each matrix's new type, by chalot's name; None for a type of plain numbers.
+    `becomes` has each matrix's new type, by chalot's name; None: not quantised, or not again.
     """
     types: set[str] = set()
     again: set[str] = set()

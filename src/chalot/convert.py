@@ -427,7 +427,7 @@ class Conversion:
         """Whether a matrix was not quantised, or not again."""
         scheme, info = self.schemes[name], self.checkpoint.tensors[hugging_face(name)]
         same = keeps(info, scheme) and not self.errors[name][0]
-        return not scheme.is_coded or name in self.taken or same
+        return not scheme.is_coded or same
 
     def kinds(self, writer: MyaiWriter) -> Iterator[KindReport]:
         """A row for each kind of tensor there is."""
@@ -530,7 +530,8 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in work.schemes.items()}
+    others = {n: s for n, s in work.schemes.items() if n not in work.taken}
+    becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
     said = [*notes(checkpoint.path, checkpoint.tensors, becomes)]
     if any(schemes[kind].is_coarse for kind in KINDS):  # and no plan's choice
         said += coarse_note(work.schemes, work.errors)

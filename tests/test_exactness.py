@@ -219,7 +219,7 @@ def test_the_best_of_families(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
-@pytest.mark.parametrize("window", [0, 5, 256, 300])
+@pytest.mark.parametrize("window", [0, 5, 256, 262])
 @pytest.mark.parametrize("cache", ["f16", "int8"])
 def test_windows_and_caps_agree(cache: str, window: int, cap: float) -> None:
     """A query that sees the last positions only, scores held by tanh; over a page's end."""
@@ -235,7 +235,7 @@ def test_windows_and_caps_agree(cache: str, window: int, cap: float) -> None:
             got = feed(open_backend(isa, threads), replace(plain, ops=ops), text, chunk)[0]
             assert digest(got) == digest(oracle), (isa, threads)
     whole = feed(open_backend(NATIVE[0], 1), plain, text, PAGE + 9)[0]
-    assert (digest(whole) == digest(oracle)) == (cap == 0 and window in (0, 300))
+    assert (digest(whole) == digest(oracle)) == (cap == 0 and window == 0)
 
 
 @pytest.mark.parametrize("cache", ["f16", "int8"])

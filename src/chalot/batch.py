@@ -11,7 +11,7 @@ from chalot.formats.files import boundary
 from chalot.formats.hub_cache import downloaded
 from chalot.sources import as_path
 
-SUFFIXES = {"myai": ".myai", "gguf": ".gguf", "safetensors": "", "npz": ""}  # "": a folder
+FILES = ("myai", "gguf")  # targets that are one file; others are folders
 DEPTH = 4  # folders below the one that is searched
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # opened with the first one
 
@@ -35,10 +35,10 @@ class BatchReport:
 def name_of(source: str) -> str:
     """What to call a source: a short name or a hub id's last part; a folder's, a file's name."""
     path = as_path(source)
+    if path.is_file() or (not path.exists() and path.suffix == ".gguf"):
+        return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
     if not path.exists():
         return source.split("/")[-1] if "/" in source else source.lower()
-    if path.is_file():
-        return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
     inside = boundary(path).name  # of the hub's cache: models--ORG--NAME, and not a commit's digits
     return inside.split("--")[-1] if inside.startswith("models--") else path.resolve().name
 
@@ -47,7 +47,7 @@ def place(source: str, kind: str, to: str, folder: Path) -> Path:
     """Where a source goes that no name was given for: NAME-KIND.myai, KIND a scheme or a type."""
     kind = re.sub(r"[^\w.]+", "-", kind.lower())
     stem = "-".join(filter(None, (name_of(source), kind)))
-    return folder / f"{stem}{SUFFIXES.get(to, '')}"
+    return folder / (f"{stem}.{to}" if to in FILES else stem)
 
 
 def sources(named: Sequence[str], everything: bool) -> list[str]:

@@ -8,7 +8,7 @@ import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +26,13 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, coarse_note, kept, notes, usual
+from chalot.keeping import KEEP, coarse_note, keeps, kept, notes, usual_of
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.planfile import planned_schemes, read_plan
 from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
@@ -107,12 +108,20 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     return {kind: chosen.get(kind, default) for kind in KINDS}
 
 
-def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
-    text = text or usual(checkpoint.path, DEFAULT_SCHEME)
+def schemes_for(
+    text: str | None, checkpoint: Checkpoint, plan: Path | None = None
+) -> dict[str, Scheme]:
+    """Schemes by kind, and by tensor where a plan or a source in codes names its own.
+
+    Without a text, as is usual for such a source. Raises SchemeError or FormatError.
+    """
+    text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
     schemes = parse_schemes(text)
+    config = read_config(checkpoint)
     if text.strip().lower() == KEEP:
-        schemes |= kept(checkpoint.tensors, read_config(checkpoint))
+        schemes |= kept(checkpoint.tensors, config)
+    if plan is not None:
+        schemes |= planned_schemes(read_plan(plan, config), checkpoint, config)
     return schemes
 
 
@@ -232,11 +241,14 @@ class Conversion:
             own = {n for n, s in self.schemes.items() if s.fit == "ternary"}
             self.balanced |= dict.fromkeys(own, SCHEMES["f32"])
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
+        held = checkpoint.tensors
+        self.kept = {n for n, s in self.schemes.items() if keeps(held[hugging_face(n)], s)}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
         self.plan = Plan()
         self.errors: dict[str, tuple[float, float]] = {}
+        self.taken: set[str] = set()  # tensors that have the source's own codes
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
@@ -299,7 +311,9 @@ class Conversion:
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
-        calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
+        calibration = Calibration(
+            self.config, self.balanced, self.backend, frequencies, hidden, self.kept
+        )
         calibration.plan = self.plan
         return calibration
 
@@ -394,10 +408,12 @@ class Conversion:
         scheme, name = self.schemes[spec.name], hugging_face(spec.name)
         held = getattr(self.checkpoint, "codes", None)  # of NpzModel
         is_same = self.checkpoint.tensors[name].scheme == str(scheme)
-        folded = spec.name in self.plan.columns or spec.name in self.plan.rows
-        if held is not None and is_same and not folded:
-            found = carried(held(name, first, first + len(values)), scheme)
+        if held is not None and is_same and spec.name not in self.plan.columns:
+            rows = held(name, first, first + len(values))
+            rows = replace(rows, scale=self.plan.apply_rows(spec.name, rows.scale, first))
+            found = carried(rows, scheme)
             if found is not None:
+                self.taken.add(spec.name)
                 return packing.pack(found)
         if unit is not None:
             return packing.pack(codes.quantize(values, scheme, unit))
@@ -406,6 +422,12 @@ class Conversion:
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights
         self.progress(spec.name, self.done, self.total)
+
+    def is_as_it_was(self, name: str) -> bool:
+        """Whether a matrix was not quantised, or not again."""
+        scheme, info = self.schemes[name], self.checkpoint.tensors[hugging_face(name)]
+        same = keeps(info, scheme) and not self.errors[name][0]
+        return not scheme.is_coded or name in self.taken or same
 
     def kinds(self, writer: MyaiWriter) -> Iterator[KindReport]:
         """A row for each kind of tensor there is."""
@@ -438,6 +460,7 @@ def convert(
     progress: Progress | None = None,
     command: str | None = None,
     name: str | None = None,
+    plan: str | Path | None = None,
     balance: str | None = None,
     ternary: str = TERNARY[0],
 ) -> ConvertReport:
@@ -445,22 +468,24 @@ def convert(
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
-    the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
-    are what the file says of its making and of its source. `balance` folds channels of a dense file
-    as another scheme would have it. `ternary` is where the scale of ternary weights comes from:
-    "least-error", or BitNet's "absmean" of a matrix. Peak memory is that of a layer and its largest
-    tensor (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything
-    wrong with source or target.
+    the scheme that loses least of them. None is "keep" for those, else "nl4". `command` and `name`
+    are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
+    tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
+    would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
+    BitNet's "absmean" of a matrix. Peak memory is that of a layer and its largest tensor
+    (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
+    with source or target.
     """
     from chalot.sources import called, resolve
 
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
+    asked += [] if plan is None else ["--plan", str(plan)]
     said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
-        schemes = schemes_for(scheme, checkpoint)
+        schemes = schemes_for(scheme, checkpoint, None if plan is None else Path(plan))
         balanced = parse_schemes(balance) if balance else None
         watch = progress or (lambda *_: None)
         return write_myai(
@@ -505,8 +530,10 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    said = [*notes(checkpoint.path, checkpoint.tensors, work.schemes)]
-    said += coarse_note(work.schemes, work.errors)
+    becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in work.schemes.items()}
+    said = [*notes(checkpoint.path, checkpoint.tensors, becomes)]
+    if any(schemes[kind].is_coarse for kind in KINDS):  # and no plan's choice
+        said += coarse_note(work.schemes, work.errors)
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(said)
     )

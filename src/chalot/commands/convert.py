@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot.commands.output import as_json, progress, say
-from chalot.errors import OutputError, UnsupportedError
+from chalot.errors import OutputError, SchemeError, UnsupportedError
 from chalot.short_names import BITS
 from chalot.table import rows
 
@@ -26,11 +26,12 @@ def arguments(parser: ArgumentParser) -> None:
     where.add_argument("--output-dir", metavar="DIR", help="where to write NAME-SCHEME.myai")
     parser.add_argument(
         "--to",
-        help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
+        help="myai (default), gguf, npz or safetensors; or by the ending of OUT: .myai or .gguf",
     )
     parser.add_argument(
         "--type",
-        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q4_k, ..., or TYPE,KIND=TYPE,...; "
+        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, "
+        "iq4_nl, iq4_xs, q3_k, q2_k, tq2_0, tq1_0, or TYPE,KIND=TYPE,...; "
         "for safetensors: bf16 (default), f16, f32",
     )
     parser.add_argument(
@@ -42,7 +43,6 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ternary",
         choices=("least-error", "absmean"),
-        default="least-error",
         help="the scale of ternary weights: what leaves the least error (default), or BitNet's "
         "mean |w| of a matrix, for models trained with it",
     )
@@ -51,9 +51,10 @@ def arguments(parser: ArgumentParser) -> None:
         "--scheme",
         help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl2, ternary, sign, row8, row4, "
         "row2, row1, or KIND=SCHEME,... "
-        "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
-        "already goes to the scheme that loses least of it",
+        "with kinds attention, ffn, embedding, head; keep (default where weights are quantised "
+        "already): each goes to the scheme that loses least of it",
     )
+    how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
     parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
@@ -77,8 +78,9 @@ def main(arguments: Arguments) -> int:
         arguments.parser.error("-o names one file; expected --output-dir DIR for several")
     if not (arguments.source or arguments.all):
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
-    if (arguments.fit or arguments.dry_run) and arguments.to not in (None, "myai"):
-        arguments.parser.error("--fit and --dry-run are for .myai files; leave out --to")
+    check_settings(arguments)
+    if arguments.plan and arguments.dry_run:
+        arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -98,23 +100,40 @@ def main(arguments: Arguments) -> int:
     return 0 if not found.failed and all(map(passed, found.reports)) else 1
 
 
+def check_settings(arguments: Arguments) -> None:
+    """Usage error where --to and -o contradict each other, or a setting has no use."""
+    from chalot.export import refuse_useless, target_of
+
+    off = {"tokenizer": not arguments.tokenizer, "validate": not arguments.validate}
+    try:
+        to = target_of(arguments.to, arguments.out)
+        refuse_useless(
+            to, lambda name: off.get(name, getattr(arguments, name) not in (None, False))
+        )
+    except SchemeError as error:
+        arguments.parser.error(str(error))
+
+
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
     from chalot import batch, fitting
-    from chalot.convert import DEFAULT_SCHEME
-    from chalot.export import export
-    from chalot.keeping import usual
+    from chalot.convert import TERNARY
+    from chalot.export import TARGETS, export, target_of
 
     out = arguments.out or ""
-    to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
-    scheme = arguments.scheme or BITS.get(arguments.bits) or usual(source, DEFAULT_SCHEME)
-    fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
-    if fit is not None and arguments.fit:
-        scheme = fitting.chosen(fit, source)
+    to = target_of(arguments.to, out)
+    scheme = arguments.scheme or BITS.get(arguments.bits)
+    fit = None
+    if arguments.fit or arguments.dry_run:
+        usual, fit = judged(source, arguments)
+        scheme = fitting.chosen(fit, source) if arguments.fit else scheme or usual
     if to == "npz":
         out = out or arguments.output_dir or "."
     elif not out:
-        kind = scheme if to == "myai" else arguments.type or ""
+        scheme = scheme or usual_scheme(source, arguments)
+        kind = "plan" if arguments.plan else scheme
+        if to != "myai":
+            kind = arguments.type or TARGETS[to].type
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
@@ -128,10 +147,11 @@ def one(source: str, arguments: Arguments) -> Any:
             out,
             to,
             arguments.type,
-            scheme=scheme,
-            bits=arguments.bits or "4",
+            scheme=scheme if to == "myai" else None,
+            plan=arguments.plan,
+            bits=arguments.bits if to == "npz" else None,
             tokenizer=arguments.tokenizer,
-            ternary=arguments.ternary,
+            ternary=arguments.ternary or TERNARY[0],
             threads=arguments.threads,
             progress=advance,
             command=command,
@@ -143,18 +163,28 @@ def one(source: str, arguments: Arguments) -> Any:
     return report
 
 
-def fit_of(source: str, arguments: Arguments) -> Any:
-    """What the source would take in each scheme, by its headers. Raises UnsupportedError."""
+def usual_scheme(source: str, arguments: Arguments) -> str:
+    """The scheme when none is asked for; what is on the hub is downloaded to know."""
+    from chalot.convert import DEFAULT_SCHEME
+    from chalot.keeping import usual
+    from chalot.sources import resolve
+
+    with progress(arguments, f"opening {source}") as advance:
+        return usual(resolve(source, advance), DEFAULT_SCHEME)
+
+
+def judged(source: str, arguments: Arguments) -> tuple[str | None, Any]:
+    """The usual scheme, and what the source would take in each. Raises UnsupportedError."""
     from chalot.describe import describe
 
     place = arguments.out and Path(arguments.out).parent
     folder = Path(place or arguments.output_dir or "")
-    found = describe(source, context=arguments.context, folder=folder).fit
-    if found is None:
+    found = describe(source, context=arguments.context, folder=folder)
+    if found.fit is None:
         raise UnsupportedError(
             f"{source}: is a .myai file; --fit and --dry-run judge what is not converted yet"
         )
-    return found
+    return found.scheme, found.fit
 
 
 def validated(report: Any, source: str, arguments: Arguments) -> Any:
@@ -195,11 +225,29 @@ def show(report: Any, arguments: Arguments) -> None:
     if not arguments.quiet:
         for note in report.notes:
             say(note)
-        table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
-        for k in report.kinds:
-            cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
-            table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
-        say(rows(table))
-        say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
-        say("activations; folded: tensors whose columns were balanced by powers of two")
+        say(losses(report.kinds))
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
+
+
+def losses(kinds: Any) -> str:
+    """The table of what each kind cost; columns that say nothing of any kind are left out."""
+    table = [["kind", "scheme", "tensors", "weights", "bytes", "error"]]
+    for k in kinds:
+        cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
+        table.append([k.kind, *map(str, cells)])
+    legend = ["error: relative squared error of the weights that are written, to the source's"]
+
+    def column(name: str, cells: list[str], what: str) -> None:
+        legend.append(f"{name}: {what}")
+        for line, cell in zip(table, [name, *cells], strict=True):
+            line.append(cell)
+
+    if any(k.source_error is not None for k in kinds):
+        before = ["-" if k.source_error is None else f"{k.source_error:.2g}" for k in kinds]
+        column("before", before, "error of the source's, to those it was quantised from")
+    if any(k.wide for k in kinds):
+        column("16-bit", [str(k.wide) for k in kinds], "tensors that ask for 16-bit activations")
+    if any(k.folded for k in kinds):
+        what = "tensors whose columns were balanced by powers of two"
+        column("folded", [str(k.folded) for k in kinds], what)
+    return "\n".join([rows(table), *legend])

@@ -8,13 +8,14 @@ they meet, for the cache's sake. All arithmetic is the kernels',
 so the choice, and with it the file, is the same on every machine.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.errors import WeightError
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import Batch, padded_vector
 from chalot.kernels.reference import rms_norm
@@ -29,7 +30,6 @@ from chalot.quant.scheme import SCHEMES, Scheme
 
 Floats = NDArray[np.float32]
 ROWS = 48  # of each matrix that a candidate is tried on
-NORMED = ("query_norm", "key_norm")  # between the products and rope, in families that have them
 NOTABLE = 5e-4  # relative squared error that eight-bit activations may add
 
 
@@ -45,10 +45,14 @@ class Plan:
         """Rows `first`... of a tensor, or a vector, with its factors."""
         if name in self.columns:
             weights = weights * self.columns[name]
-        if name in self.rows:
-            factor = self.rows[name][first : first + len(weights)]
-            weights = weights * (factor[:, None] if weights.ndim == 2 else factor)
-        return weights
+        return self.apply_rows(name, weights, first)
+
+    def apply_rows(self, name: str, weights: Floats, first: int) -> Floats:
+        """Rows `first`... of a tensor, or a number of each, with their factors."""
+        if name not in self.rows:
+            return weights
+        factor = self.rows[name][first : first + len(weights)]
+        return weights * (factor[:, None] if weights.ndim == 2 else factor)
 
 
 def ordered_sum(x: Floats) -> float:
@@ -134,12 +138,14 @@ class Calibration:
         backend: Backend,
         inverse_frequency: Floats,
         hidden: Floats,  # (tokens, hidden), at most a page of them
+        kept: Set[str] = frozenset(),  # matrices whose columns must stay as they are
     ) -> None:
         self.config = config
         self.schemes = schemes
         self.backend = backend
         self.inverse_frequency = inverse_frequency
         self.hidden = hidden
+        self.kept = kept
         self.plan = Plan()
 
     def layer(
@@ -181,7 +187,13 @@ class Calibration:
         runnable = self.backend.compile(program)
         runnable.run(batch, cache.arena)
         self.hidden = runnable.slot(slots["hidden"], tokens)
-        return {name: runnable.slot(slots[name], tokens) for name in (*LAYER_INPUTS, ROTATED)}
+        inputs = {name: runnable.slot(slots[name], tokens) for name in (*LAYER_INPUTS, ROTATED)}
+        if not all(np.isfinite(x).all() for x in (self.hidden, *inputs.values())):
+            raise WeightError(
+                f"layer {i} makes NaN or Inf of ordinary text, in the source's own numbers; take "
+                "another checkpoint, or the config.json that belongs to it"
+            )
+        return inputs
 
     def _plan(
         self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]
@@ -214,7 +226,8 @@ class Calibration:
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:
                 continue
-            factor, planes = Trial(self.backend, inputs[slot], coded).best(share)
+            fold_columns = None if self.kept & coded.keys() else share
+            factor, planes = Trial(self.backend, inputs[slot], coded).best(fold_columns)
             self.plan.planes.update(dict.fromkeys(coded, planes))
             if (factor == 1).all():
                 continue
@@ -224,22 +237,33 @@ class Calibration:
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
 
     def _balance_keys(self, p: str, rotated: Floats, vectors: Mapping[str, Floats]) -> None:
-        """Factors of the rows that make queries and keys, from both after rope."""
+        """Factors of the rows that make queries and keys, from queries after rope and keys.
+
+        Norms of heads would take a row's factor out again: where there are some, their weights have
+        it, one for all heads.
+        """
         c, query, key = self.config, p + "query", p + "key"
         if not (self.schemes[query].is_coded and self.schemes[key].is_coded):
             return
-        if any(p + name in vectors for name in NORMED):  # they take a row's factor out again
-            return
+        heads = rotated.reshape(len(rotated), -1, c.head_dim)[:, : c.heads + c.kv_heads]
+        if c.head_norms:  # which the slot's keys, unlike its queries, have not been through
+            weight = padded_vector(vectors[p + "key_norm"])
+            normed = rms_norm(heads[:, c.heads :], weight, c.norm_epsilon)
+            heads = np.concatenate([heads[:, : c.heads], normed], axis=1)
         pairs = c.head_dim // 2
-        square = fold.column_sums(rotated.astype(np.float64) ** 2).reshape(-1, 2, pairs)
-        of_pairs = square[:, 0] + square[:, 1]  # (heads, pairs): queries, keys, values
-        queries = of_pairs[: c.heads].reshape(c.kv_heads, -1, pairs)
-        keys = of_pairs[c.heads : c.heads + c.kv_heads]
+        flat = heads.reshape(len(heads), -1).astype(np.float64)
+        square = fold.column_sums(flat**2).reshape(-1, 2, pairs)
+        of_pairs = square[:, 0] + square[:, 1]  # (heads, pairs): queries, keys
+        queries, keys = of_pairs[: c.heads].reshape(c.kv_heads, -1, pairs), of_pairs[c.heads :]
         shared = sum(queries[:, i] for i in range(1, queries.shape[1])) + queries[:, 0]
-        factor = np.tile(fold.pair_factors(keys, shared), (1, 2))  # (kv_heads, head_dim)
+        if c.head_norms:
+            query, key = p + "query_norm", p + "key_norm"
+            keys, shared = (fold.column_sums(x)[None] for x in (keys, shared))
+        factor = np.tile(fold.pair_factors(keys, shared), (1, 2))  # (kv_heads or 1, head_dim)
         if (factor == 1).all():
             return
-        by_query = np.repeat(factor, c.heads // c.kv_heads, axis=0).reshape(-1)
+        group = 1 if c.head_norms else c.heads // c.kv_heads
+        by_query = np.repeat(factor, group, axis=0).reshape(-1)
         by_key = (np.float32(1) / factor).reshape(-1)
         for name, rows in ((query, by_query), (key, by_key)):
             self.plan.rows[name] = self.plan.rows[name + ".bias"] = rows

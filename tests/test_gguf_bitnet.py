@@ -101,7 +101,7 @@ def test_a_ternary_file_is_kept_ternary(tmp_path: Path) -> None:
     folder = open_folder(write_folder(WIDE, 0, tmp_path / "folder"))
     path = write(tmp_path / "m.gguf", as_gguf(folder, WIDE, "TQ1_0", "bitnet-b1.58"))
     folder.close()
-    wanted = {"embedding": "nl4", "attention": "ternary", "ffn": "ternary", "vector": "f32"}
+    wanted = {"embedding": "int8", "attention": "ternary", "ffn": "ternary", "vector": "f32"}
     assert {k.kind: k.scheme for k in describe(path).kinds} == wanted
     report = chalot.convert(path, tmp_path / "m.myai", threads=1)
     assert {k.kind: k.scheme for k in report.kinds} == wanted

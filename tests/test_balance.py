@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 import chalot
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import compare
+from chalot.formats.checkpoint import open_checkpoint
 from chalot.load import Model
 from chalot.model.calibration import Calibration
+from chalot.model.config import from_hugging_face
 from chalot.quant.fold import pair_factors
+from chalot.unfolding import Rows, unfolding
 from golden.cases import CASES, Shard, prompt, shapes, weights, write_folder
 
 
@@ -93,6 +96,14 @@ def test_norms_of_heads_take_the_factors(tmp_path: Path) -> None:
         exact[name] = found[0]
         loss[name] = float(np.sqrt(np.mean((found[1] - found[0]) ** 2)))
     np.testing.assert_array_equal(exact["plain"], exact["balanced"])
+    config = from_hugging_face(case.config)
+    opened = [open_checkpoint(path) for path in (out, twin)]
+    made, source = (Rows(checkpoint, config) for checkpoint in opened)
+    plan, name = unfolding(config, 1, made, source), "layers.1.key_norm"
+    assert not np.array_equal(made.read(name), source.read(name))
+    np.testing.assert_array_equal(plan.apply(name, made.read(name), 0), source.read(name))
+    for checkpoint in opened:
+        checkpoint.close()
     assert loss["balanced"] < loss["plain"] / 2 and loss["balanced"] < 1.1 * loss["even"], loss
 
 

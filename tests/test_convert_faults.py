@@ -349,3 +349,12 @@ def test_tensors_that_the_configuration_does_not_name(
         chalot.convert(more, out)
         with chalot.load(plain) as expected, chalot.load(out) as found:
             assert np.array_equal(found.logits([1, 2]), expected.logits([1, 2]))
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "model.myai"
+    link.symlink_to(tmp_path / "real" / "model.myai")
+    chalot.convert(checkpoint(tmp_path / "source"), link)
+    assert link.is_symlink() and (tmp_path / "real" / "model.myai").is_file()
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["model.myai"]

@@ -1,4 +1,4 @@
-"""Sources in codes already: the scheme that loses least of each tensor, and what is said of it.
+"""What scheme keeps a source in codes best, and what a user is told of coarse or repeated codes.
 
 What such a source holds in numbers, an embedding beside BitNet's ternary matrices, goes to int8: a
 hundredth of what nl4 loses, at half of bf16's bytes, which would be more than all that is ternary.
@@ -14,6 +14,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.quant.scheme import Scheme
 
+LOST = 0.01  # relative squared error; weights that had few values already stay far below
 KEEP = "keep"  # as a scheme: each tensor in codes goes to the one that its reader names
 BESIDE = "int8"  # of numbers beside codes
 
@@ -66,6 +67,25 @@ def kept(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, Sc
     if "embedding" in found:
         found.setdefault("head", found["embedding"])  # as without "keep"; a tied head has no other
     return found
+
+
+def coarse_note(
+    schemes: Mapping[str, Scheme], errors: Mapping[str, tuple[float, float]]
+) -> Iterator[str]:
+    """A line where weights of many values were given 1 or 2 bits; `errors` are (lost, had)."""
+    lossy = {
+        str(s): 0.0
+        for name, s in schemes.items()
+        if s.is_coarse and errors[name][0] > LOST * errors[name][1]
+    }
+    if lossy:
+        lost = [errors[name] for name, s in schemes.items() if str(s) in lossy]
+        share = sum(e for e, _ in lost) / max(sum(had for _, had in lost), 1e-30)
+        yield (
+            f"{', '.join(lossy)}: meant for models that were trained for it; these weights were "
+            f"not, and {share:.0%} of them is lost (relative squared error), so the text will make "
+            "little sense. nl4 and int8 suit any model."
+        )
 
 
 def notes(

@@ -40,13 +40,21 @@ def arguments(parser: ArgumentParser) -> None:
         action="store_false",
         help="for gguf: leave out a tokenizer that such files cannot hold",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=("least-error", "absmean"),
+        help="the scale of ternary weights: what leaves the least error (default), or BitNet's "
+        "mean |w| of a matrix, for models trained with it",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
-        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
+        help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl2, ternary, sign, row8, row4, "
+        "row2, row1, or KIND=SCHEME,... "
         "with kinds attention, ffn, embedding, head; keep (default where weights are quantised "
         "already): each goes to the scheme that loses least of it",
     )
+    how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
     parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
@@ -71,6 +79,8 @@ def main(arguments: Arguments) -> int:
     if not (arguments.source or arguments.all):
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
     check_settings(arguments)
+    if arguments.plan and arguments.dry_run:
+        arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -107,6 +117,7 @@ def check_settings(arguments: Arguments) -> None:
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
     from chalot import batch, fitting
+    from chalot.convert import TERNARY
     from chalot.export import TARGETS, export, target_of
 
     out = arguments.out or ""
@@ -120,7 +131,9 @@ def one(source: str, arguments: Arguments) -> Any:
         out = out or arguments.output_dir or "."
     elif not out:
         scheme = scheme or usual_scheme(source, arguments)
-        kind = scheme if to == "myai" else arguments.type or TARGETS[to].type
+        kind = "plan" if arguments.plan else scheme
+        if to != "myai":
+            kind = arguments.type or TARGETS[to].type
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
@@ -135,8 +148,10 @@ def one(source: str, arguments: Arguments) -> Any:
             to,
             arguments.type,
             scheme=scheme if to == "myai" else None,
+            plan=arguments.plan,
             bits=arguments.bits if to == "npz" else None,
             tokenizer=arguments.tokenizer,
+            ternary=arguments.ternary or TERNARY[0],
             threads=arguments.threads,
             progress=advance,
             command=command,

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.errors import WeightError
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import Batch, padded_vector
 from chalot.kernels.reference import rms_norm
@@ -186,7 +187,13 @@ class Calibration:
         runnable = self.backend.compile(program)
         runnable.run(batch, cache.arena)
         self.hidden = runnable.slot(slots["hidden"], tokens)
-        return {name: runnable.slot(slots[name], tokens) for name in (*LAYER_INPUTS, ROTATED)}
+        inputs = {name: runnable.slot(slots[name], tokens) for name in (*LAYER_INPUTS, ROTATED)}
+        if not all(np.isfinite(x).all() for x in (self.hidden, *inputs.values())):
+            raise WeightError(
+                f"layer {i} makes NaN or Inf of ordinary text, in the source's own numbers; take "
+                "another checkpoint, or the config.json that belongs to it"
+            )
+        return inputs
 
     def _plan(
         self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]

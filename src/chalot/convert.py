@@ -36,6 +36,7 @@ from chalot.quant import codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
+from chalot.refining import Refine, Refining
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -212,6 +213,7 @@ class Conversion:
         backend: Backend,
         progress: Progress,
         balance: Mapping[str, Scheme] | None = None,
+        refine: Refine | None = None,
     ) -> None:
         """`balance` folds channels as these schemes, of kinds, would have it: of dense files."""
         self.checkpoint = checkpoint
@@ -226,6 +228,7 @@ class Conversion:
         self.progress = progress
         self.digest = hashlib.sha256()
         self.plan = Plan()
+        self.refining = refine and Refining(refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
@@ -245,11 +248,21 @@ class Conversion:
         frequencies = inverse_frequencies(self.config)
         calibration = self._calibration(frequencies)
         planned = -1
+        later = None  # a tied embedding: it is refined as a head, by what comes last
         for spec in self.specs:
             layer = int(spec.name.split(".")[1]) if spec.name.startswith("layers.") else None
             if calibration is not None and layer is not None and layer > planned:
                 calibration.layer(layer, self.read, self._source_scheme(layer))
                 planned = layer
+            if self.refining is not None and spec.name == "embedding" and self.config.tied:
+                later = spec
+                self.digest.update(f"{spec.name} {spec.shape}".encode())
+                for _ in self._runs(spec):
+                    pass
+                continue
+            if self.refining is not None and spec.name == "head":
+                assert calibration is not None
+                self.refining.head(calibration.head_inputs(self.read("final_norm")))
             self._tensor(writer, spec)
         if calibration is not None:  # the head's activations are known only now
             head = "embedding" if self.config.tied else "head"
@@ -257,9 +270,16 @@ class Conversion:
                 [self.read(head, int(i), int(i) + 1) for i in some_rows(self.config.vocabulary)]
             )
             calibration.head(head, self.read("final_norm"), rows)
-            writer.tensors[head] = msgspec.structs.replace(
-                writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
-            )
+            if head in writer.tensors:
+                writer.tensors[head] = msgspec.structs.replace(
+                    writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
+                )
+        if later is not None:
+            assert calibration is not None and self.refining is not None
+            self.refining.head(calibration.head_inputs(self.read("final_norm")))
+            digest = self.digest.copy()
+            self._tensor(writer, later)
+            self.digest = digest
         writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
         for s in SCHEMES.values():
             tables = tables_of(s)
@@ -287,9 +307,13 @@ class Conversion:
         if not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
+        if self.refining is not None:
+            ids = self.refining.ids
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
         calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
+        if self.refining is not None:
+            calibration.watch = self.refining.watch
         calibration.plan = self.plan
         return calibration
 
@@ -371,7 +395,10 @@ class Conversion:
             found = carried(held(name, first, first + len(values)), scheme)
             if found is not None:
                 return packing.pack(found)
-        return self.backend.encode(values, scheme)
+        data = self.backend.encode(values, scheme)
+        if self.refining is None:
+            return data
+        return self.refining.encoded(spec, values, data, self.plan.columns.get(spec.name))
 
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights
@@ -409,6 +436,7 @@ def convert(
     command: str | None = None,
     name: str | None = None,
     balance: str | None = None,
+    refine: Refine | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -431,7 +459,7 @@ def convert(
         schemes = schemes_for(scheme, checkpoint)
         balanced = parse_schemes(balance) if balance else None
         watch = progress or (lambda *_: None)
-        return write_myai(checkpoint, Path(out), schemes, name, said, threads, watch, balanced)
+        return write_myai(checkpoint, Path(out), schemes, name, said, threads, watch, balanced, refine)
     finally:
         checkpoint.close()
 
@@ -445,9 +473,10 @@ def write_myai(
     threads: int | None,
     progress: Progress,
     balance: Mapping[str, Scheme] | None = None,
+    refine: Refine | None = None,
 ) -> ConvertReport:
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
-    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress, balance)
+    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress, balance, refine)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(
             f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "

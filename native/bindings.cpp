@@ -274,21 +274,19 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
   });
 }
 
-// See round_columns in refine.h. `steps` is (step, middle, low, high); `tables` (128, points) or None.
-void refine(Machine& machine, std::tuple<float, float, float, float> steps, nb::object tables, Out<float> w,
+// See round_columns in refine.h. `steps` is (step, middle, low, high); `tables` (128, points) or empty.
+void refine(Machine& machine, std::tuple<float, float, float, float> steps, In<float> tables, Out<float> w,
             In<float> upper, In<float> unit, In<float> offset, In<uint8_t> levels, Out<uint8_t> codes) {
   expect(w.ndim() == 2 && w.shape(0) < 1 << 30 && w.shape(1) < 1 << 15, "refine: expected rows of few columns");
   const int rows = int(w.shape(0)), n = int(w.shape(1));
   auto [step, middle, low, high] = steps;
   Steps s{step, middle, low, high, nullptr, 0};
-  expect(tables.is_none() || levels.size() == w.size(), "refine: a level for each weight");
-  if (!tables.is_none()) {
-    auto t = nb::cast<In<float>>(tables);
-    expect(t.ndim() == 2 && t.shape(0) == 128 && t.shape(1) >= 1 && t.shape(1) <= 256, "refine: tables");
-    s.tables = t.data(), s.points = int(t.shape(1));  // `tables` holds on to them
+  if (tables.size()) {
+    expect(tables.ndim() == 2 && tables.shape(0) == 128 && tables.shape(1) <= 256, "refine: tables");
+    s.tables = tables.data(), s.points = int(tables.shape(1));
   }
   expect(upper.size() == size_t(n) * n && offset.size() == size_t(rows), "refine: factor or offsets");
-  expect(unit.size() == w.size() && codes.size() == w.size(), "refine: sizes differ");
+  expect(unit.size() == w.size() && levels.size() == w.size() && codes.size() == w.size(), "refine: sizes differ");
   float* at = w.data();
   const float *factor = upper.data(), *one = unit.data(), *add = offset.data();
   const uint8_t* of_group = levels.data();

@@ -22,6 +22,7 @@ from chalot.quant.scheme import SCHEMES, Scheme
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
 ENCODED = ("int8", "nl4", "int4", "nl2")  # natively; others by numpy
 NO_TABLES = np.zeros((256, 16), np.int8)
+NO_STEPS = np.zeros((0, 0), np.float32)
 instruction_sets = _native.instruction_sets
 BytePairs = _native.BytePairs
 
@@ -165,8 +166,9 @@ class NativeBackend:
         """See Backend."""
         codes = np.empty(w.shape, np.uint8)
         numbers = (steps.step, steps.middle, steps.low, steps.high)
+        tables = NO_STEPS if steps.tables is None else steps.tables
         one, of_group = np.ascontiguousarray(unit), np.ascontiguousarray(levels)
-        self.machine.refine(numbers, steps.tables, w, upper, one, offset, of_group, codes)
+        self.machine.refine(numbers, tables, w, upper, one, offset, of_group, codes)
         return codes
 
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -68,10 +68,13 @@ def serve(file: Path, options: argparse.Namespace, *settings: str) -> Peer:
 
 
 def usual(case: Case) -> Case:
-    """A case without what llama.cpp has no place for: gemma2 scales by the head's size."""
-    if case.name != "gemma2":
-        return case
-    return replace(case, config=case.config | {"query_pre_attn_scalar": case.config["head_dim"]})
+    """A case without what llama.cpp has no place for: other scales of scores, bounds of yarn."""
+    changes: dict[str, Any] = {}
+    if case.name == "gemma2":
+        changes = {"query_pre_attn_scalar": case.config["head_dim"]}
+    if case.name == "qwen2-yarn":
+        changes = {"rope_scaling": case.config["rope_scaling"] | {"beta_fast": 32.0}}
+    return replace(case, config=case.config | changes)
 
 
 def families(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

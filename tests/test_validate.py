@@ -16,9 +16,11 @@ from chalot.export import export
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.safetensors import SafetensorsFolder
-from chalot.model.calibration import Plan
+from chalot.model.calibration import Plan, Trial
+from chalot.model.layers import ffn_norm
 from chalot.tensor import tensor
 from chalot.validate import BARS, render, validate
+from golden.cases import CASES, write_folder
 from myai_files import checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -50,7 +52,7 @@ def test_errors_are_numpy_s(small: Path, tmp_path: Path) -> None:
     assert report.tokens > 0 and "32 tokens" in render(report)
 
 
-@pytest.mark.parametrize(("bits", "passes"), [(8, True), (4, False)])
+@pytest.mark.parametrize(("bits", "passes"), [(8, True), (4, False), (1, False)])
 def test_the_bars_on_the_bundled_model(tmp_path: Path, bits: int, passes: bool) -> None:
     """Real weights: 8 bits a row keep the bar, fewer do not; the report shows what chalot has."""
     made = export(FOLDER, tmp_path, "npz", bits=str(bits)).path
@@ -62,6 +64,9 @@ def test_the_bars_on_the_bundled_model(tmp_path: Path, bits: int, passes: bool) 
         assert worst.better_scheme == "nl4" and worst.better is not None
         assert worst.better < 0.08 < 0.12 < worst.error
         assert "nl4 of the same rows gives" in text and "real weights" in text
+    if bits == 1:
+        assert "sign of the same rows gives" in text and "over the bar too" in text
+        assert "mean size" in text and "even steps" not in text
     assert ("within the bar" in text) == passes
     assert report.tensors[-1].kind == "embedding"  # tied: seen as the head
     assert validate(made, FOLDER, tolerance=0.95).ok
@@ -84,45 +89,73 @@ def test_powers_of_two_that_are_folded_in_are_undone(tmp_path: Path) -> None:
     assert max(t.output or 0 for t in found.tensors) < 0.12
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "bitnet"])
 def test_a_fold_of_any_power_is_found(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random factors, stored as float32: what validate sees is the source, exactly."""
+    """Random factors, stored as float32: what validate sees is the source, as it is computed with.
+
+    Exactly, but for norms of which checkpoints leave out 1: adding and taking it rounds.
+    """
+    folder = write_folder(CASES[name], 0, tmp_path / "source")
     rng = np.random.default_rng(0)
+    start, plan = Conversion.__init__, Plan()
 
-    def powers(count: int) -> Any:
-        return np.ldexp(np.float32(1), rng.integers(-9, 9, count))
+    def powers(*shape: int) -> Any:
+        return np.ldexp(np.float32(1), rng.integers(-5, 6, shape))
 
-    plan = Plan()
-    for i in range(2):
-        p = f"layers.{i}."
-        for norm_, readers in (
-            ("attention_norm", ("query", "key", "value")),
-            ("ffn_norm", ("gate", "up")),
-        ):
-            s = powers(64)
-            plan.rows[p + norm_] = 1 / s
-            plan.columns.update({p + r: s for r in readers})
-        s = powers(96)
-        plan.rows[p + "up"], plan.columns[p + "down"] = 1 / s, s
-        s = powers(32).reshape(2, 1, 16)
-        plan.rows[p + "value"] = plan.rows[p + "value.bias"] = (1 / s).reshape(-1)
-        plan.columns[p + "output"] = np.broadcast_to(s, (2, 2, 16)).reshape(-1)
-    start = Conversion.__init__
+    def fold(p: str, producer: str, rows: Any, readers: dict[str, Any]) -> None:
+        plan.rows[p + producer] = plan.rows[p + producer + ".bias"] = 1 / rows
+        plan.columns.update({p + reader: columns for reader, columns in readers.items()})
 
     def planned(self: Conversion, *arguments: Any, **named: Any) -> None:
         start(self, *arguments, **named)
-        self.plan = plan
+        c, self.plan = self.config, plan
+        for p in (f"layers.{i}." for i in range(c.layers)):
+            s = powers(c.hidden)
+            fold(p, "attention_norm", s, dict.fromkeys(("query", "key", "value"), s))
+            s = powers(c.hidden)
+            fold(p, ffn_norm(c), s, dict.fromkeys(("gate", "up"), s))
+            s, inner = powers(c.feed_forward), c.inner_norms
+            fold(p, "ffn_inner_norm" if inner else "up", s, {"down": s})
+            s = powers(c.kv_heads, 1, c.head_dim)
+            shared = np.repeat(s, c.heads // c.kv_heads, axis=1).reshape(-1)
+            rows = shared if inner else s.reshape(-1)
+            fold(p, "attention_inner_norm" if inner else "value", rows, {"output": shared})
+            if not c.head_norms:
+                s = np.tile(powers(c.kv_heads, 1, c.head_dim // 2), 2)
+                shared = np.repeat(s, c.heads // c.kv_heads, axis=1).reshape(-1)
+                fold(p, "query", 1 / shared, {})
+                fold(p, "key", s.reshape(-1), {})
 
     monkeypatch.setattr(Conversion, "__init__", planned)
-    chalot.convert(small, tmp_path / "m.myai", "f32")
-    folded = open_checkpoint(tmp_path / "m.myai")
-    with SafetensorsFolder(small) as source:
-        assert not np.array_equal(folded.float32(UP), source.float32(UP))
+    chalot.convert(folder, tmp_path / "m.myai", "f32")
+    assert plan.columns
+    folded, source = open_checkpoint(tmp_path / "m.myai"), open_checkpoint(folder)
+    assert not np.array_equal(folded.float32(UP), source.float32(UP))
     folded.close()
-    report = validate(tmp_path / "m.myai", small)
-    assert {t.name: t.error for t in report.tensors if t.error} == {}
-    assert validate(small, tmp_path / "m.myai").ok
+    source.close()
+    report = validate(tmp_path / "m.myai", folder)
+    off = max(t.error for t in report.tensors)
+    assert off < 1e-5 if name == "gemma2" else off == 0
+    assert validate(folder, tmp_path / "m.myai").ok
+
+
+def test_codes_that_come_over_stay_with_their_rows_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power of two of a row goes into its scale: keys are balanced, nothing is lost."""
+    monkeypatch.setattr(Trial, "best", lambda self, _: (np.ones(self.x.shape[1], np.float32), 1))
+    write_twin(FOLDER, tmp_path / "twin")
+    source = export(tmp_path / "twin", tmp_path, "npz", bits="4").path
+    report = chalot.convert(source, tmp_path / "twin.myai")
+    assert report.notes == () and {k.scheme for k in report.kinds} == {"row4", "f32"}
+    opened = [open_checkpoint(Path(p)) for p in (source, tmp_path / "twin.myai")]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert not np.allclose(*(k.float32(name) for k in opened), rtol=0.4)
+    for k in opened:
+        k.close()
+    assert max(t.error for t in validate(tmp_path / "twin.myai", source).tensors) < 1e-6
 
 
 def test_another_model_is_refused(small: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from chalot.formats.files import boundary
 from chalot.formats.hub_cache import downloaded
 from chalot.sources import as_path
 
-SUFFIXES = {"myai": ".myai", "gguf": ".gguf", "safetensors": "", "npz": ""}  # "": a folder
+FILES = ("myai", "gguf")  # targets that are one file; others are folders
 DEPTH = 4  # folders below the one that is searched
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # opened with the first one
 
@@ -47,7 +47,7 @@ def place(source: str, kind: str, to: str, folder: Path) -> Path:
     """Where a source goes that no name was given for: NAME-KIND.myai, KIND a scheme or a type."""
     kind = re.sub(r"[^\w.]+", "-", kind.lower())
     stem = "-".join(filter(None, (name_of(source), kind)))
-    return folder / f"{stem}{SUFFIXES.get(to, '')}"
+    return folder / (f"{stem}.{to}" if to in FILES else stem)
 
 
 def sources(named: Sequence[str], everything: bool) -> list[str]:

@@ -8,7 +8,7 @@ import hashlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -230,6 +230,7 @@ class Conversion:
         self.plan = Plan()
         self.refining = refine and Refining(refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
+        self.taken: set[str] = set()  # tensors that have the source's own codes
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
@@ -390,10 +391,12 @@ class Conversion:
         scheme, name = self.schemes[spec.name], hugging_face(spec.name)
         held = getattr(self.checkpoint, "codes", None)  # of NpzModel
         is_same = self.checkpoint.tensors[name].scheme == str(scheme)
-        folded = spec.name in self.plan.columns or spec.name in self.plan.rows
-        if held is not None and is_same and not folded:
-            found = carried(held(name, first, first + len(values)), scheme)
+        if held is not None and is_same and spec.name not in self.plan.columns:
+            rows = held(name, first, first + len(values))
+            rows = replace(rows, scale=self.plan.apply_rows(spec.name, rows.scale, first))
+            found = carried(rows, scheme)
             if found is not None:
+                self.taken.add(spec.name)
                 return packing.pack(found)
         data = self.backend.encode(values, scheme)
         if self.refining is None:
@@ -497,7 +500,9 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
-    said = tuple(notes(checkpoint.path, checkpoint.tensors, work.schemes))
+    others = {n: s for n, s in work.schemes.items() if n not in work.taken}
+    becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
+    said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
     )

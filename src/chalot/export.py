@@ -8,17 +8,18 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from chalot import export_gguf, export_safetensors
 from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
-from chalot.export_gguf import write_gguf
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a target may want to know. A target that has no use for a setting ignores it."""
+    """What a target may want to know."""
 
     source: str  # as the user named it
     type: str | None = None  # of --type: the numbers or blocks that the target stores
@@ -28,9 +29,6 @@ class Options:
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
     tokenizer: bool = True  # of gguf: whether the file has one
-
-
-Target = Callable[[Checkpoint, Path, Options], ConvertReport]
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -55,22 +53,86 @@ def to_gguf(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     from chalot.sources import called
 
     name, threads = called(options.source), options.threads
-    return write_gguf(
+    return export_gguf.write_gguf(
         checkpoint, out, options.type, name, options.tokenizer, threads, options.progress
     )
 
 
-TARGETS: dict[str, Target] = {"myai": to_myai, "gguf": to_gguf, "npz": to_npz}
+def to_safetensors(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
+    """A Hugging Face folder of numbers of `options.type`."""
+    return export_safetensors.write_safetensors(checkpoint, out, options.type, options.progress)
+
+
+class Target(NamedTuple):
+    """A format that is written. `settings` are the options of `convert` that it has a use for."""
+
+    write: Callable[[Checkpoint, Path, Options], ConvertReport]
+    ending: str  # of its files, and of what it makes
+    settings: tuple[str, ...]
+    folder: bool = False  # whether OUT is a folder
+    type: str = ""  # where none is asked for
+
+
+TARGETS = {
+    "myai": Target(to_myai, ".myai", ("scheme", "bits", "fit", "dry_run")),
+    "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
+    "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
+    "safetensors": Target(
+        to_safetensors,
+        ".safetensors",
+        ("type",),
+        folder=True,
+        type=export_safetensors.DEFAULT_TYPE,
+    ),
+}
+
+
+def target_of(to: str | None, out: str | Path | None) -> str:
+    """The target's name: as asked for, else by the ending of `out`, else myai.
+
+    Raises SchemeError for a target that is not known, and where the two contradict each other.
+    """
+    by_ending = {target.ending: name for name, target in TARGETS.items()}
+    ending = Path(out or "").suffix.lower()
+    found = by_ending.get(ending)
+    if to is not None and to not in TARGETS:
+        raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
+    name = to or found or "myai"
+    if found is not None and found != name:
+        raise SchemeError(
+            f"-o {out}: is the name of a {ending} file, --to {name} writes none; "
+            f"choose --to {found}, or another name"
+        )
+    if found is not None and TARGETS[name].folder:
+        raise SchemeError(
+            f"-o {out}: --to {name} writes a folder; leave out {ending}, or name another folder"
+        )
+    return name
+
+
+def refuse_useless(to: str, given: Callable[[str], bool]) -> None:
+    """Raise SchemeError for a setting that was `given`, and that the target has no use for."""
+    known = {setting for target in TARGETS.values() for setting in target.settings}
+    for setting in sorted(known - {*TARGETS[to].settings}):
+        if given(setting):
+            for_ = [name for name, target in TARGETS.items() if setting in target.settings]
+            name = OPTIONS.get(setting, f"--{setting.replace('_', '-')}")
+            raise SchemeError(
+                f"{name}: --to {to} has no use for it; it is of {' and '.join(for_)}: leave it out"
+            )
+
+
+OPTIONS = {"tokenizer": "--no-tokenizer", "validate": "--no-validate"}  # called otherwise
 
 
 def export(
     source: str | Path,
     out: str | Path,
-    to: str = "myai",
+    to: str | None = None,
     type: str | None = None,
     *,
     scheme: str | None = None,
-    bits: str = "4",
+    bits: str | None = None,
     tokenizer: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -78,18 +140,21 @@ def export(
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
-    The file or folder appears whole or not at all. Raises SchemeError for a target or type that is
-    not known, and any other ChalotError for what is wrong with source or place.
+    Without `to`, the ending of `out` says it. `type` is of gguf and safetensors, `scheme` of myai,
+    `bits` of npz ("4"), and `tokenizer` of gguf. The file or folder appears whole or not at all.
+    Raises SchemeError for a target, type or setting that is not known or has no use, and any other
+    ChalotError for what is wrong with source or place.
     """
     from chalot.sources import resolve
 
-    if to not in TARGETS:
-        raise SchemeError(f"--to {to}: not known; choose one of: {', '.join(TARGETS)}")
+    to = target_of(to, out)
+    given = {"type": type, "scheme": scheme, "bits": bits, "tokenizer": not tokenizer}
+    refuse_useless(to, lambda setting: bool(given.get(setting)))
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     watch = progress or (lambda *_: None)
-    options = Options(str(source), type, scheme, said, threads, watch, bits, tokenizer)
+    options = Options(str(source), type, scheme, said, threads, watch, bits or "4", tokenizer)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
-        return TARGETS[to](checkpoint, Path(out), options)
+        return TARGETS[to].write(checkpoint, Path(out), options)
     finally:
         checkpoint.close()

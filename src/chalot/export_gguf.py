@@ -14,17 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
-from chalot.convert import (
-    RUN,
-    ConvertReport,
-    KindReport,
-    Progress,
-    check_shapes,
-    check_space,
-    read_config,
-    source_error,
-)
+from chalot.convert import ConvertReport, Progress, check_space
 from chalot.errors import SchemeError, WeightError
+from chalot.exporting import DENSE, Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.gguf_blocks import decode
@@ -35,13 +27,12 @@ from chalot.formats.gguf_vocabulary import tokenizer_metadata
 from chalot.formats.gguf_writer import GgufWriter, TensorPlan, Value, header
 from chalot.formats.names import hugging_face
 from chalot.model.config import ModelConfig
-from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.model.layers import KINDS, TensorSpec
 from chalot.model.rope import kept
 
 Floats = NDArray[np.float32]
 PIECE = 1 << 16  # numbers that a thread encodes at once: they stay in its core's cache
 DEFAULT_TYPE = "f16"
-DENSE = ("f32", "f16", "bf16")
 DIVISORS = "rope_freqs.weight"
 READ = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -87,23 +78,17 @@ def type_of(spec: TensorSpec, types: Mapping[str, str], tied: bool) -> str:
     return name
 
 
-class GgufExport:
+class GgufExport(Export):
     """One checkpoint on its way into one GGUF file."""
 
     def __init__(
         self, checkpoint: Checkpoint, types: Mapping[str, str], threads: int, progress: Progress
     ) -> None:
-        self.checkpoint = checkpoint
-        self.config = read_config(checkpoint)
-        check_shapes(self.config, checkpoint)
+        super().__init__(checkpoint, progress)
         self.fields = fields(self.config)
         self.row = written(self.fields)
-        self.specs = model_tensors(self.config)
-        self.types = types
+        self.types, self.threads = types, threads
         self.kind = {s.name: type_of(s, types, self.config.tied) for s in self.specs}
-        self.threads, self.progress = threads, progress
-        self.errors: dict[str, tuple[float, float]] = {}  # squared error, squared weights
-        self.total, self.done = sum(int(np.prod(s.shape)) for s in self.specs), 0
 
     def plans(self) -> list[TensorPlan]:
         """Every tensor of the file, in its order."""
@@ -182,7 +167,6 @@ class GgufExport:
     def _pieces(self, spec: TensorSpec, pool: ThreadPoolExecutor) -> Iterator[NDArray[Any]]:
         """The blocks of a tensor in order; errors are measured on some rows of each run."""
         kind = WRITABLE[self.kind[spec.name]]
-        lost = had = 0.0
         for rows in self._runs(spec):
             step = max(1, PIECE // rows.shape[1])
             parts = [rows[at : at + step] for at in range(0, len(rows), step)]
@@ -190,60 +174,28 @@ class GgufExport:
                 for part, coded in zip(parts, pool.map(encoder(kind), parts), strict=True):
                     if part is parts[0]:
                         again = decode(kind.block, coded.reshape(-1)).reshape(part.shape)
-                        lost += float(np.vdot(again - part, again - part))  # of the report only
-                        had += float(np.vdot(part, part))
+                        self.note(spec, part, again)
                     yield coded
             except OverflowError:
                 raise WeightError(
                     f"{self.checkpoint.path}: tensor {hugging_face(spec.name)} has weights too "
                     f"large for {kind.block.name.lower()}; choose --type f32 or bf16"
                 ) from None
-        self.errors[spec.name] = lost, had
 
     def _runs(self, spec: TensorSpec) -> Iterator[Floats]:
         """A tensor as a matrix, some rows at a time, as the architecture has it."""
-        name, rows, columns = hugging_face(spec.name), spec.shape[0], int(spec.shape[-1])
-        if len(spec.shape) == 1:
-            columns = 1
         head = self.config.head_dim if self.row.name in PERMUTED and turned(spec.name) else 1
-        size = max(head, RUN // columns // head * head)
-        for first in range(0, rows, size):
-            values = self.checkpoint.float32(name, first, min(first + size, rows))
-            if not np.isfinite(values).all():
-                raise WeightError(
-                    f"{self.checkpoint.path}: tensor {name} has NaN or Inf among its weights; take "
-                    "another checkpoint"
-                )
+        for values in self.runs(spec, head):
             if spec.kind == "vector" and self.row.name in SHIFTED and spec.offset:
                 values = values + np.float32(spec.offset)
             if head > 1:
                 values = interleaved(values, head)
-            yield values.reshape(-1, columns)
-            self.done += values.size
-            self.progress(name, self.done, self.total)
+            yield values.reshape(len(values), -1)
 
-    def kinds(self) -> Iterator[KindReport]:
-        """A row for each kind of tensor there is."""
-        for kind in (*KINDS, "vector"):
-            specs = [s for s in self.specs if s.kind == kind]
-            if not specs:
-                continue
-            errors = {s.name: self.errors[s.name] for s in specs}
-            lost, had = (sum(e[i] for e in errors.values()) for i in range(2))
-            stored = [
-                TensorPlan("", WRITABLE[self.kind[s.name]].block, s.shape).nbytes for s in specs
-            ]
-            yield KindReport(
-                kind,
-                "+".join(sorted({self.kind[s.name] for s in specs})),
-                len(specs),
-                sum(int(np.prod(s.shape)) for s in specs),
-                sum(stored),
-                lost / had if had else 0.0,
-                0,
-                0,
-                source_error(self.checkpoint, errors) if kind != "vector" else None,
-            )
+    def stored(self, spec: TensorSpec) -> tuple[str, int]:
+        """The type and bytes of a tensor."""
+        name = self.kind[spec.name]
+        return name, TensorPlan("", WRITABLE[name].block, spec.shape).nbytes
 
 
 def encoder(kind: Writable) -> Callable[[Floats], NDArray[Any]]:
@@ -306,6 +258,4 @@ def write_gguf(
     with GgufWriter(out, begin, plans) as writer:
         work.write(writer)
         writer.commit()
-    kinds = tuple(work.kinds())
-    bits = sum(k.bytes for k in kinds) * 8 / work.total
-    return ConvertReport(str(out), out.stat().st_size, work.total, bits, kinds, tuple(notes))
+    return work.report(out, out.stat().st_size, work.stored, tuple(notes))

@@ -31,7 +31,9 @@ from chalot.quant.scheme import PANEL, SCHEMES
 from chalot.table import rows, size
 
 CONTEXT = 4096  # tokens to judge at, unless others are asked for or the model has fewer
-CHOICES = ("int8", "int6", "nl4")  # for --fit, best first; fewer bits cost too much unasked
+# For --fit, best first. bf16 would take twice the memory and time of int8 to be nearer by a KL of
+# 0.0007 (docs/performance.md); int4 is as long as nl4 and worse; below, models are trained for it.
+CHOICES = ("int8", "int6", "nl4")
 WIDTHS = {"bf16": 2, "f16": 2}  # bytes of a number in a layer that waits for calibration; else 4
 COPIES, DENSE_COPIES = 4.2, 3.0  # of a run of rows at once: read, folded, encoded, the next one
 WITH_TABLES = 1.75  # of the documents' bytes: most is the tokenizer, whose tables go with it

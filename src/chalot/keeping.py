@@ -30,16 +30,19 @@ def kept(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, Sc
 
 
 def notes(
-    path: Path, tensors: Mapping[str, TensorInfo], schemes: Mapping[str, Scheme]
+    path: Path, tensors: Mapping[str, TensorInfo], becomes: Mapping[str, str | None]
 ) -> Iterator[str]:
-    """A line on what becomes of a source in codes; none for a source of numbers."""
+    """A line on what becomes of a source in codes; none for a source of numbers.
+
+    `becomes` has each matrix's new type, by chalot's name; None for a type of plain numbers.
+    """
     types: set[str] = set()
     again: set[str] = set()
-    for name, scheme in schemes.items():
+    for name, kind in becomes.items():
         info = tensors[hugging_face(name)]
         if info.scheme:
             types.add(info.dtype)
-            again |= {f"{info.dtype} to {scheme}"} if scheme.is_coded else set()
+            again |= {f"{info.dtype} to {kind}"} if kind else set()
     if types:
         what = "what that lost stays lost"
         if again:

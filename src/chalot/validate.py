@@ -4,29 +4,30 @@
 
 x are the inputs that the tensor meets when a short text goes through the source's own weights.
 Tensors are read in runs of rows, the source's layers one at a time. A `.myai` file has powers of
-two folded into it (model/calibration.py), which change no answer; they are found and undone first.
+two folded into it, which are undone first (chalot/unfolding.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.convert import RUN, calibration_ids, check_shapes, read_config
+from chalot.convert import calibration_ids, check_shapes, read_config
 from chalot.errors import SchemeError, WeightError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import padded_vector
 from chalot.kernels.reference import rms_norm
-from chalot.model.calibration import Calibration, dense, some_rows
+from chalot.model.calibration import Calibration, Plan, dense, some_rows
 from chalot.model.config import inverse_frequencies
 from chalot.model.layers import TensorSpec, layer_tensors, model_tensors
-from chalot.quant import codes, fold, packing
+from chalot.quant import codes, packing
 from chalot.quant.scheme import SCHEMES
 from chalot.table import rows as as_table
+from chalot.unfolding import Rows, unfolding
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -43,7 +44,6 @@ INPUTS = {  # a layer's matrices -> the slot that they read
     **dict.fromkeys(("gate", "up"), "feed-forward input"),
     "down": "feed-forward inner",
 }
-MYAI = b"IAYM"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def validate(
         found = tuple(work.checks())
     inputs = "a text through the source's layers" if work.has_text else "counted ids, no text"
     ok = all(check.ok for check in found)
-    return ValidateReport(str(path), str(against), inputs, work.tokens, ok, found)
+    return ValidateReport(str(path), str(against), inputs, len(work.ids), ok, found)
 
 
 class Opened:
@@ -127,34 +127,34 @@ class Validation:
         tolerance: float | None,
         progress: Progress,
     ) -> None:
-        self.made, self.source = made, source
         self.backend, self.tolerance, self.progress = backend, tolerance, progress
         self.config = read_config(source)
+        self.ids = calibration_ids(source, self.config)[:TOKENS]
         check_shapes(self.config, source)
         check_shapes(self.config, made)
+        self.made, self.source = Rows(made, self.config), Rows(source, self.config)
         self.has_text = source.document("tokenizer.json") is not None
         self.specs = model_tensors(self.config)
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
-        self.done = self.tokens = 0
+        self.done = 0
 
     def checks(self) -> Iterator[TensorCheck]:
         """Every tensor, each with the inputs that it meets."""
         c = self.config
         embedding = self.specs[0]
-        ids = calibration_ids(self.source, c)[:TOKENS]
-        self.tokens = len(ids)
-        hidden = np.concatenate([self.read(embedding.name, i, i + 1) for i in ids])
+        hidden = np.concatenate([self.read(embedding.name, i, i + 1) for i in self.ids])
+        hidden = hidden * np.float32(c.embedding_scale)
         exact = {s.name: SCHEMES["f32"] for s in self.specs}
         states = Calibration(c, exact, self.backend, inverse_frequencies(c), hidden)
-        none: dict[str, Floats] = {}
+        none = Plan()
         if not c.tied:
             yield self.check(embedding, None, none)
         for i in range(c.layers):
             inputs = states.layer(i, self.read, SCHEMES["f32"])
-            factors = self.factors(i)
+            plan = unfolding(c, i, self.made, self.source)
             for spec in layer_tensors(c, i):
                 slot = INPUTS.get(spec.name.split(".", 2)[2])
-                yield self.check(spec, inputs[slot] if slot else None, factors)
+                yield self.check(spec, inputs[slot] if slot else None, plan)
         final = next(s for s in self.specs if s.name == "final_norm")
         yield self.check(final, None, none)
         norm = padded_vector(self.read(final.name))
@@ -162,80 +162,21 @@ class Validation:
         yield self.check(head, rms_norm(states.hidden, norm, c.norm_epsilon), none)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
-        """Rows of the source. Raises WeightError for NaN or Inf."""
-        values = self.source.float32(hugging_face(name), first, last)
+        """Rows of the source, as computed with. Raises WeightError for NaN or Inf."""
+        values = self.source.read(name, first, last)
         if not np.isfinite(values).all():
-            raise WeightError(f"{self.source.path}: tensor {name} has NaN or Inf; of no use here")
+            where = f"{self.source.checkpoint.path}: tensor {name}"
+            raise WeightError(f"{where} has NaN or Inf; of no use here")
         return values
 
-    def factors(self, layer: int) -> dict[str, Floats]:
-        """Powers of two by tensor and side that the file's layer is off by, for `unfolded`."""
-        if not (is_myai(self.made) or is_myai(self.source)):
-            return {}
-        p, c = f"layers.{layer}.", self.config
-        out: dict[str, Floats] = {}
-
-        def note(producer: str, rows: Floats, readers: Mapping[str, Floats]) -> None:
-            out[p + producer + " rows"] = out[p + producer + ".bias rows"] = rows
-            for name, columns in readers.items():
-                out[f"{p}{name} columns"] = np.float32(1) / columns
-
-        for norm, readers in (
-            ("attention_norm", ("query", "key", "value")),
-            ("ffn_norm", ("gate", "up")),
-        ):
-            stored = self.made.float32(hugging_face(p + norm))
-            s = nearest(np.abs(self.read(p + norm)), np.abs(stored))
-            note(norm, s, dict.fromkeys(readers, s))
-        # both sides are rounded, and lose of their size: the square root of the two ratios
-        heads = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-        for producer, reader, groups in (
-            ("value", "output", heads),  # query heads of a group read one value head
-            ("up", "down", (1, 1, c.feed_forward)),
-        ):
-            ratio = np.ones(groups[0] * groups[2])
-            for name, axis in ((producer, 1), (reader, 0)):
-                ours, theirs = (
-                    self.sizes(k, p + name, axis, f)
-                    for k, f in ((self.made, out), (self.source, {}))
-                )
-                if axis == 0:
-                    ours, theirs = (x.reshape(groups).sum(1).reshape(-1) for x in (theirs, ours))
-                ratio = ratio * np.divide(theirs, ours, out=np.ones_like(ours), where=ours > 0)
-            s = nearest(ratio**0.25, np.ones_like(ratio))
-            shared = np.repeat(s.reshape(groups[0], 1, -1), groups[1], axis=1).reshape(-1)
-            note(producer, s, {reader: shared})
-        return out
-
-    def sizes(
-        self, checkpoint: Checkpoint, name: str, axis: int, factors: Mapping[str, Floats]
-    ) -> NDArray[np.float64]:
-        """Sums of squares along an axis of a matrix, without its `factors`."""
-        parts = [
-            (unfolded(name, values, 0, factors).astype(np.float64) ** 2).sum(axis=axis)
-            for values in self.runs(checkpoint, name)
-        ]
-        return np.concatenate(parts) if axis == 1 else np.sum(parts, axis=0)
-
-    def runs(self, checkpoint: Checkpoint, name: str) -> Iterator[Floats]:
-        """A tensor's rows, some at a time."""
-        stored = hugging_face(name)
-        shape = checkpoint.tensors[stored].shape
-        size = max(1, RUN // shape[1]) if len(shape) == 2 else shape[0]
-        for first in range(0, shape[0], size):
-            yield checkpoint.float32(stored, first, min(first + size, shape[0]))
-
-    def check(
-        self, spec: TensorSpec, x: Floats | None, factors: Mapping[str, Floats]
-    ) -> TensorCheck:
+    def check(self, spec: TensorSpec, x: Floats | None, plan: Plan) -> TensorCheck:
         """One tensor, with the inputs `x` (tokens, columns) that it meets, if it is a matrix."""
         lost = had = missed = answered = 0.0
         at = 0
-        pairs = zip(*(self.runs(k, spec.name) for k in (self.source, self.made)), strict=True)
-        for wanted, stored in pairs:
-            stored = unfolded(spec.name, stored, at, factors)
+        runs = (side.runs(spec.name) for side in (self.source, self.made))
+        for wanted, stored in zip(*runs, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
-                off = stored - wanted
+                off = plan.apply(spec.name, stored, at) - wanted
             lost += squares(off)
             had += squares(wanted)
             if x is not None:
@@ -244,7 +185,7 @@ class Validation:
             at += len(wanted)
             self.done += wanted.size
             self.progress(spec.name, self.done, self.total)
-        info = self.made.tensors[hugging_face(spec.name)]
+        info = self.made.checkpoint.tensors[hugging_face(spec.name)]
         bits = width(info)
         bar = next(b for least, b in BARS if bits >= least)
         bar = bar if self.tolerance is None else self.tolerance
@@ -265,32 +206,6 @@ class Validation:
         )
         stored = packing.unpack(self.backend.encode(few, scheme), scheme, few.shape)
         return name, relative(squares(codes.dequantize(stored) - few), squares(few))
-
-
-def is_myai(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is a `.myai` file, which may be folded."""
-    if not checkpoint.path.is_file():
-        return False
-    with checkpoint.path.open("rb") as file:
-        return file.read(4) == MYAI
-
-
-def nearest(above: NDArray[np.floating], below: NDArray[np.floating]) -> Floats:
-    """Powers of two nearest to the quotients; 1 where there is none."""
-    fine = (above > 0) & (below > 0) & np.isfinite(above) & np.isfinite(below)
-    ratio = np.divide(above, below, out=np.ones(above.shape), where=fine, dtype=np.float64)
-    return np.ldexp(np.float32(1), np.clip(fold.nearest_power(ratio), -60, 60)).astype(np.float32)
-
-
-def unfolded(name: str, values: Floats, first: int, factors: Mapping[str, Floats]) -> Floats:
-    """Rows `first`... of a tensor, or a vector, without its powers of two."""
-    columns, by_row = factors.get(name + " columns"), factors.get(name + " rows")
-    if columns is not None:
-        values = values * columns
-    if by_row is not None:
-        part = by_row[first : first + len(values)]
-        values = values * (part[:, None] if values.ndim == 2 else part)
-    return values
 
 
 def squares(x: Floats) -> float:
@@ -363,14 +278,18 @@ def advice(failed: list[TensorCheck]) -> Iterator[str]:
         t.stored for t in failed if t.better_scheme not in (None, t.stored)
     ):
         t = max((t for t in failed if t.stored == stored), key=lambda t: t.error)
-        per_row = stored.startswith(("q", "row"))
         how = f"{t.bits:g} bits a weight"
-        if per_row:
-            how += (
-                " in even steps over a row's whole range; real weights have a few far from the rest"
-            )
+        if stored.startswith(("q", "row")):
+            how = "each weight's sign times its row's mean size"
+            if t.bits > 1:
+                how = (
+                    f"{t.bits:g} bits a weight in even steps over a row's whole range; real "
+                    "weights have a few far from the rest"
+                )
+        helps = f"chalot convert SOURCE --scheme {t.better_scheme} -o model.myai"
+        if t.better is None or t.better > t.bar:
+            helps = "over the bar too; so few bits are for models that were trained for them"
         yield (
             f"{t.name}: {percent(t.error)}, over the bar of {percent(t.bar)}: {how}; "
-            f"{t.better_scheme} of the same rows gives {percent(t.better)}: "
-            f"chalot convert SOURCE --scheme {t.better_scheme} -o model.myai"
+            f"{t.better_scheme} of the same rows gives {percent(t.better)}: {helps}"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot.commands.output import as_json, progress, say
-from chalot.errors import OutputError, UnsupportedError
+from chalot.errors import OutputError, SchemeError, UnsupportedError
 from chalot.short_names import BITS
 from chalot.table import rows
 
@@ -26,11 +26,12 @@ def arguments(parser: ArgumentParser) -> None:
     where.add_argument("--output-dir", metavar="DIR", help="where to write NAME-SCHEME.myai")
     parser.add_argument(
         "--to",
-        help="myai (default), gguf, npz or safetensors; or by the ending of OUT, if it is .gguf",
+        help="myai (default), gguf, npz or safetensors; or by the ending of OUT: .myai or .gguf",
     )
     parser.add_argument(
         "--type",
-        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q4_k, ..., or TYPE,KIND=TYPE,...; "
+        help="for gguf: f16 (default), bf16, f32, q8_0, q6_k, q5_k, q5_1, q5_0, q4_k, q4_1, q4_0, "
+        "iq4_nl, iq4_xs, q3_k, q2_k, tq2_0, tq1_0, or TYPE,KIND=TYPE,...; "
         "for safetensors: bf16 (default), f16, f32",
     )
     parser.add_argument(
@@ -69,8 +70,7 @@ def main(arguments: Arguments) -> int:
         arguments.parser.error("-o names one file; expected --output-dir DIR for several")
     if not (arguments.source or arguments.all):
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
-    if (arguments.fit or arguments.dry_run) and arguments.to not in (None, "myai"):
-        arguments.parser.error("--fit and --dry-run are for .myai files; leave out --to")
+    check_settings(arguments)
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -90,15 +90,29 @@ def main(arguments: Arguments) -> int:
     return 0 if not found.failed and all(map(passed, found.reports)) else 1
 
 
+def check_settings(arguments: Arguments) -> None:
+    """Usage error where --to and -o contradict each other, or a setting has no use."""
+    from chalot.export import refuse_useless, target_of
+
+    off = {"tokenizer": not arguments.tokenizer, "validate": not arguments.validate}
+    try:
+        to = target_of(arguments.to, arguments.out)
+        refuse_useless(
+            to, lambda name: off.get(name, getattr(arguments, name) not in (None, False))
+        )
+    except SchemeError as error:
+        arguments.parser.error(str(error))
+
+
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
     from chalot import batch, fitting
     from chalot.convert import DEFAULT_SCHEME
-    from chalot.export import export
+    from chalot.export import TARGETS, export, target_of
     from chalot.keeping import usual
 
     out = arguments.out or ""
-    to = arguments.to or ("gguf" if out.endswith(".gguf") else "myai")
+    to = target_of(arguments.to, out)
     scheme = arguments.scheme or BITS.get(arguments.bits) or usual(source, DEFAULT_SCHEME)
     fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
     if fit is not None and arguments.fit:
@@ -106,7 +120,7 @@ def one(source: str, arguments: Arguments) -> Any:
     if to == "npz":
         out = out or arguments.output_dir or "."
     elif not out:
-        kind = scheme if to == "myai" else arguments.type or ""
+        kind = scheme if to == "myai" else arguments.type or TARGETS[to].type
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
@@ -120,8 +134,8 @@ def one(source: str, arguments: Arguments) -> Any:
             out,
             to,
             arguments.type,
-            scheme=scheme,
-            bits=arguments.bits or "4",
+            scheme=scheme if to == "myai" else None,
+            bits=arguments.bits if to == "npz" else None,
             tokenizer=arguments.tokenizer,
             threads=arguments.threads,
             progress=advance,
@@ -186,11 +200,29 @@ def show(report: Any, arguments: Arguments) -> None:
     if not arguments.quiet:
         for note in report.notes:
             say(note)
-        table = [["kind", "scheme", "tensors", "weights", "bytes", "error", "16-bit", "folded"]]
-        for k in report.kinds:
-            cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
-            table.append([k.kind, *map(str, cells), str(k.wide), str(k.folded)])
-        say(rows(table))
-        say("error: relative squared error of the weights; 16-bit: tensors that ask for 16-bit")
-        say("activations; folded: tensors whose columns were balanced by powers of two")
+        say(losses(report.kinds))
     print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
+
+
+def losses(kinds: Any) -> str:
+    """The table of what each kind cost; columns that say nothing of any kind are left out."""
+    table = [["kind", "scheme", "tensors", "weights", "bytes", "error"]]
+    for k in kinds:
+        cells = (k.scheme, k.tensors, f"{k.weights:,}", f"{k.bytes:,}", f"{k.error:.2g}")
+        table.append([k.kind, *map(str, cells)])
+    legend = ["error: relative squared error of the weights that are written, to the source's"]
+
+    def column(name: str, cells: list[str], what: str) -> None:
+        legend.append(f"{name}: {what}")
+        for line, cell in zip(table, [name, *cells], strict=True):
+            line.append(cell)
+
+    if any(k.source_error is not None for k in kinds):
+        before = ["-" if k.source_error is None else f"{k.source_error:.2g}" for k in kinds]
+        column("before", before, "error of the source's, to those it was quantised from")
+    if any(k.wide for k in kinds):
+        column("16-bit", [str(k.wide) for k in kinds], "tensors that ask for 16-bit activations")
+    if any(k.folded for k in kinds):
+        what = "tensors whose columns were balanced by powers of two"
+        column("folded", [str(k.folded) for k in kinds], what)
+    return "\n".join([rows(table), *legend])

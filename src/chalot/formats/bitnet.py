@@ -28,7 +28,8 @@ from chalot.errors import FormatError, UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
-from chalot.formats.safetensors import STORED, SafetensorsFolder
+from chalot.formats.floats import STORED
+from chalot.formats.safetensors import SafetensorsFolder
 
 ROWS_A_BYTE = 4
 LEAST_MEAN = np.float32(1e-5)

@@ -2,9 +2,10 @@
 
 Every encoder takes (blocks, weights) finite float32 and gives (blocks, bytes) uint8. Operations are
 single float32 ones in a written order, so that a file does not depend on the machine. Types that
-need no search (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, TQ1_0, TQ2_0) give the bytes of llama.cpp's reference.
-The others search scales as llama.cpp does, by least squares over some twenty candidates, in units
-of a group's largest weight; benchmarks/gguf_out.py compares their errors with llama.cpp's.
+need no search (Q8_0, Q4_0, Q4_1, Q5_0, Q5_1) give the bytes of llama.cpp's reference. The others
+search scales as llama.cpp does, by least squares over some twenty candidates, in units of a group's
+largest weight; benchmarks/gguf_out.py compares their errors with llama.cpp's. So do TQ1_0 and
+TQ2_0, where llama.cpp takes the largest weight: the same for weights that are ternary already.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from chalot.formats.gguf_search import (
     peak,
     scales_and_minimums,
     signed_scales,
+    ternary_scales,
 )
 
 Bytes = NDArray[Any]  # uint8
@@ -137,9 +139,9 @@ def _q5_1(x: Floats) -> Bytes:
 
 
 def _ternary(x: Floats) -> tuple[Floats, Bytes]:
-    """The largest magnitude of 256 weights, and codes 0, 1, 2 for minus, nothing, plus."""
-    scale = np.abs(x).max(axis=1, keepdims=True)
-    return scale, (_away(x * over(F32(1), scale)) + F32(1)).astype(np.uint8)
+    """Scales of 256 weights, and codes 0, 1, 2 for minus, nothing, plus."""
+    scale = ternary_scales(x)
+    return scale, (np.sign(x) * (np.abs(x) > _rounded(scale) / F32(2)) + F32(1)).astype(np.uint8)
 
 
 def _tq1_0(x: Floats) -> Bytes:

@@ -36,6 +36,7 @@ FAMILIES = {
     "gemma": Written("gemma", "gelu_tanh"),
     "gemma2": Written("gemma2", "gelu_tanh", caps=True, windows=True),
 }
+YARN_BETAS = (1.0, 32.0)  # slow and fast
 GEMMA2_27B_LAYERS = 46  # whose scores llama.cpp scales by hidden / heads instead of the head's size
 
 
@@ -57,7 +58,7 @@ def written(config: Mapping[str, Any]) -> Written:
         "score_cap": bool(config["score_cap"]) != row.caps,
         "score_scale": not _scale_is_usual(config, row),
         "inner_norms": config["inner_norms"],
-        "rope_scaling": _scaling(config) == "llama3" and not row.divisors,
+        "rope_scaling": not _scaling_is_known(config, row),
         "head_dim": row.square and config["heads"] * config["head_dim"] != config["hidden"],
         "windows": row.windows and not _alternating(config["windows"]),
     }
@@ -82,6 +83,13 @@ def _alternating(windows: Any) -> bool:
     """Whether every other layer, from the first, has one and the same window."""
     whole, others = set(windows[0::2]), set(windows[1::2])
     return len(whole) == 1 and 0 not in whole and not any(others)
+
+
+def _scaling_is_known(config: Mapping[str, Any], row: Written) -> bool:
+    if _scaling(config) == "yarn":  # llama.cpp reads other bounds of few architectures, not these
+        scaling = config["rope_scaling"]
+        return (scaling["low_freq_factor"], scaling["high_freq_factor"]) == YARN_BETAS
+    return _scaling(config) != "llama3" or row.divisors
 
 
 def _scaling(config: Mapping[str, Any]) -> str:
@@ -136,7 +144,5 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Value | None]:
         keys |= {
             "original_context_length": scaling["original_context"],
             "attn_factor": more if abs(more - 1) > 1e-6 else None,
-            "yarn_beta_fast": float(scaling["high_freq_factor"]),
-            "yarn_beta_slow": float(scaling["low_freq_factor"]),
         }
     return {f"rope.scaling.{key}": value for key, value in keys.items()}

@@ -108,6 +108,18 @@ def _fit(w: Floats, x: Floats, c: Floats, cc: Floats, xc: Floats) -> tuple[Float
     return np.where(positive, over(xc, cc), slope), np.where(positive, F32(0), offset)
 
 
+def ternary_scales(x: Floats) -> Floats:
+    """(blocks, 1) scales of codes -1, 0 and 1; of weights that are ternary already their own."""
+    size = np.abs(x)
+    largest = size.max(axis=1, keepdims=True)
+    unit = over(size, largest)
+    search = Search(unit, np.ones_like(unit))
+    for step in range(1, 20):
+        search.offer((unit > F32(step / 20)).astype(F32))
+    scale: Floats = search.scale * largest
+    return scale
+
+
 GRID = np.array(IQ4_GRID, F32)
 # middles between grid points are halves: floor(2 v) tells on which side of each a number lies
 NEAREST = np.searchsorted((GRID[1:] + GRID[:-1]).astype(int), np.arange(-256, 257), "right")

@@ -147,6 +147,17 @@ class NewFile:
             self.descriptor = -1
 
 
+class _FileInside(NewFile):
+    """A file of a folder that is on its way."""
+
+    def __init__(self, folder: "NewFolder", name: str) -> None:
+        self.folder = folder
+        super().__init__(folder.partial / name, b"", "")
+
+    def failed(self, error: Exception) -> OutputError:
+        return cannot_be_written(self.folder.path, error)
+
+
 class NewFolder:
     """A folder of plain files on its way; `commit` makes it appear, else all of it goes."""
 
@@ -178,8 +189,8 @@ class NewFolder:
             left.unlink()
 
     def file(self, name: str) -> NewFile:
-        """A new file in the folder."""
-        return NewFile(self.partial / name, b"", "")
+        """A new file in the folder. Errors name the folder."""
+        return _FileInside(self, name)
 
     def commit(self) -> None:
         """Sync, and rename to the folder's own name."""

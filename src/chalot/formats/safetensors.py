@@ -10,7 +10,6 @@ the file's length first; a file cut between that check and the use of the view e
 SIGBUS. Only copying would close that race: do not change a checkpoint while it is converted.
 """
 
-import json
 import math
 import mmap
 import os
@@ -27,7 +26,7 @@ from chalot.errors import FormatError, LimitError, UnsupportedError, WeightError
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS, read_document
 from chalot.formats.files import open_inside, quoted, read_at, whole_file
-from chalot.formats.floats import bf16_to_float32, float32_to_bf16
+from chalot.formats.floats import STORED, bf16_to_float32, narrowed
 from chalot.formats.safetensors_header import (
     INDEX,
     MAX_SHARDS,
@@ -38,14 +37,9 @@ from chalot.formats.safetensors_header import (
     parse_index,
     weight_files,
 )
+from chalot.formats.safetensors_writer import TensorPlan, header
 
 PIECE = 1 << 20  # bytes read at a time while widening to float32
-
-STORED: dict[str, np.dtype[Any]] = {
-    "bf16": np.dtype("<u2"),
-    "f16": np.dtype("<f2"),
-    "f32": np.dtype("<f4"),
-}
 
 INTEGERS = ("u8",)
 
@@ -265,21 +259,9 @@ def write(
         if dtype not in STORED or not name or any(size < 0 for size in shape):
             raise ValueError(f"tensor {quoted(name)}: cannot store {dtype} of shape {shape}")
     order = sorted(given, key=lambda entry: -STORED[entry[1]].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, dtype, shape, _ in order:
-        if name in header:
-            raise ValueError(f"tensor {quoted(name)} is given twice")
-        begin, end = end, end + math.prod(shape) * STORED[dtype].itemsize
-        header[name] = {
-            "dtype": dtype.upper(),
-            "shape": [*map(int, shape)],
-            "data_offsets": (begin, end),
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    begin = header([TensorPlan(*entry[:3]) for entry in order], metadata)
     with whole_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(begin)
         for name, dtype, shape, source in order:
             _write_tensor(file, name, dtype, shape, source)
 
@@ -293,12 +275,10 @@ def _write_tensor(
     if values.dtype != STORED[dtype]:
         if values.dtype.kind != "f":
             raise ValueError(f"tensor {quoted(name)}: {values.dtype} values, expected {dtype}")
-        with np.errstate(over="ignore"):
-            narrow = float32_to_bf16(values) if dtype == "bf16" else values.astype(STORED[dtype])
-        wide = bf16_to_float32(narrow) if dtype == "bf16" else narrow
-        if not np.array_equal(np.isinf(values), np.isinf(wide)):
+        try:
+            values = narrowed(values, dtype)
+        except OverflowError:
             raise WeightError(
                 f"tensor {quoted(name)}: values too large for {dtype}; store it as f32"
-            )
-        values = narrow
+            ) from None
     file.write(np.ascontiguousarray(values).data if values.size else b"")

@@ -46,10 +46,14 @@ class Plan:
         """Rows `first`... of a tensor, or a vector, with its factors."""
         if name in self.columns:
             weights = weights * self.columns[name]
-        if name in self.rows:
-            factor = self.rows[name][first : first + len(weights)]
-            weights = weights * (factor[:, None] if weights.ndim == 2 else factor)
-        return weights
+        return self.apply_rows(name, weights, first)
+
+    def apply_rows(self, name: str, weights: Floats, first: int) -> Floats:
+        """Rows `first`... of a tensor, or a number of each, with their factors."""
+        if name not in self.rows:
+            return weights
+        factor = self.rows[name][first : first + len(weights)]
+        return weights * (factor[:, None] if weights.ndim == 2 else factor)
 
 
 def ordered_sum(x: Floats) -> float:

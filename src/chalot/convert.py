@@ -68,6 +68,7 @@ class KindReport:
     wide: int  # tensors that ask for 16-bit activations
     folded: int  # tensors whose columns were balanced
     source_error: float | None = None  # what was lost when the source was quantised
+    product_errors: tuple[float, float] | None = None  # before and after refinement: refining.py
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,7 @@ class Conversion:
                 planned = layer
             if self.refining is not None and spec.name == "embedding" and self.config.tied:
                 later = spec
-                self.digest.update(f"{spec.name} {spec.shape}".encode())
-                for _ in self._runs(spec):
-                    pass
+                self._digest(spec)
                 continue
             if self.refining is not None and spec.name == "head":
                 assert calibration is not None
@@ -278,7 +277,7 @@ class Conversion:
         if later is not None:
             assert calibration is not None and self.refining is not None
             self.refining.head(calibration.head_inputs(self.read("final_norm")))
-            digest = self.digest.copy()
+            digest = self.digest.copy()  # which has it already
             self._tensor(writer, later)
             self.digest = digest
         writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
@@ -326,6 +325,14 @@ class Conversion:
             for n in ("key", "value", "output", "gate", "up", "down")
         )
         return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
+
+    def _digest(self, spec: TensorSpec) -> None:
+        """Let the source's digest have a matrix that is written later."""
+        self.digest.update(f"{spec.name} {spec.shape}".encode())
+        size = max(PANEL, RUN // spec.shape[1])
+        for first in range(0, spec.shape[0], size):
+            values = self.read(spec.name, first, min(first + size, spec.shape[0]))
+            self.digest.update(np.ascontiguousarray(values).data)
 
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
@@ -426,6 +433,7 @@ class Conversion:
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),
                 source_error(self.checkpoint, {n: self.errors.get(n, (0.0, 0.0)) for n in names}),
+                self.refining and self.refining.gain(names),
             )
 
 
@@ -447,7 +455,7 @@ def convert(
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
     the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
     are what the file says of its making and of its source. `balance` folds channels of a dense file
-    as another scheme would have it. Peak memory is that of a layer and its largest tensor
+    as another scheme would have it. `refine` finds better codes at the same bytes. Peak memory is that of a layer and its largest tensor
     (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
     with source or target.
     """
@@ -462,7 +470,9 @@ def convert(
         schemes = schemes_for(scheme, checkpoint)
         balanced = parse_schemes(balance) if balance else None
         watch = progress or (lambda *_: None)
-        return write_myai(checkpoint, Path(out), schemes, name, said, threads, watch, balanced, refine)
+        return write_myai(
+            checkpoint, Path(out), schemes, name, said, threads, watch, balanced, refine
+        )
     finally:
         checkpoint.close()
 
@@ -490,21 +500,24 @@ def write_myai(
         planned_bytes(work.config, schemes)
         + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
     )
+    said = command if refine is None else f"{command}  # {refine}"
     with MyaiWriter(out) as writer:
         work.progress("", 0, work.total)  # the source is good, and there is a place for it
         work.write(writer)
         writer.finish(
             msgspec.to_builtins(work.config),
-            Source(name, work.digest.hexdigest(), command, __version__),
+            Source(name, work.digest.hexdigest(), said, __version__),
             lambda partial: check_text(checkpoint, partial),
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
     becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
-    said = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
+    noted = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
+    if refine is not None:
+        noted += (f"refined: {refine}",)
     return ConvertReport(
-        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, said
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, noted
     )
 
 

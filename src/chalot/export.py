@@ -15,6 +15,7 @@ from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.refining import Refine
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
     tokenizer: bool = True  # of gguf: whether the file has one
+    refine: Refine | None = None  # of myai
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -37,7 +39,14 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
 
     schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
     return write_myai(
-        checkpoint, out, schemes, name, options.command, options.threads, options.progress
+        checkpoint,
+        out,
+        schemes,
+        name,
+        options.command,
+        options.threads,
+        options.progress,
+        refine=options.refine,
     )
 
 
@@ -74,7 +83,7 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "myai": Target(to_myai, ".myai", ("scheme", "bits", "fit", "dry_run")),
+    "myai": Target(to_myai, ".myai", ("scheme", "bits", "fit", "dry_run", "refine")),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
@@ -137,6 +146,7 @@ def export(
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    refine: Refine | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
@@ -149,10 +159,13 @@ def export(
 
     to = target_of(to, out)
     given = {"type": type, "scheme": scheme, "bits": bits, "tokenizer": not tokenizer}
+    given["refine"] = refine is not None
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
     watch = progress or (lambda *_: None)
-    options = Options(str(source), type, scheme, said, threads, watch, bits or "4", tokenizer)
+    options = Options(
+        str(source), type, scheme, said, threads, watch, bits or "4", tokenizer, refine
+    )
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
         return TARGETS[to].write(checkpoint, Path(out), options)

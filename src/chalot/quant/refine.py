@@ -169,9 +169,7 @@ class Refinement:
         return replace(coded, codes=codes)
 
 
-def output_error(
-    weights: Floats, stored: Floats, hessian: Floats
-) -> float:
+def output_error(weights: Floats, stored: Floats, hessian: Floats) -> float:
     """|(stored - weights) X^T|^2 / |weights X^T|^2."""
     miss = stored - weights
     lost = np.einsum("ij,ij->", miss @ hessian, miss, dtype=np.float64)

@@ -229,7 +229,9 @@ class Conversion:
         self.progress = progress
         self.digest = hashlib.sha256()
         self.plan = Plan()
-        self.refining = refine and Refining(refine, checkpoint, self.config, self.schemes, backend)
+        self.refining: Refining | None = None
+        if refine is not None:
+            self.refining = Refining(refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
         self.taken: set[str] = set()  # tensors that have the source's own codes
         self.done = 0
@@ -433,7 +435,7 @@ class Conversion:
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),
                 source_error(self.checkpoint, {n: self.errors.get(n, (0.0, 0.0)) for n in names}),
-                self.refining and self.refining.gain(names),
+                self.refining.gain(names) if self.refining is not None else None,
             )
 
 
@@ -455,9 +457,9 @@ def convert(
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
     the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
     are what the file says of its making and of its source. `balance` folds channels of a dense file
-    as another scheme would have it. `refine` finds better codes at the same bytes. Peak memory is that of a layer and its largest tensor
-    (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
-    with source or target.
+    as another scheme would have it. `refine` finds better codes at the same bytes. Peak memory is
+    that of a layer and its largest tensor (chalot.fitting). The file appears whole or not at all.
+    Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
 

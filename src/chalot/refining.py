@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,7 +212,8 @@ class Refining:
         inputs = self.inputs.get(slot)
         if inputs is None:  # an embedding that is no head is not multiplied with anything
             return data
-        one = np.ones(weights.shape[1], np.float32) if columns is None else 1 / columns
+        factors = np.ones(weights.shape[1], np.float32) if columns is None else columns
+        one: Floats = np.float32(1) / factors
         plain = packing.unpack(data, scheme, (weights.shape[0], weights.shape[1]))
         if self.method == "gptq":
             if self.made is None or self.made[0] != slot:
@@ -243,7 +245,7 @@ class Refining:
         return before, after
 
 
-def squares(x: Floats) -> float:
+def squares(x: NDArray[np.floating[Any]]) -> float:
     """Their sum."""
     return float(np.square(x, dtype=np.float64).sum())
 

@@ -235,7 +235,8 @@ def losses(kinds: Any) -> str:
         what = "tensors whose columns were balanced by powers of two"
         column("folded", [str(k.folded) for k in kinds], what)
     if any(k.product_errors for k in kinds):
-        what = "relative squared error of products, on text that took no part; unrefined and as is"
-        both = [k.product_errors and "%.3g -> %.3g" % k.product_errors or "-" for k in kinds]
+        what = "relative squared error of products on text that took no part, before and after"
+        pairs = [k.product_errors for k in kinds]
+        both = [f"{pair[0]:.3g} -> {pair[1]:.3g}" if pair else "-" for pair in pairs]
         column("products", both, what)
     return "\n".join([rows(table), *legend])

@@ -203,7 +203,8 @@ class Calibration:
 
     def _run(self, i: int, weights: Weights) -> dict[str, Floats]:
         """What the layer's matrices are multiplied with, by slot; the hidden states move on."""
-        after, first = [], {}
+        after: list[Floats] = []
+        first: dict[str, Floats] = {}
         windows = run_layer(
             self.backend, self.config, weights, i, self.hidden, self.inverse_frequency
         )

@@ -37,7 +37,8 @@ def shrink(r: Floats, beta: float) -> Floats:
     """What of each error is taken to be an outlier's."""
     size = np.abs(r)
     some = np.where(size > 0, size, F32(1))
-    return np.sign(r) * np.maximum(size - some ** F32(POWER - 1) / F32(beta), F32(0))
+    rest: Floats = np.maximum(size - some ** F32(POWER - 1) / F32(beta), F32(0))
+    return np.copysign(rest, r)
 
 
 def half_quadratic(weights: Floats, coded: Codes) -> Codes:
@@ -47,7 +48,9 @@ def half_quadratic(weights: Floats, coded: Codes) -> Codes:
     """
     scheme, columns = coded.scheme, weights.shape[1]
     if not applies(scheme):
-        raise SchemeError(f"{scheme}: its scales leave the least error already; expected row8, ...")
+        raise SchemeError(
+            f"{scheme}: its scales leave the least error already; hqq is for int8, int6, row8, ..."
+        )
     w, steps = padded(weights)[:, :columns], Steps.of(scheme)
     starts = np.arange(0, columns, min(scheme.segment, columns))
     unit = units(coded.row_scale, coded.segments)[:, : len(starts)]

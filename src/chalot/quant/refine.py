@@ -8,8 +8,9 @@ that are still to come:
     w[later] -= (w[j] - q[j]) / U[j, j] * U[j, later]
 
 Native code rounds blocks of 128 columns (native/refine.cpp), by the operations of `round_columns`
-here; what a block owes to the columns behind it is one product. Matrix algebra is numpy's LAPACK and BLAS: the codes found may differ between machines, as two
-roundings of one sum do. A file is the same everywhere once it is written.
+here; what a block owes to the columns behind it is one product. Matrix algebra is numpy's LAPACK
+and BLAS: the codes found may differ between machines, as two roundings of one sum do. A file is the
+same everywhere once it is written.
 """
 
 from collections.abc import Callable
@@ -55,8 +56,8 @@ def factor(hessian: Floats, damping: float = DAMPING) -> Floats:
     diagonal[diagonal == 0] = 1  # a column that nothing excites
     diagonal += damping * diagonal.mean()
     try:
-        h = np.linalg.cholesky(h)
-        found = inverse_of_upper(np.ascontiguousarray(h[::-1, ::-1])).astype(F32)
+        upper = np.linalg.cholesky(h)[::-1, ::-1].astype(np.float64)
+        found = inverse_of_upper(upper).astype(F32)
     except np.linalg.LinAlgError:
         raise WeightError(
             "the calibration text's activations have no usable Hessian; take a longer text"

@@ -1,6 +1,7 @@
 """Laws of `convert --refine`: equal bytes, smaller errors of products, and typed refusals."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def test_the_same_bytes_and_smaller_errors(tmp_path: Path) -> None:
     found = products(refined)
     assert found.keys() == {"embedding", "attention", "ffn"} and not products(plain)
     assert all(after < 0.85 * before for before, after in found.values())
-    with MyaiFile(tmp_path / "plain.myai") as a, MyaiFile(tmp_path / "refined.myai") as b:
+    files = (MyaiFile(tmp_path / f"{name}.myai") for name in ("plain", "refined"))
+    with closing(next(files)) as a, closing(next(files)) as b:
         assert a.manifest.source.digest == b.manifest.source.digest
         assert a.manifest.tensors.keys() == b.manifest.tensors.keys()
         for name, entry in a.manifest.tensors.items():
@@ -69,7 +71,7 @@ def test_the_command_says_and_reports_the_gain(
     report = json.loads(capsys.readouterr().out)
     by_kind = {k["kind"]: k["product_errors"] for k in report["kinds"]}
     assert by_kind["ffn"] is None and by_kind["attention"][1] < by_kind["attention"][0]
-    with MyaiFile(out) as file:
+    with closing(MyaiFile(out)) as file:
         assert str(text) in file.manifest.source.command
     assert cli.main([*named, *given[:4]]) == 0
     assert " -> " in capsys.readouterr().err

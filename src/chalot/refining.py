@@ -1,9 +1,9 @@
 """The setting `--refine` of `convert`: better codes at the same bytes, and what they gained.
 
-    gptq   a column's rounding error is made up for by those behind it (quant/refine.py), as the
-           source's inputs on a calibration text would have it; for every coded scheme
     hqq    scales and offsets that few large weights do not stretch (quant/hqq.py); for int8, int6
            and schemes of whole rows. The text only measures
+    gptq   that, and a column's rounding error is made up for by those behind it (quant/refine.py),
+           as the source's inputs on a calibration text would have it; for every coded scheme
 
 Hidden states go through the source's own layers, one layer at a time. The text's last windows, an
 eighth of them, take no part: on them the error of the products is measured, before and after.
@@ -215,16 +215,16 @@ class Refining:
         factors = np.ones(weights.shape[1], np.float32) if columns is None else columns
         one: Floats = np.float32(1) / factors
         plain = packing.unpack(data, scheme, (weights.shape[0], weights.shape[1]))
+        gains = hqq.applies(scheme)
+        if self.method == "hqq" and not gains:
+            return data
+        better = hqq.half_quadratic(weights, plain) if gains else plain
         if self.method == "gptq":
             if self.made is None or self.made[0] != slot:
                 hessian = inputs.sum() * one * one[:, None]
                 damping = READ_AS_ROWS if spec.kind == "embedding" else DAMPING
                 self.made = slot, Refinement(hessian, damping, self.backend.round_columns)
-            better = self.made[1].refined(weights, plain)
-        elif hqq.applies(scheme):
-            better = hqq.half_quadratic(weights, plain)
-        else:
-            return data
+            better = self.made[1].refined(weights, better)
         self._measure(spec.name, weights, (plain, better), np.concatenate(inputs.held) * one)
         return packing.pack(better)
 

@@ -3,8 +3,8 @@
     python benchmarks/refine.py [--model NAME=FOLDER ...] [--schemes nl4 int4] [--windows 40]
 
 The bundled model, its outlier twin, and further folders (tools/train_demo_model.py makes them from
-other seeds and sizes) with a heldout.txt each. Calibrated on the bundled text; KL on held-out text,
-of which no run of 32 tokens is in the calibration text. Error bars are standard errors over windows.
+other seeds and sizes) with a heldout.txt each. Calibrated on the bundled text; KL on held-out text;
+the runs of 32 tokens that both share are counted, and are none. Error bars are standard errors over windows.
 Appends a JSON line to results/refine.jsonl.
 """
 
@@ -26,6 +26,7 @@ from chalot.refining import BUNDLED, Refine
 from machine import OthersWork, provenance
 
 METHODS = ("plain", "gptq", "hqq")
+SCHEMES = ("nl4", "int4", "nl2", "ternary", "int6", "row4", "row2")
 RUN = 32  # tokens that may not be in both texts
 
 
@@ -79,8 +80,7 @@ def rows(
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="*", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--schemes", nargs="+",
-                        default=["nl4", "int4", "nl2", "ternary", "int6", "row4", "row2"])  # fmt: skip
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--windows", type=int, default=40, help="of 512 held-out tokens")
     parser.add_argument("--no-save", action="store_true", help="print only")

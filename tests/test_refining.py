@@ -5,18 +5,20 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from chalot import cli
-from chalot.convert import ConvertReport, convert
+from chalot.convert import ConvertReport, convert, read_config
 from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, SchemeError, TokenizerError, WeightError
+from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.myai import MyaiFile
 from chalot.quant import hqq
 from chalot.quant.codes import dequantize, quantize
 from chalot.quant.scheme import SCHEMES
-from chalot.refining import WINDOWS, Inputs, Refine
+from chalot.refining import WINDOWS, Inputs, Refine, token_ids
 
 TEXT = (FOLDER / "calibration.txt").read_text("utf-8")
 RNG = np.random.default_rng(0)
@@ -111,23 +113,18 @@ def test_methods_that_do_not_apply(tmp_path: Path, method: str, scheme: str, mes
         convert(FOLDER, tmp_path / "out.myai", scheme, refine=Refine.of(method))
 
 
-def folder_with(tmp_path: Path, **changes: object) -> Path:
-    """The bundled checkpoint with another configuration."""
-    out = tmp_path / "changed"
-    out.mkdir()
-    for path in FOLDER.glob("*.json"):
-        (out / path.name).write_bytes(path.read_bytes())
-    (out / "model.safetensors").symlink_to(FOLDER / "model.safetensors")
-    config = json.loads((FOLDER / "config.json").read_text()) | changes
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
 def test_no_tokenizer(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path)
-    (folder / "tokenizer.json").unlink()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
-        convert(folder, tmp_path / "out.myai", "nl4", refine=Refine.of("gptq"))
+        convert(tmp_path, tmp_path / "out.myai", "nl4", refine=Refine.of("gptq"))
+
+
+def test_ids_that_the_model_does_not_have() -> None:
+    with closing(open_checkpoint(FOLDER)) as checkpoint:
+        config = msgspec.structs.replace(read_config(checkpoint), vocabulary=300)
+        with pytest.raises(TokenizerError, match="the model has 300"):
+            token_ids(Refine.of("gptq"), checkpoint, config)
 
 
 def test_activations_that_are_no_numbers() -> None:

@@ -4,7 +4,7 @@
 
 The bundled model, its outlier twin, and further folders (tools/train_demo_model.py makes them from
 other seeds and sizes) with a heldout.txt each. Calibrated on the bundled text; KL on held-out text;
-the runs of 32 tokens that both share are counted, and are none. Error bars are standard errors over windows.
+the runs of 32 tokens that both share are counted. Error bars are standard errors over windows.
 Appends a JSON line to results/refine.jsonl.
 """
 

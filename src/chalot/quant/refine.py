@@ -85,7 +85,9 @@ class Steps:
         tables = tables_of(scheme)
         if tables is not None:
             return Steps(tables=np.ascontiguousarray(tables[: 2 * MAGNITUDES, :most], F32))
-        return Steps(scheme.step, scheme.middle, 0, most - 1) if scheme.step else Steps()
+        if scheme.step:
+            return Steps(scheme.step, scheme.middle, 0, most - 1)
+        return Steps(low=-128) if scheme.has_offset else Steps()  # row8 has all 256 codes
 
 
 RoundColumns = Callable[[Steps, Floats, Floats, Floats, Floats, Bytes], Bytes]

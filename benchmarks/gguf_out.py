@@ -188,7 +188,7 @@ def main() -> None:
         rows = list(types(folder, options))
     line = {
         **provenance(sys.argv[1:], ("--peer-python",)), "machine": describe_machine(),
-        "protocol": PROTOCOL, "families": tiny, "texts": same, "types": rows,
+        "protocol": str(PROTOCOL), "families": tiny, "texts": same, "types": rows,
     }  # fmt: skip
     if not options.no_save:
         with (HERE / "results" / "gguf_out.jsonl").open("a") as file:

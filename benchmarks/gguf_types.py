@@ -2,13 +2,13 @@
 
     python benchmarks/gguf_types.py --peer-python PEERS/bin/python [--windows 20]
 
-The bundled model goes to each type by llama.cpp's quantiser (all matrices to that one type), and
-the file is converted: to f32, which has what the file has; to what `keep` takes; and to some
-schemes beside it. Of each are said the relative squared error that converting added to the file's
-weights, the KL of its logits to llama.cpp's own of the same file, and the KL to the original model,
-which has a float32 cache. llama.cpp rounds activations of such files to 8 bits and has a float16
-cache, so the f32 row is the distance between two programs, not of chalot from the truth. Appends a
-JSON line to results/gguf_types.jsonl.
+The bundled model goes to each type by llama.cpp's quantiser (all matrices to that one type, every
+weight as important as any other), and the file is converted: to f32, which has what the file has;
+to what `keep` takes; and to some schemes beside it. Of each are said the relative squared error
+that converting added to the file's weights, the KL of its logits to llama.cpp's own of the same
+file, and the KL to the original model, which has a float32 cache. llama.cpp rounds activations of
+such files to 8 bits and has a float16 cache, so the f32 row is the distance between two programs,
+not of chalot from the truth. Appends a JSON line to results/gguf_types.jsonl.
 """
 
 import argparse
@@ -31,22 +31,22 @@ from machine import HERE, provenance
 from quality import Peer
 from worker import Worker
 
-TYPES = {  # GGUF's type -> what makes a file of nothing else
+TYPES = {  # GGUF's type -> llama.cpp's file type of nothing else; "": peers/gguf_pure.py makes it
     "F16": "F16", "BF16": "BF16-pure", "Q8_0": "Q8_0-pure", "Q6_K": "Q6_K-pure",
     "Q5_K": "Q5_K_S-pure", "Q5_1": "Q5_1-pure", "Q5_0": "Q5_0-pure", "Q4_K": "Q4_K_S-pure",
     "Q4_1": "Q4_1-pure", "Q4_0": "Q4_0-pure", "IQ4_NL": "IQ4_NL-pure", "IQ4_XS": "IQ4_XS-pure",
-    "MXFP4": "MXFP4", "Q3_K": "Q3_K_S-pure", "Q2_K": "Q2_K-pure", "TQ1_0": "TQ1_0-pure",
-    "TQ2_0": "TQ2_0-pure",
+    "MXFP4": "", "Q3_K": "Q3_K_S-pure", "IQ3_S": "", "IQ3_XXS": "", "Q2_K": "Q2_K-pure",
+    "IQ2_S": "", "IQ2_XS": "", "IQ2_XXS": "", "TQ1_0": "TQ1_0-pure", "TQ2_0": "TQ2_0-pure",
 }  # fmt: skip
 BESIDE = ("int8", "int6", "nl4", "int4")
 
 
 def make(kind: str, folder: Path, python: str) -> Path:
     """The bundled model in one type."""
-    out = folder / f"{TYPES[kind]}.gguf"
+    out = folder / f"{kind}.gguf"
     command = [python, "-m", "peers.llamacpp", "make", str(FOLDER), str(out), TYPES[kind]]
-    if kind == "MXFP4":
-        command = [python, "peers/gguf_mxfp4.py", str(folder / "F16.gguf"), str(out)]
+    if not TYPES[kind]:
+        command = [python, "peers/gguf_pure.py", str(folder / "F16.gguf"), str(out), kind]
     subprocess.run(command, cwd=HERE, check=True, capture_output=True)
     return out
 
@@ -82,10 +82,12 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each scheme that the type is converted to."""
     path = make(kind, folder, options.peer_python)
-    forms, reports, models = list(dict.fromkeys(["f32", KEEP, *options.beside])), [], []
-    for form in forms:
-        reports.append(convert(path, folder / f"{form}.myai", form))
-        models.append(Model(folder / f"{form}.myai", context=1024))
+    reports = {form: convert(path, folder / f"{form}.myai", form) for form in ("f32", KEEP)}
+    kept = reports[KEEP].kinds[0].scheme
+    for form in options.beside:
+        if form != kept:  # which is there already
+            reports[form] = convert(path, folder / f"{form}.myai", form)
+    models = [Model(folder / f"{form}.myai", context=1024) for form in reports]
     limits = ["--context", "1024", "--threads", str(options.threads)]
     serve = [options.peer_python, "-m", "peers.llamacpp", "serve", str(path), *limits]
     peer = Peer(Worker(kind, serve, folder / "peer.log"), path.stat().st_size, folder)
@@ -106,11 +108,11 @@ def rows(
         return found
 
     yield row("llama.cpp", peer.size, None, against_base[-1], None)
-    for form, report, model, p, b in zip(
-        forms, reports, models, against_peer, against_base[:-1], strict=True
+    for (form, report), model, p, b in zip(
+        reports.items(), models, against_peer, against_base[:-1], strict=True
     ):
-        kept = report.kinds[0].scheme if form == KEEP else form
-        yield row(f"{form} ({kept})" if form == KEEP else form, report.bytes, added(report), b, p)
+        said = f"{form} ({kept})" if form == KEEP else form
+        yield row(said, report.bytes, added(report), b, p)
         model.close()
 
 
@@ -149,7 +151,7 @@ def main() -> None:
                         flush=True,
                     )
     made = provenance(sys.argv[1:], ("--peer-python",))
-    line = {**made, "protocol": PROTOCOL, "tokens": len(ids), "rows": found}
+    line = {**made, "protocol": str(PROTOCOL), "tokens": len(ids), "rows": found}
     if not options.no_save:
         with (HERE / "results" / "gguf_types.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -6,7 +6,8 @@
 Each is a Hugging Face folder: config.json, tokenizer.json, model.safetensors and the two small
 configurations beside them. Matrices and biases are normal(0, 0.02) cut to bf16, norms are 1. The
 tokenizer is a byte-level BPE with the Qwen2 pre-tokenizer and made-up merges up to the real
-vocabulary's size, because that size decides how long it takes to load.
+vocabulary's size, because that size decides how long it takes to load. BitNet's matrices are
+random -1, 0 and 1, four a byte, with a scale of one number each.
 
 Time and bytes depend on shapes only, so these stand in for a download of gigabytes. They say
 nothing about quality: text is noise, and so is any loss measured on them.
@@ -26,7 +27,7 @@ import numpy as np
 class Shape:
     """What decides a decoder's bytes and products, and the constants its configuration needs."""
 
-    family: str  # "qwen2" has biases on q, k and v; "llama" has none
+    family: str  # "qwen2" has biases on q, k and v; "bitnet" packed matrices and more norms
     hidden: int
     layers: int
     heads: int
@@ -44,12 +45,19 @@ SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True, 32768, 1e6, 1e-6),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 28, 12, 2, 128, 8960, 151936, True, 32768, 1e6, 1e-6),
     "tinyllama-1.1b": Shape("llama", 2048, 22, 32, 4, 64, 5632, 32000, False, 2048, 1e4, 1e-5),
+    "bitnet-2b": Shape("bitnet", 2560, 30, 20, 5, 128, 6912, 128256, True, 4096, 5e5, 1e-5),
     # Seconds instead of minutes, to try the benchmarks themselves.
     "tiny": Shape("qwen2", 256, 2, 4, 2, 64, 512, 2048, True, 4096, 1e6, 1e-6),
     "tiny-llama": Shape("llama", 256, 2, 4, 2, 64, 512, 2048, False, 2048, 1e4, 1e-5),
+    "tiny-bitnet": Shape("bitnet", 256, 2, 4, 2, 64, 512, 2048, True, 4096, 5e5, 1e-5),
 }
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+ARCHITECTURES = {"bitnet": "BitNetForCausalLM"}  # others are named like their family
+PACKED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+ROWS_A_BYTE = 4
+# Four weights + 1, two bits each, in every way: (81,) bytes
+FOURS = sum(np.arange(81) // 3**i % 3 << 2 * i for i in range(4)).astype(np.uint8)
 UNUSED_TAIL = 293  # Qwen2.5: 151,936 rows, of which the last 293 are special tokens or padding
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -125,7 +133,9 @@ def tokenizer_json(shape: Shape) -> dict[str, Any]:
 def configuration(shape: Shape) -> dict[str, Any]:
     first = shape.vocabulary - UNUSED_TAIL
     return {
-        "architectures": [f"{shape.family.capitalize()}ForCausalLM"],
+        "architectures": [
+            ARCHITECTURES.get(shape.family, f"{shape.family.capitalize()}ForCausalLM")
+        ],
         "model_type": shape.family,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
@@ -135,7 +145,8 @@ def configuration(shape: Shape) -> dict[str, Any]:
         "intermediate_size": shape.feed_forward,
         "vocab_size": shape.vocabulary,
         "tie_word_embeddings": shape.tied,
-        "hidden_act": "silu",
+        "hidden_act": "relu2" if shape.family == "bitnet" else "silu",
+        **({"quantization_config": PACKED} if shape.family == "bitnet" else {}),
         "max_position_embeddings": shape.positions,
         "rms_norm_eps": shape.eps,
         "rope_theta": shape.theta,
@@ -152,6 +163,9 @@ def weights(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (shape.hidden,)
+        if shape.family == "bitnet":
+            yield f"{prefix}.self_attn.attn_sub_norm.weight", (query,)
+            yield f"{prefix}.mlp.ffn_sub_norm.weight", (shape.feed_forward,)
         for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
             yield f"{prefix}.self_attn.{name}.weight", (rows, shape.hidden)
             if shape.family == "qwen2":
@@ -164,6 +178,23 @@ def weights(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (shape.hidden,)
     if not shape.tied:
         yield "lm_head.weight", (shape.vocabulary, shape.hidden)
+
+
+def stored(shape: Shape) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, type, dimensions) of every tensor of the file."""
+    for name, dimensions in weights(shape):
+        if shape.family == "bitnet" and name.endswith("_proj.weight"):
+            yield name, "U8", (dimensions[0] // ROWS_A_BYTE, dimensions[1])
+            yield name + "_scale", "BF16", (1,)
+        else:
+            yield name, "BF16", dimensions
+
+
+def random_bytes(count: int, rng: np.random.Generator) -> Iterator[bytes]:
+    """`count` bytes of four ternary weights each."""
+    piece = 4 << 20
+    for start in range(0, count, piece):
+        yield FOURS[rng.integers(0, 81, min(piece, count - start), np.uint8)].tobytes()
 
 
 def random_bf16(count: int, norm: bool, rng: np.random.Generator) -> Iterator[bytes]:
@@ -179,16 +210,22 @@ def random_bf16(count: int, norm: bool, rng: np.random.Generator) -> Iterator[by
 
 def write_safetensors(path: Path, shape: Shape) -> None:
     header, end = {}, 0
-    for name, dimensions in weights(shape):
-        start, end = end, end + 2 * int(np.prod(dimensions))
-        header[name] = {"dtype": "BF16", "shape": dimensions, "data_offsets": [start, end]}
+    for name, kind, dimensions in stored(shape):
+        start, end = end, end + (1 if kind == "U8" else 2) * int(np.prod(dimensions))
+        header[name] = {"dtype": kind, "shape": dimensions, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     rng = np.random.default_rng(1)
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for name, dimensions in weights(shape):
-            for piece in random_bf16(int(np.prod(dimensions)), "norm" in name, rng):
+        for name, kind, dimensions in stored(shape):
+            count = int(np.prod(dimensions))
+            if name.endswith("_scale"):
+                pieces = iter([(np.array([0.02], np.float32).view("<u4") >> 16).astype("<u2")])
+            else:
+                norm = "norm" in name
+                pieces = random_bytes(count, rng) if kind == "U8" else random_bf16(count, norm, rng)
+            for piece in pieces:
                 file.write(piece)
 
 

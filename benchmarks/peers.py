@@ -29,7 +29,7 @@ from typing import Any
 from machine import HERE, OthersWork, ReadBandwidth, describe_machine, provenance
 from make_models import SHAPES, UNUSED_TAIL
 from report import Rounds, into, summarise, table
-from sides import ENGINES, PATH_OPTIONS, Prepared, prepare, say
+from sides import ENGINES, PATH_OPTIONS, SETS, Prepared, prepare, say
 from worker import Worker, WorkerError
 
 SETTLE_SECONDS = 0.3  # OpenMP's threads spin for 0.2 s after their last work
@@ -237,6 +237,12 @@ def arguments() -> argparse.Namespace:
     add("--envs", type=Path, default=Path("envs"),
         help="folder of the other engines' environments: "
         + ", ".join(e.env for e in ENGINES.values() if e.env))  # fmt: skip
+    add(
+        "--sides",
+        choices=SETS,
+        default="forms",
+        help="forms that people use (default), or every scheme of chalot beside small types",
+    )
     add("--peers", nargs="+", default=list(ENGINES), metavar="NAME",
         help=f"engines or single sides (default: all; engines: {', '.join(ENGINES)})")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
@@ -253,7 +259,8 @@ def arguments() -> argparse.Namespace:
     add("--table", type=Path, metavar="FILE", help="only print the tables of results")
     add("--into", type=Path, metavar="PAGE", help="with --table: write them into that page")
     options = parser.parse_args()
-    known = {*ENGINES, *(side for engine in ENGINES.values() for side in engine.sides)}
+    engines = SETS[options.sides]
+    known = {*ENGINES, *(side for engine in engines.values() for side in engine.sides)}
     for name in options.peers:
         if name not in known:
             parser.error(f"no side is called {name!r}; there are: {', '.join(sorted(known))}")

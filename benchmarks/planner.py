@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from chalot.charts import Point, curves
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate.quality import standard_error
 from chalot.evaluate.report import uncut
@@ -37,7 +38,8 @@ from chalot.text.tokenizer import from_source
 from machine import HERE, provenance
 
 BITS = (2.5, 3.0, 3.5, 4.25, 5.0)
-NAMES = ("bf16", "int8", "int6", "nl4", "nl2")
+OF_NL4 = 4.25
+NAMES = ("bf16", "int8", "int6", "nl4", "nl2", "ternary")
 LEVELS = {"low": "nl2", "middle": "nl4", "raw": "int8"}  # of EWQ, where budgets are this small
 OVERLAP = 32  # tokens
 RESULTS = HERE / "results" / "planner.jsonl"
@@ -182,6 +184,8 @@ def plans(
     """(method, result) at one size."""
     weights = sum(i.weights for i in subject.items)
     budget = int(weights * bits / 8)
+    if bits == OF_NL4:  # with what a narrow model's rows take beside
+        budget = subject.bytes({i.name: "nl4" for i in subject.items})
     found = uniform(subject, budget)
     if found:
         yield "uniform", subject.result(found)
@@ -276,6 +280,28 @@ def table(run: Mapping[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
+DRAWN = {
+    "uniform": "uniform",
+    "ewq softmax": "EWQ, softmax",
+    "planner linear": "planner, linear",
+    "planner measured, exchanges": "planner, measured",
+    "planner measured, exchanges, gptq": "planner, gptq",
+}
+
+
+def picture(model: Mapping[str, Any]) -> str:
+    """KL by bits a weight, a curve for each of some methods."""
+    series = {
+        label: [
+            Point(label, r["bits"], r["kl"], r["kl_error"])
+            for r in model["rows"]
+            if r["method"] == method
+        ]
+        for method, label in DRAWN.items()
+    }
+    return curves(series, "bits a weight", f"KL to the source, nats a token: {model['model']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", default=[], help="a further model's folder")
@@ -285,9 +311,13 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=40)
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the last run, measure nothing")
+    parser.add_argument("--picture", metavar="SVG", help="draw the last run's first model")
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(RESULTS.read_text().splitlines()[-1])))
+    if options.table or options.picture:
+        last = json.loads(RESULTS.read_text().splitlines()[-1])
+        if options.picture:
+            Path(options.picture).write_text(picture(last["models"][0]) + "\n")
+        print(table(last))
         return
     with tempfile.TemporaryDirectory() as scratch:
         twin = Path(scratch) / "twin"
@@ -296,7 +326,7 @@ def main() -> None:
             (twin / name).write_bytes((FOLDER / name).read_bytes())
         folders = [FOLDER, twin, *map(Path, options.model)]
         chosen = [f for f in folders if not options.only or f.name in options.only]
-        run = {**provenance(sys.argv[1:]), "models": [measure(f, options) for f in chosen]}
+        run = {**provenance(sys.argv[1:], ()), "models": [measure(f, options) for f in chosen]}
     if not options.no_save:
         with RESULTS.open("a") as file:
             file.write(json.dumps(run) + "\n")

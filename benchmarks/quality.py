@@ -105,21 +105,21 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Both models, every form."""
-    options = arguments()
-    forms = list(dict.fromkeys(["bf16", *options.forms]))  # bf16 is what all are held against
+def measure(
+    windows: int, forms: list[str], options: argparse.Namespace | None = None
+) -> tuple[list[dict[str, Any]], int]:
+    """A row for each model and form, bf16 first, and how many tokens; peers if `options` ask."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_twin(FOLDER, folder / "twin")
         for name, source in (("demo", FOLDER), ("twin", folder / "twin")):
             models: dict[str, Any] = dict(ours(source, folder / f"{name}-chalot", forms))
-            if options.peer_python:
+            if options and options.peer_python:
                 models |= peers(source, folder / f"{name}-peers", options)
             base = Model(models["bf16"].file.path, context=1024, kv="f32")
             text = (FOLDER / "heldout.txt").read_text("utf-8")
-            ids = base.tokenizer.encode(text)[: options.windows * 512]
+            ids = base.tokenizer.encode(text)[: windows * 512]
             found = compare(base, list(models.values()), ids)[1:]
             base.close()
             for (form, model), q in zip(models.items(), found, strict=True):
@@ -133,9 +133,17 @@ def main() -> None:
                     flush=True,
                 )
                 model.close()
+    return rows, len(ids)
+
+
+def main() -> None:
+    """Both models, every form."""
+    options = arguments()
+    forms = list(dict.fromkeys(["bf16", *options.forms]))  # bf16 is what all are held against
+    rows, tokens = measure(options.windows, forms, options)
     path = Path(__file__).parent / "results" / "quality.jsonl"
     made = provenance(sys.argv[1:], ("--peer-python",))
-    line = {**made, "protocol": str(PROTOCOL), "tokens": len(ids), "rows": rows}
+    line = {**made, "protocol": str(PROTOCOL), "tokens": tokens, "rows": rows}
     if not options.no_save:
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:

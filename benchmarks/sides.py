@@ -3,9 +3,11 @@
 import argparse
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from chalot.quant.scheme import SCHEMES
 from machine import HERE
 from make_models import make
 
@@ -68,6 +70,23 @@ ENGINES = {
     }, makes=False),
 }  # fmt: skip
 
+LOW = ("TQ2_0", "TQ2_0-pure", "Q2_K", "Q2_K-pure", "Q4_0", "Q4_0-pure")
+
+
+def alone(name: str, forms: Iterable[str]) -> Engine:
+    """An engine with these forms, which only decode."""
+    return replace(ENGINES[name], sides={form: Side(form, tasks=("decode",)) for form in forms})
+
+
+# what peers.py can be asked to compare: forms that people use, or every scheme of chalot
+SETS = {
+    "forms": ENGINES,
+    "schemes": {
+        "chalot": alone("chalot", [name for name, s in SCHEMES.items() if s.is_coded]),
+        "llama.cpp": alone("llama.cpp", LOW),
+    },
+}
+
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
@@ -110,7 +129,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Prepared], dict[str, str]
     """
     folder = make(options.model, options.work / "models")
     ready, missing = [], {}
-    for name, engine in ENGINES.items():
+    for name, engine in SETS[options.sides].items():
         wanted = {
             side: what
             for side, what in engine.sides.items()

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from chalot.demo import FOLDER
-from chalot.formats.gguf_blocks import BlockType
+from chalot.formats.gguf_blocks import BY_NAME, BlockType
+from chalot.formats.gguf_names import to_gguf
+from chalot.formats.safetensors import SafetensorsFolder
+from gguf_files import model_metadata
 
 BLOCKS = 64  # of each type
 TEXTS = (
@@ -61,3 +64,27 @@ def bundled_vocabulary(pre: str) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": vocab["<|endoftext|>"],
         "tokenizer.ggml.add_bos_token": False,
     }
+
+
+def bundled_model() -> tuple[dict[str, Any], list[tuple[str, np.ndarray, int, tuple[int, ...]]]]:
+    """The bundled model's metadata and tensors as an f16 GGUF has them."""
+    source = SafetensorsFolder(FOLDER)
+    config = json.loads(source.document("config.json") or b"")
+    changed = {
+        "qwen2.context_length": config["max_position_embeddings"],
+        "qwen2.embedding_length": config["hidden_size"],
+        "qwen2.block_count": config["num_hidden_layers"],
+        "qwen2.feed_forward_length": config["intermediate_size"],
+        "qwen2.attention.head_count": config["num_attention_heads"],
+        "qwen2.attention.head_count_kv": config["num_key_value_heads"],
+        "qwen2.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "qwen2.rope.freq_base": config["rope_theta"],
+    }
+    tensors = []
+    for name in source.tensors:
+        weight = source.float32(name)
+        stored = weight if weight.ndim == 1 else weight.astype(np.float16)
+        kind = BY_NAME["F32" if weight.ndim == 1 else "F16"].number
+        tensors.append((to_gguf(name, "qwen2") or "", stored, kind, tuple(reversed(weight.shape))))
+    source.close()
+    return model_metadata("qwen2", **changed) | bundled_vocabulary("qwen2"), tensors

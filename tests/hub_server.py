@@ -133,10 +133,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             parts = [unquote(part) for part in address.path.strip("/").split("/")]
             if parts[:2] == ["api", "models"] and len(parts) == 6:
                 self.describe(entry, "/".join(parts[2:4]), parts[5], fault)
-            elif parts[2:3] == ["resolve"] and len(parts) == 5:
-                self.resolve(entry, "/".join(parts[:2]), parts[3], parts[4], fault)
+            elif parts[2:3] == ["resolve"] and len(parts) >= 5:
+                self.resolve(entry, "/".join(parts[:2]), parts[3], "/".join(parts[4:]), fault)
             elif parts[0] == "large":
-                name = parts[3]
+                name = "/".join(parts[3:])
                 content = hub.repositories["/".join(parts[1:3])][name]
                 self.answer(entry, 200, content, fault.headers, fault)
             else:

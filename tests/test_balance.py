@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 import chalot
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import compare
+from chalot.formats.checkpoint import open_checkpoint
 from chalot.load import Model
 from chalot.model.calibration import Calibration
+from chalot.model.config import from_hugging_face
 from chalot.quant.fold import pair_factors
+from chalot.unfolding import Rows, unfolding
+from golden.cases import CASES, Shard, prompt, shapes, weights, write_folder
 
 
 @given(st.lists(st.integers(-8, 8), min_size=8, max_size=8))
@@ -56,6 +60,51 @@ def test_the_cache_loses_less_and_numbers_nothing(twins: tuple[Path, Path]) -> N
     assert less.kl < loss.kl / 4 and less.kl < 0.001
     for model in models:
         model.close()
+
+
+def normed_twin(folder: Path) -> Path:
+    """Qwen3's kind with four pairs of key channels x 32, by the weights of its norms of heads."""
+    case, shard = CASES["qwen3"], Shard()
+    write_folder(case, 0, folder)
+    half = case.config["head_dim"] // 2
+    factor = np.ones(2 * half, np.float32)
+    factor[[1, 5, 9, 13]] = factor[[half + i for i in (1, 5, 9, 13)]] = 32
+    for name, shape in shapes(case.config).items():
+        values = weights(case, name, shape, 0)
+        if "k_norm" in name or "q_norm" in name:
+            values = values * (factor if "k_norm" in name else 1 / factor)
+        shard.add(name, values, case.stored)
+    shard.write(folder / "model.safetensors")
+    return folder
+
+
+def test_norms_of_heads_take_the_factors(tmp_path: Path) -> None:
+    """Qwen3: rows' factors would be normed away. The loss to an int8 cache is that of even keys."""
+    case, out = CASES["qwen3"], tmp_path / "balanced.myai"
+    even, twin = write_folder(case, 0, tmp_path / "even"), normed_twin(tmp_path / "twin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibration, "_balance_keys", lambda *_: None)
+        chalot.convert(twin, tmp_path / "plain.myai", "int8")
+        chalot.convert(even, tmp_path / "even.myai", "int8")
+    chalot.convert(twin, out, "int8")
+    loss, exact, ids = {}, {}, prompt(case, 0)
+    for name in ("plain", "balanced", "even"):
+        found = []
+        for kv in ("f32", "int8"):
+            with Model(tmp_path / f"{name}.myai", kv=kv, threads=1) as model:
+                found.append(model.logits(ids))
+        exact[name] = found[0]
+        loss[name] = float(np.sqrt(np.mean((found[1] - found[0]) ** 2)))
+    np.testing.assert_array_equal(exact["plain"], exact["balanced"])
+    config = from_hugging_face(case.config)
+    opened = [open_checkpoint(path) for path in (out, twin)]
+    made, source = (Rows(checkpoint, config) for checkpoint in opened)
+    plan, name = unfolding(config, 1, made, source), "layers.1.key_norm"
+    assert not np.array_equal(made.read(name), source.read(name))
+    np.testing.assert_array_equal(plan.apply(name, made.read(name), 0), source.read(name))
+    for checkpoint in opened:
+        checkpoint.close()
+    assert loss["balanced"] < loss["plain"] / 2 and loss["balanced"] < 1.1 * loss["even"], loss
 
 
 def test_the_bundled_model_needs_no_factors(tmp_path: Path) -> None:

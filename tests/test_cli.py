@@ -171,7 +171,8 @@ def test_bad_options_are_one_line(demo_file: Path) -> None:
         (("--temprature", "1"), "'--temprature', which chalot run does not take; did you mean"),
         (("--zzz",), "found option '--zzz', which chalot run does not take"),
         (("y", "z"), "found argument 'z', which chalot run does not take"),
-        (("--kv", "f8"), "invalid choice: 'f8' (choose from"),
+        (("--kv", "f8"), "argument --kv: found 'f8', expected one of int8, f16, f32"),
+        (("--top-k", "9" * 5000), "--top-k: found '999"),
     ],
 )
 def test_usage_errors_say_found_and_expected(
@@ -182,6 +183,30 @@ def test_usage_errors_say_found_and_expected(
         cli.main(["run", "m.myai", *text, *options])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and words in said and said.endswith("Try: chalot run --help\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "help_"),
+    [
+        (["rnu", "x"], "found 'rnu', expected one of convert, run, ", "chalot --help"),
+        (["rnu", "x"], "; did you mean run?", "chalot --help"),
+        (["convert", "x", "--bits", "3"], "argument --bits: found '3', expected one of 8, 6, 4",
+         "chalot convert --help"),
+        (["convert", "x", "--tolerance", "much"], "found 'much', expected a number",
+         "chalot convert --help"),
+        (["tokenizer", "encode", "x", "--spezials"], "does not take; did you mean --specials?",
+         "chalot tokenizer encode --help"),
+        (["--zzz", "validate", "x", "--against", "y"], "which chalot validate does not take",
+         "chalot validate --help"),
+    ],
+)  # fmt: skip
+def test_hints_name_the_verbs_own_help(
+    arguments: list[str], words: str, help_: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and said.endswith(f"Try: {help_}\n")
 
 
 def test_a_budget_that_is_too_small_names_one_that_works(demo_file: Path) -> None:

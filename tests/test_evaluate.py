@@ -55,6 +55,24 @@ def test_figures_equal_the_formulas(name: str) -> None:
     assert found[1].same_top == pytest.approx(same / len(losses))
 
 
+def test_a_report_says_the_window_that_was() -> None:
+    way = PROTOCOLS["huggingface"]
+    assert way.within(4096, 9000) == way and "of 2048 tokens," in str(way)
+    assert "of 1024 tokens and not 2048," in str(way.within(1024, 9000))
+    assert "of 10 tokens and not 512," in str(PROTOCOLS["chalot"].within(1024, 10))
+
+
+def test_the_loss_above_the_base_is_paired() -> None:
+    ids, size = text(512 * 4), 512
+    base, other = compare(Written(1), [Written(2)], ids)
+    each = [
+        compare(Written(1), [Written(2)], ids[at : at + size]) for at in range(0, len(ids), size)
+    ]
+    more = [o.loss - b.loss for b, o in each]
+    assert base.excess is None and other.excess == pytest.approx(np.mean(more))
+    assert other.excess_error == pytest.approx(np.std(more, ddof=1) / 2)
+
+
 def test_a_model_costs_nothing_against_itself() -> None:
     found = compare(Written(1), [Written(1)], text(1100))
     assert found[1].kl == 0 and found[1].same_top == 1 and found[0].loss == found[1].loss
@@ -141,6 +159,8 @@ def test_eval_against_the_source(
         (["--text", str(FOLDER / "model.safetensors")], "not UTF-8"),
         (["--text", str(FOLDER / "heldout.txt"), "--protocol", "mine"], "chalot, llama.cpp"),
         (["--text", str(FOLDER / "heldout.txt"), "--tokens", "1"], "at least two"),
+        (["--text", str(FOLDER / "heldout.txt"), "--tokens", "-9"], "--tokens -9; expected"),
+        (["--text", "."], "cannot be read"),
         ([], "--text FILE"),
         (["--generate", "p.txt"], "--against"),
     ],

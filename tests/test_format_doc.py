@@ -72,15 +72,17 @@ class Reader:
         if len(t["shape"]) == 1:
             assert t["scheme"] == "f32" and len(raw) == 4 * t["shape"][0]
             return np.frombuffer(raw, "<f4")
-        if t["scheme"] in ("int8", "nl4"):
-            return self.coded(raw, t["scheme"], *t["shape"])
-        return dense(raw, t["scheme"], *t["shape"])
+        if t["scheme"] in ("f32", "f16", "bf16"):
+            return dense(raw, t["scheme"], *t["shape"])
+        return self.coded(raw, t["scheme"], *t["shape"])
 
     def coded(self, raw: bytes, scheme: str, rows: int, columns: int) -> np.ndarray:
         table = None
-        if scheme == "nl4":
-            extent = self.manifest["constants"]["tables.nl4"]
+        if scheme in ("nl4", "int4", "nl2"):
+            extent = self.manifest["constants"][f"tables.{scheme}"]
             table = np.frombuffer(self.extent(extent), "i1").reshape(256, 16)
+        if scheme not in ("nl4", "int4", "int8"):
+            return of_others(raw, scheme, rows, columns, table)
         return coded(raw, scheme, rows, columns, table)
 
 
@@ -94,10 +96,10 @@ def dense(raw: bytes, scheme: str, rows: int, columns: int) -> np.ndarray:
 
 
 def coded(raw: bytes, scheme: str, rows: int, columns: int, table: np.ndarray | None) -> np.ndarray:
-    segment_columns = 512 if scheme == "nl4" else 128
+    segment_columns = 128 if scheme == "int8" else 512
     panels, groups = up(rows, 16) // 16, up(columns, 32) // 32
     per_row = up(32 * groups, segment_columns) // segment_columns
-    panel_bytes = groups * (272 if scheme == "nl4" else 512)
+    panel_bytes = groups * (512 if scheme == "int8" else 272)
     segments_at = up(panels * panel_bytes, 64)
     scales_at = up(segments_at + panels * per_row * 16 * 2, 64)
     assert len(raw) == scales_at + panels * 16 * 4
@@ -120,6 +122,66 @@ def coded(raw: bytes, scheme: str, rows: int, columns: int, table: np.ndarray | 
         value = table[level, np.where(c < 16, byte & 15, byte >> 4)]
     segment = segments[(r // 16 * per_row + k // segment_columns) * 16 + j].astype(np.float32)
     return value.astype(np.float32) * (scales[r] * segment)
+
+
+# scheme -> codes as, S, step and middle of the value, group_bytes, whole, offsets
+OTHERS = {
+    "int6": ("sixes", 128, 1, 32, 384, True, False),
+    "nl2": ("crumbs", 512, 0, 0, 144, True, False),
+    "ternary": ("trits", 512, 1, 1, 104, True, False),
+    "sign": ("bits", 512, 2, 1, 64, True, False),
+    "row8": ("bytes", None, 0, 0, 512, False, True),
+    "row4": ("nibbles", None, 1, 8, 256, False, True),
+    "row2": ("crumbs", None, 1, 2, 128, True, True),
+    "row1": ("bits", None, 2, 1, 64, True, False),
+}
+
+
+def code_of(kind: str, data: np.ndarray, block: Any, s: Any, line: Any, y: Any) -> np.ndarray:
+    at = 64 * line + y
+    if kind == "bytes":
+        return data[block + 256 * s + at]
+    if kind == "nibbles":
+        return data[block + 256 * (s // 2) + at] >> 4 * (s % 2) & 15
+    if kind == "crumbs":
+        return data[block + 256 * (s // 4) + at] >> 2 * (s % 4) & 3
+    if kind == "bits":
+        return data[block + at] >> s & 1
+    if kind == "sixes":
+        low = code_of("nibbles", data, block, s, line, y)
+        return low | code_of("crumbs", data, block + 1024, s, line, y) << 4
+    cases = [s < 5, line < 2, s < 7]
+    byte = np.select(cases, [at, 256 + at, 256 + at - 128], 384 + y % 32)
+    digit = np.select(cases, [s, s - 5, s - 2], 2 * (line - 2) + y // 32)
+    return (data[block + byte] * 3**digit % 256) * 3 // 256
+
+
+def of_others(raw: bytes, scheme: str, rows: int, columns: int, table: Any) -> np.ndarray:
+    kind, segment_columns, step, middle, group_bytes, whole, offsets = OTHERS[scheme]
+    panels = up(rows, 16) // 16
+    groups = up(columns, 128 if whole else 32) // 32
+    per_row = up(columns, segment_columns) // segment_columns if segment_columns else 0
+    panel_bytes = groups * group_bytes
+    segments_at = up(panels * panel_bytes, 64)
+    scales_at = up(segments_at + panels * per_row * 32, 64)
+    offsets_at = up(scales_at + panels * 64, 64)
+    assert len(raw) == (offsets_at + panels * 64 if offsets else scales_at + panels * 64)
+    r, k = np.mgrid[0:rows, 0:columns]
+    j, p = r % 16, r // 16
+    data = np.frombuffer(raw, np.uint8).astype(np.int64)
+    block = p * panel_bytes + k // 128 * 4 * group_bytes
+    code = code_of(kind, data, block, k % 128 // 16, j % 4, 16 * (j // 4) + k % 16)
+    if table is not None:
+        value = table[data[block + 512 + 16 * (k // 32 % 4) + j], code]
+    else:
+        value = step * code - middle if step else code.astype(np.uint8).view(np.int8)
+    factor = np.frombuffer(raw, "<f4", panels * 16, scales_at)[r]
+    if per_row:
+        segments = np.frombuffer(raw, "<f2", panels * per_row * 16, segments_at)
+        part = segments[(p * per_row + k // segment_columns) * 16 + j].astype(np.float32)
+        factor = factor * part
+    out = value.astype(np.float32) * factor
+    return out + np.frombuffer(raw, "<f4", panels * 16, offsets_at)[r] if offsets else out
 
 
 # ---- against chalot
@@ -159,7 +221,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["nl4", "int8", "f32", "attention=int8,ffn=nl4,embedding=bf16,head=f16"],
+    ["nl4", "int8", "f32", "int4", *OTHERS, "attention=int8,ffn=nl4,embedding=bf16,head=f16"],
 )
 def test_a_second_reader_finds_the_same_floats(scheme: str, tmp_path: Path) -> None:
     import chalot

@@ -12,14 +12,13 @@ from chalot.describe import describe
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.gguf import GgufFile
-from chalot.formats.gguf_blocks import BY_NAME, TYPES, decode
+from chalot.formats.gguf_blocks import TYPES, decode
 from chalot.formats.gguf_config import llama3_scaling
 from chalot.formats.gguf_names import LAYER, MODEL, from_gguf, stored_rows, to_gguf
-from chalot.formats.safetensors import SafetensorsFolder
 from chalot.load import load
 from chalot.model.config import FAMILIES, from_hugging_face, inverse_frequencies
 from chalot.quant.scheme import SCHEMES
-from gguf_cases import bundled_vocabulary, decoded_hash, random_blocks
+from gguf_cases import bundled_model, decoded_hash, random_blocks
 from gguf_files import (
     FEED,
     HEAD,
@@ -338,28 +337,8 @@ def test_a_part_may_not_be_a_link_elsewhere(tmp_path):
 @pytest.fixture(scope="module")
 def bundled_f16(tmp_path_factory) -> Path:
     """The bundled model as an f16 GGUF."""
-    source = SafetensorsFolder(FOLDER)
-    config = json.loads(source.document("config.json"))
-    changed = {
-        "qwen2.context_length": config["max_position_embeddings"],
-        "qwen2.embedding_length": config["hidden_size"],
-        "qwen2.block_count": config["num_hidden_layers"],
-        "qwen2.feed_forward_length": config["intermediate_size"],
-        "qwen2.attention.head_count": config["num_attention_heads"],
-        "qwen2.attention.head_count_kv": config["num_key_value_heads"],
-        "qwen2.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "qwen2.rope.freq_base": config["rope_theta"],
-    }
-    tensors = []
-    for name in source.tensors:
-        weight = source.float32(name)
-        stored = weight if weight.ndim == 1 else weight.astype(np.float16)
-        kind = BY_NAME["F32" if weight.ndim == 1 else "F16"].number
-        tensors.append((to_gguf(name, "qwen2"), stored, kind, tuple(reversed(weight.shape))))
-    source.close()
-    metadata = model_metadata("qwen2", **changed) | bundled_vocabulary("qwen2")
-    path = tmp_path_factory.mktemp("gguf") / "demo.gguf"
-    return write(path, pack(metadata, tensors))
+    metadata, tensors = bundled_model()
+    return write(tmp_path_factory.mktemp("gguf") / "demo.gguf", pack(metadata, tensors))
 
 
 def test_the_bundled_model_says_the_same_from_a_gguf(bundled_f16, tmp_path):
@@ -398,7 +377,8 @@ def test_codes_keep_their_width_unless_told_otherwise(tmp_path):
     path = write(tmp_path / "m.gguf", pack(model_metadata(), tensors))
     report = convert(path, tmp_path / "a.myai")
     schemes = {kind.kind: kind.scheme for kind in report.kinds}
-    assert schemes == {"embedding": "nl4", "attention": "int8", "ffn": "nl4", "vector": "f32"}
+    beside = {"embedding": "int8", "ffn": "int8"}  # numbers beside codes
+    assert schemes == {"attention": "int8", **beside, "vector": "f32"}
     assert (
         len(report.notes) == 1
         and "are Q8_0 already; quantising them again (Q8_0 to int8) adds" in report.notes[0]

@@ -79,6 +79,8 @@ FILES = {  # name -> (content, part of the message)
     "product 2^64 + 32": (with_info(((1 << 60) + 2, 16)), "impossible dimensions"),
     "type": (with_info((32, 4), kind=99), "has type 99, which is not known"),
     "removed type": (with_info((32, 4), kind=4), "has type 4, which is not known"),
+    "woven rows": (with_info((32, 4), kind=31), "has type 31, Q4_0_4_4, rows woven for one kind"),
+    "bitnet.cpp's": (with_info((32, 4), kind=36), "has type 36, I2_S of bitnet.cpp, which lays it"),
     "blocks": (with_info((48, 4), kind=8), "no whole blocks of Q8_0, which have 32"),
     "misaligned": (with_info((32, 4), offset=8), "begins at 8, expected a multiple of 32"),
     "past the end": (with_info((32, 5)), "file has"),
@@ -99,6 +101,14 @@ FILES = {  # name -> (content, part of the message)
     "architecture 7": (pack({"general.architecture": 7}), "is 7, expected a text"),
     "adapter": (pack({"general.type": "adapter"}), "holds a 'adapter', expected a whole model"),
     "experts": (pack(model_metadata(**{"llama.expert_count": 8}), SMALL), "mixtures of experts"),
+    "a scale of its own": (
+        pack(model_metadata(**{"llama.embedding_scale": 12.0}), SMALL),
+        "metadata llama.embedding_scale is 12.0; chalot runs llama models without it",
+    ),
+    "many scales": (
+        pack(model_metadata(**{"llama.logit_scale": np.ones(4, "<f4")}), SMALL),
+        "chalot runs llama models without it",
+    ),
     "no heads": (pack(model_metadata(**{"llama.attention.head_count": 0}), SMALL), "found 0 heads"),
     "head of 0": (
         pack(model_metadata(**{"llama.attention.head_count": 33}), SMALL),
@@ -108,6 +118,10 @@ FILES = {  # name -> (content, part of the message)
     "vector": (
         pack(model_metadata(), [("token_embd.weight", np.zeros(32, np.float32), 0, (32,))]),
         "token_embd.weight is missing or no matrix",
+    ),
+    "tokens without rows": (
+        pack(model_metadata(**{"tokenizer.ggml.tokens": list("abcde")}), SMALL),
+        "has 5 tokens, its embedding 4 rows",
     ),
     "value heads": (
         pack(model_metadata(**{"llama.attention.value_length": 16}), SMALL),
@@ -152,9 +166,9 @@ FILES = {  # name -> (content, part of the message)
     "unread type": (
         pack(
             model_metadata(),
-            [*SMALL, ("blk.0.attn_q.weight", np.zeros(66 * 8, np.uint8), 16, (256, 8))],
+            [*SMALL, ("blk.0.attn_q.weight", np.zeros(50 * 8, np.uint8), 19, (256, 8))],
         ),
-        "is IQ2_XXS; chalot reads F32, F16",
+        "is IQ1_S; chalot reads F32, F16",
     ),
 }  # fmt: skip
 
@@ -185,7 +199,14 @@ def test_a_long_list_of_empty_texts_is_not_believed(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(pack({"a": array(STRING, MAX_VALUES + 1)}))
     os.truncate(path, 9 * MAX_VALUES)  # sparse: texts of no length
-    refuse(path, "found more than 4,000,000 values in all")
+    refuse(path, "found more than 2,000,000 values in all")
+
+
+def test_many_arrays_in_an_array_are_not_made(tmp_path):
+    path = tmp_path / "m.gguf"
+    count = MAX_VALUES // 8 + 1
+    path.write_bytes(pack({"a": array(ARRAY, count, struct.pack("<IQ", 0, 0) * count)}))
+    refuse(path, "found more than 2,000,000 values in all")
 
 
 def test_a_header_without_end_is_not_read(tmp_path):

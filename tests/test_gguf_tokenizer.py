@@ -271,14 +271,22 @@ def test_hostile_scores(changed, message):
         gguf_tokenizer.documents(Metadata(metadata, "x.gguf"))
 
 
-def test_a_long_piece_is_refused():
-    tokens = ["<unk>", "<s>", "</s>", "a" * 5000]
+@pytest.mark.parametrize(
+    "pieces, message",
+    [
+        (["a" * 5000], "tokens of 5,000 letters"),
+        ([f"{i:04}" + "a" * 1000 for i in range(4000)], "letters, expected at most 1,024, and"),
+        (["a" * i for i in range(1, 1000)], "made of others in too many ways"),
+    ],
+)
+def test_pieces_that_would_take_long_are_refused(pieces, message):
+    tokens = ["<unk>", "<s>", "</s>", *pieces]
     metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": np.arange(4, dtype="<f4"),
+        "tokenizer.ggml.scores": np.arange(len(tokens), dtype="<f4"),
     }
-    with pytest.raises(TokenizerError, match="tokens of 5,000 letters"):
+    with pytest.raises(TokenizerError, match=message):
         gguf_tokenizer.documents(Metadata(metadata, "x.gguf"))
 
 

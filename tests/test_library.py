@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from chalot import batch, cli, library, shelf, sources
+from chalot.demo import FOLDER
 from chalot.describe import describe
-from chalot.errors import ChalotError, FormatError, HubOfflineError, OutputError
+from chalot.errors import ChalotError, FormatError, HubOfflineError, OutputError, TokenizerError
 from chalot.formats import hub
 from chalot.formats.myai import MyaiFile
 from chalot.short_names import BITS, NAMES, near
+from chalot.tokenizer import tokenizer
 from hub_server import HubServer
 from myai_files import checkpoint
 
@@ -133,6 +135,24 @@ def test_a_downloaded_model_is_described_without_the_hub(
     assert found.source == str(folder) and found.tensors == online.tensors
     with pytest.raises(HubOfflineError):
         describe("gemma-2b")
+
+
+def test_the_tokenizer_of_a_short_name_needs_no_weights(
+    tinyllama: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    held = tinyllama.repositories[NAMES["tinyllama"].id]
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        tokenizer("tinyllama")
+    held["tokenizer.json"] = (FOLDER / "tokenizer.json").read_bytes()
+    assert tokenizer("tinyllama").vocabulary_size == 4096
+    assert not tinyllama.requests("main/model.safetensors") and not hub.kept(NAMES["tinyllama"].id)
+    sources.resolve("tinyllama")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert tokenizer(NAMES["tinyllama"].id).vocabulary_size == 4096
+    with pytest.raises(FormatError, match="did you mean tinyllama"):
+        tokenizer("tinylama")
 
 
 def test_nothing_is_announced_that_cannot_begin(home: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_source_computes_what_the_file_computes(tmp_path: Path, scheme: str) -
     """Written again as f32, a file's weights give its logits, given sixteen-bit activations."""
     chalot.convert(checkpoint(tmp_path / "folder"), tmp_path / "a.myai", scheme=scheme)
     report = chalot.convert(tmp_path / "a.myai", tmp_path / "b.myai", scheme="f32")
-    assert f"its weights are {scheme} already; what that lost stays lost" in report.notes[0]
+    assert f"are {scheme} already; what that lost stays lost" in report.notes[0]
     assert all(k.error == 0 for k in report.kinds)
     assert all((k.source_error or 0) > 0 for k in report.kinds if k.kind != "vector")
     loaded = (chalot.load(tmp_path / n, activations=16, kv="f32") for n in ("a.myai", "b.myai"))

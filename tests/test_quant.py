@@ -111,7 +111,8 @@ def test_error_on_ideal_weights(scheme: Scheme) -> None:
 
 def test_absmean_is_bitnets() -> None:
     w = normal((64, 1024))
-    gamma = coarse.absmean(w)
+    gamma = coarse.absmean([w])
+    assert coarse.absmean([w[:16], w[16:33], w[33:]]) == gamma
     assert gamma == pytest.approx(np.abs(w).mean(), rel=1e-6)
     coded = codes.quantize(w, SCHEMES["ternary"], gamma)
     expected = np.clip(np.rint(w / gamma), -1, 1) * gamma

@@ -27,10 +27,11 @@ MARKS = {
         "<|end|>",
     ],
 }
-MARKS |= {"first": MARKS["legacy"], "none": MARKS["legacy"]}
+MARKS |= {"first": MARKS["legacy"], "none": MARKS["legacy"], "llama3": vocabularies.HEADERS}
 FOR = {  # templates that write the marks of a vocabulary
     "bytes": ["chatml", "qwen", "smol"],
-    "legacy": ["zephyr", "gemma", "mistral", "phi"],
+    "llama3": ["llama"],
+    "legacy": ["zephyr", "gemma", "mistral", "phi", "llama2"],
     "first": ["mistral", "phi"],
     "none": ["gemma"],
 }
@@ -39,6 +40,7 @@ CONFIG = {
     "legacy": {"bos_token": "<s>", "eos_token": "</s>"},
 }
 CONFIG |= {"first": CONFIG["legacy"], "none": CONFIG["legacy"]}
+CONFIG["llama3"] = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
 PAIRS = [(name, template) for name, templates in FOR.items() for template in templates]
 vocabulary = pytest.mark.parametrize("name", FOR)
 pair = pytest.mark.parametrize(("name", "template"), PAIRS)
@@ -179,6 +181,33 @@ def test_ids_without_hints_come_from_the_vocabulary() -> None:
     assert tokenizer.vocabulary_size == vocabularies.raw("bytes").get_vocab_size()
 
 
+@pytest.mark.parametrize(
+    ("name", "template", "config", "ends"),
+    [
+        ("llama3", "llama", ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], []),  # 3.1 and later
+        ("llama3", "llama", ["<|end_of_text|>"], ["<|eot_id|>"]),
+        ("none", "gemma", ["</s>"], ["<end_of_turn>"]),  # Gemma 1: <eos> alone
+        ("legacy", "zephyr", ["</s>"], []),  # TinyLlama
+        ("legacy", "llama2", ["</s>"], []),
+        ("first", "mistral", ["</s>"], []),
+        ("bytes", "chatml", ["<|endoftext|>"], ["<|im_end|>"]),
+        ("bytes", None, ["<|endoftext|>"], ["<|im_end|>"]),  # eos_token of tokenizer_config.json
+    ],
+)
+def test_what_ends_a_turn(
+    name: str, template: str | None, config: list[str], ends: list[str]
+) -> None:
+    """All of generation_config.json's list; and what the template writes behind an answer."""
+    number = vocabularies.raw(name).token_to_id
+    tokenizer = Tokenizer.from_documents(
+        vocabularies.ALL[name](),
+        CONFIG[name],
+        {"eos_token_id": [number(token) for token in config]},
+        TEMPLATES.get(template or ""),
+    )
+    assert tokenizer.eos_ids == {number(token) for token in [*config, *ends]}
+
+
 def test_threads_share_one_opening() -> None:
     tokenizer = Tokenizer.from_documents(vocabularies.byte_level())
     found: list[list[int]] = []
@@ -203,9 +232,9 @@ def test_unknown_and_impossible_ids() -> None:
 def test_special_tokens_are_left_out_on_request(name: str) -> None:
     text = "a" + MARKS[name][1] + "b"
     ids = opened(name).encode(text, specials=True)
-    assert (
-        opened(name).decode(ids, skip_specials=False).replace("<s>", "", 1).replace(" ", "") == text
-    )
+    begin = CONFIG[name].get("bos_token", "")
+    whole = opened(name).decode(ids, skip_specials=False).removeprefix(begin)  # type: ignore[arg-type]
+    assert whole.replace(" ", "") == text
     assert opened(name).decode(ids).replace(" ", "") == "ab"
 
 

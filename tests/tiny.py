@@ -7,9 +7,7 @@ from chalot.kernels.program import CACHE, Program
 from chalot.model.config import ModelConfig, inverse_frequencies
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
-from chalot.quant import codes
-from chalot.quant.grids import tables_of
-from chalot.quant.packing import Matrix, pack, pack_dense
+from chalot.quant.packing import Matrix, as_matrix
 from chalot.quant.scheme import Scheme
 
 # A scheme for each matrix, in the model's order: all that are coded, gate and up with offsets too.
@@ -47,11 +45,7 @@ def bell(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> NDAr
 
 def matrix(weights: NDArray[np.float32], scheme: str) -> Matrix:
     """A packed matrix."""
-    s = Scheme.parse(scheme)
-    shape = (weights.shape[0], weights.shape[1])
-    if not s.is_coded:
-        return Matrix(s, shape, pack_dense(weights, s))
-    return Matrix(s, shape, pack(codes.quantize(weights, s)), tables_of(s))
+    return as_matrix(weights, Scheme.parse(scheme))
 
 
 def weights(c: ModelConfig, schemes: dict[str, str], planes: int = 1, seed: int = 0) -> Weights:

@@ -24,6 +24,8 @@ TEXTS = [
     "user assistant system model tool think tool_call <| |> [INST] </s> start_of_turn",
 ] * 3
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+HEADERS = [f"<|{name}|>" for name in ("begin_of_text", "end_of_text", "start_header_id")]
+HEADERS += [f"<|{name}|>" for name in ("end_header_id", "eot_id", "eom_id", "python_tag")]
 SOFT = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>", "</tool_response>"]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 SPLIT += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,6 +55,31 @@ def byte_level() -> bytes:
     core.post_processor = processors.ByteLevel(trim_offsets=False)
     _trained(core, CHATML, pre_tokenizers.ByteLevel.alphabet())
     core.add_tokens([AddedToken(text, special=False, normalized=False) for text in SOFT])
+    return core.to_str().encode()
+
+
+@cache
+def llama3() -> bytes:
+    """As Llama 3's: bytes, numbers in threes, words that are tokens kept whole, a beginning."""
+    core = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    _trained(core, [], pre_tokenizers.ByteLevel.alphabet())
+    core.add_special_tokens(HEADERS)  # behind all others
+    begin = HEADERS[0]
+    core.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{begin} $A",
+                pair=f"{begin} $A {begin} $B",
+                special_tokens=[(begin, core.token_to_id(begin))],
+            ),
+        ]
+    )
     return core.to_str().encode()
 
 
@@ -107,6 +134,7 @@ def unigram() -> bytes:
 
 ALL: dict[str, Any] = {
     "bytes": byte_level,
+    "llama3": llama3,
     "legacy": sentencepiece,
     "first": lambda: sentencepiece("first"),
     "none": lambda: sentencepiece("none"),

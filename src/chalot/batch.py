@@ -35,10 +35,10 @@ class BatchReport:
 def name_of(source: str) -> str:
     """What to call a source: a short name or a hub id's last part; a folder's, a file's name."""
     path = as_path(source)
+    if path.is_file() or (not path.exists() and path.suffix == ".gguf"):
+        return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
     if not path.exists():
         return source.split("/")[-1] if "/" in source else source.lower()
-    if path.is_file():
-        return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
     inside = boundary(path).name  # of the hub's cache: models--ORG--NAME, and not a commit's digits
     return inside.split("--")[-1] if inside.startswith("models--") else path.resolve().name
 

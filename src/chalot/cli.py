@@ -33,7 +33,7 @@ def whole_number(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number") from None
+        raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected a whole number") from None
 
 
 def number(text: str) -> float:
@@ -41,7 +41,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number") from None
+        raise argparse.ArgumentTypeError(f"found {text!r:.40}, expected a number") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +51,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings)
         self.register("type", int, whole_number)
         self.register("type", float, number)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise for a value that is none of an option's choices, or no verb."""
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action,
+                f"found {value!r:.80}, expected one of {', '.join(known)}{meant(value, known)}",
+            )
 
     def error(self, message: str) -> Any:
         """Two lines, exit code 2."""
@@ -72,14 +81,19 @@ def with_values(argv: list[str]) -> list[str]:
 
 def refuse_unknown(unknown: list[str], parser: argparse.ArgumentParser) -> None:
     """Usage error for options that a verb does not have, with the one that was perhaps meant."""
+    name = unknown[0].partition("=")[0]
+    known = re.findall(r"--[a-z][a-z-]*", parser.format_help()) if name[:2] == "--" else []
+    what = "option" if name.startswith("-") else "argument"
+    hint = meant(name, known)
+    parser.error(f"found {what} {unknown[0]!r:.80}, which {parser.prog} does not take{hint}")
+
+
+def meant(word: str, known: list[str]) -> str:
+    """ "; did you mean ...?" where a known word is near, else nothing."""
     from difflib import get_close_matches
 
-    name = unknown[0].partition("=")[0]
-    known = re.findall(r"--[a-z][a-z-]*", parser.format_help())
-    near = get_close_matches(name, known, n=1) if name.startswith("--") else []
-    what = "option" if name.startswith("-") else "argument"
-    meant = f"; did you mean {near[0]}?" if near else ""
-    parser.error(f"found {what} {unknown[0]!r}, which {parser.prog} does not take{meant}")
+    near = get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def warn_of_threads(asked: int | None) -> None:

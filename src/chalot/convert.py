@@ -26,13 +26,14 @@ from chalot.formats.files import quoted
 from chalot.formats.myai import HEADER, MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, kept, notes, usual
+from chalot.keeping import KEEP, coarse_note, keeps, kept, notes, usual_of
 from chalot.kernels.backend import Backend, open_backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
-from chalot.quant import codes, packing
+from chalot.planfile import planned_schemes, read_plan
+from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
@@ -53,6 +54,7 @@ RUN = 4 << 20  # numbers in memory at once
 CALIBRATION_TOKENS = 128
 CALIBRATION_TEXT = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
 DEFAULT_SCHEME = "nl4"
+TERNARY = ("least-error", "absmean")  # where the scale of ternary weights comes from
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,20 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     return {kind: chosen.get(kind, default) for kind in KINDS}
 
 
-def schemes_for(text: str | None, checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Schemes by kind, and by tensor where a source in codes keeps its own; None: as is usual."""
-    text = text or usual(checkpoint.path, DEFAULT_SCHEME)
+def schemes_for(
+    text: str | None, checkpoint: Checkpoint, plan: Path | None = None
+) -> dict[str, Scheme]:
+    """Schemes by kind, and by tensor where a plan or a source in codes names its own.
+
+    Without a text, as is usual for such a source. Raises SchemeError or FormatError.
+    """
+    text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
     schemes = parse_schemes(text)
+    config = read_config(checkpoint)
     if text.strip().lower() == KEEP:
-        schemes |= kept(checkpoint.tensors, read_config(checkpoint))
+        schemes |= kept(checkpoint.tensors, config)
+    if plan is not None:
+        schemes |= planned_schemes(read_plan(plan, config), checkpoint, config)
     return schemes
 
 
@@ -214,9 +224,14 @@ class Conversion:
         backend: Backend,
         progress: Progress,
         balance: Mapping[str, Scheme] | None = None,
+        ternary: str = TERNARY[0],
         refine: Refine | None = None,
     ) -> None:
-        """`balance` folds channels as these schemes, of kinds, would have it: of dense files."""
+        """`balance` folds channels as these schemes, of kinds, would have it: of dense files.
+
+        `ternary` "absmean" gives ternary matrices one scale each, BitNet's, and leaves them as they
+        are otherwise: a model that was trained with that scale has it for these very weights.
+        """
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
         check_shapes(self.config, checkpoint)
@@ -224,7 +239,13 @@ class Conversion:
         matrices = [s for s in self.specs if s.kind != "vector"]
         self.schemes = {s.name: scheme_of(schemes, s) for s in matrices}
         self.balanced = {s.name: scheme_of(balance or schemes, s) for s in matrices}
+        self.absmean = ternary == "absmean"
+        if self.absmean:
+            own = {n for n, s in self.schemes.items() if s.fit == "ternary"}
+            self.balanced |= dict.fromkeys(own, SCHEMES["f32"])
         self.offsets = {s.name: np.float32(s.offset) for s in self.specs if s.offset}
+        held = checkpoint.tensors
+        self.kept = {n for n, s in self.schemes.items() if keeps(held[hugging_face(n)], s)}
         self.backend = backend
         self.progress = progress
         self.digest = hashlib.sha256()
@@ -313,7 +334,9 @@ class Conversion:
             ids = self.refining.ids
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
-        calibration = Calibration(self.config, self.balanced, self.backend, frequencies, hidden)
+        calibration = Calibration(
+            self.config, self.balanced, self.backend, frequencies, hidden, self.kept
+        )
         if self.refining is not None:
             calibration.watch = self.refining.watch
         calibration.plan = self.plan
@@ -351,6 +374,22 @@ class Conversion:
         lost, had = self.errors[spec.name]
         writer.note_error(spec.name, float(f"{lost / max(had, 1e-30):.3g}"))
 
+    def _unit(self, spec: TensorSpec) -> np.float32 | None:
+        """The one scale of a matrix; None where each row and segment has its own.
+
+        What is ternary already keeps its scales: the mean would count its zeros.
+        """
+        held = self.checkpoint.tensors[hugging_face(spec.name)].scheme
+        fit = self.schemes[spec.name].fit
+        if not self.absmean or fit != "ternary" or held == "ternary":
+            return None
+        rows, columns = spec.shape
+        size = max(PANEL, RUN // columns)
+        return coarse.absmean(
+            self.plan.apply(spec.name, self.read(spec.name, first, min(first + size, rows)), first)
+            for first in range(0, rows, size)
+        )
+
     def _runs(self, spec: TensorSpec) -> Iterator[Floats]:
         """The tensor's rows, folded, in runs that are a multiple of a panel."""
         rows, columns = spec.shape
@@ -366,7 +405,7 @@ class Conversion:
     def _pieces(self, spec: TensorSpec) -> Iterator[NDArray[np.generic]]:
         """The bytes of a matrix's extent in order: panels, then the other parts of its layout."""
         scheme = self.schemes[spec.name]
-        lost, had, at = 0.0, 0.0, 0
+        lost, had, at, unit = 0.0, 0.0, 0, self._unit(spec)
         behind: list[list[NDArray[np.uint8]]] = []  # of each part but the panels
         for values in self._runs(spec):
             sample = values[:PANEL]
@@ -378,7 +417,7 @@ class Conversion:
                 again = packing.numbers(packing.Matrix(scheme, shape, part))[:, : shape[1]]
             else:
                 layout = packing.Layout(scheme, *values.shape)
-                data = self._encoded(spec, at, values)
+                data = self._encoded(spec, at, values, unit)
                 yield data[layout.parts[0]]
                 # a view would keep all
                 behind.append([data[part].copy() for part in layout.parts[1:]])
@@ -395,7 +434,9 @@ class Conversion:
                 yield np.zeros(after.start - before.stop, np.uint8)
                 yield from (of_run[i] for of_run in behind)
 
-    def _encoded(self, spec: TensorSpec, first: int, values: Floats) -> NDArray[np.uint8]:
+    def _encoded(
+        self, spec: TensorSpec, first: int, values: Floats, unit: np.float32 | None
+    ) -> NDArray[np.uint8]:
         """The extent of some rows: a source's own codes where they are of this form already."""
         scheme, name = self.schemes[spec.name], hugging_face(spec.name)
         held = getattr(self.checkpoint, "codes", None)  # of NpzModel
@@ -407,6 +448,8 @@ class Conversion:
             if found is not None:
                 self.taken.add(spec.name)
                 return packing.pack(found)
+        if unit is not None:
+            return packing.pack(codes.quantize(values, scheme, unit))
         data = self.backend.encode(values, scheme)
         if self.refining is None:
             return data
@@ -415,6 +458,12 @@ class Conversion:
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights
         self.progress(spec.name, self.done, self.total)
+
+    def is_as_it_was(self, name: str) -> bool:
+        """Whether a matrix was not quantised, or not again."""
+        scheme, info = self.schemes[name], self.checkpoint.tensors[hugging_face(name)]
+        same = keeps(info, scheme) and not self.errors[name][0]
+        return not scheme.is_coded or same
 
     def kinds(self, writer: MyaiWriter) -> Iterator[KindReport]:
         """A row for each kind of tensor there is."""
@@ -448,16 +497,20 @@ def convert(
     progress: Progress | None = None,
     command: str | None = None,
     name: str | None = None,
+    plan: str | Path | None = None,
     balance: str | None = None,
+    ternary: str = TERNARY[0],
     refine: Refine | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
     `scheme` is a name ("nl4", "int8", "bf16", "f16", "f32") or "KIND=SCHEME,..." with the kinds
     embedding, head, attention and ffn; or "keep", by which weights that are quantised already take
-    the scheme that loses least of them. None is "keep" for files, else "nl4". `command` and `name`
-    are what the file says of its making and of its source. `balance` folds channels of a dense file
-    as another scheme would have it. `refine` finds better codes at the same bytes. Peak memory is
+    the scheme that loses least of them. None is "keep" for those, else "nl4". `command` and `name`
+    are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
+    tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
+    would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
+    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. Peak memory is
     that of a layer and its largest tensor (chalot.fitting). The file appears whole or not at all.
     Raises a ChalotError for anything wrong with source or target.
     """
@@ -465,15 +518,16 @@ def convert(
 
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
+    asked += [] if plan is None else ["--plan", str(plan)]
     said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
     checkpoint = open_checkpoint(resolve(source, progress))
     try:
-        schemes = schemes_for(scheme, checkpoint)
+        schemes = schemes_for(scheme, checkpoint, None if plan is None else Path(plan))
         balanced = parse_schemes(balance) if balance else None
         watch = progress or (lambda *_: None)
         return write_myai(
-            checkpoint, Path(out), schemes, name, said, threads, watch, balanced, refine
+            checkpoint, Path(out), schemes, name, said, threads, watch, balanced, ternary, refine
         )
     finally:
         checkpoint.close()
@@ -488,10 +542,13 @@ def write_myai(
     threads: int | None,
     progress: Progress,
     balance: Mapping[str, Scheme] | None = None,
+    ternary: str = TERNARY[0],
     refine: Refine | None = None,
 ) -> ConvertReport:
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
-    work = Conversion(checkpoint, schemes, open_backend(threads=threads), progress, balance, refine)
+    backend = open_backend(threads=threads)
+    work = Conversion(checkpoint, schemes, backend, progress, balance, ternary, refine)
+    check_ternary(ternary, work.schemes)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(
             f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
@@ -514,13 +571,27 @@ def write_myai(
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
-    becomes = {n: str(s) if s.is_coded else None for n, s in others.items()}
-    noted = tuple(notes(checkpoint.path, checkpoint.tensors, becomes))
+    becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
+    noted = [*notes(checkpoint.path, checkpoint.tensors, becomes)]
+    if any(schemes[kind].is_coarse for kind in KINDS):  # and no plan's choice
+        noted += coarse_note(work.schemes, work.errors)
     if refine is not None:
-        noted += (f"refined: {refine}",)
+        noted.append(f"refined: {refine}")
     return ConvertReport(
-        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, noted
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(noted)
     )
+
+
+def check_ternary(ternary: str, schemes: Mapping[str, Scheme]) -> None:
+    """Raise SchemeError for a scale that is not known, or that no matrix would have."""
+    if ternary not in TERNARY:
+        raise SchemeError(f"--ternary {ternary}: not known; choose one of: {', '.join(TERNARY)}")
+    if ternary != TERNARY[0] and not any(s.fit == "ternary" for s in schemes.values()):
+        found = ", ".join(sorted({str(s) for s in schemes.values()}))
+        raise SchemeError(
+            f"--ternary {ternary}: nothing would be ternary, found {found}; "
+            "add --scheme ternary, or leave --ternary out"
+        )
 
 
 def source_error(checkpoint: Checkpoint, sizes: Mapping[str, tuple[float, float]]) -> float | None:

@@ -1,8 +1,8 @@
 """The verb `describe`: what a model is, what it takes, and whether it fits here.
 
 Takes a `.myai` file, a Hugging Face folder or a hub id, and reads nothing but headers: of a hub id
-before any download. What is no `.myai` file yet is judged as it would be in a scheme: `nl4`, unless
-another is asked for.
+before any download. What is no `.myai` file yet is judged as it would be in a scheme: the one that
+`convert` takes, unless another is asked for.
 """
 
 import dataclasses
@@ -24,10 +24,9 @@ from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
-from chalot.formats.hub_cache import Repository
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, kept, usual
+from chalot.keeping import KEEP, kept, usual_of
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.kernels.program import CACHE
 from chalot.library import is_ready
@@ -116,7 +115,8 @@ class Description:
     kernels: Kernels
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
-    fit: Fit | None = None  # of what is no .myai file yet: every scheme, and the best
+    scheme: str | None = None  # by which what is no .myai file yet is judged
+    fit: Fit | None = None  # of such a source: every scheme, and the best
 
     def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
@@ -159,9 +159,9 @@ def describe(
 ) -> Description:
     """Describe a `.myai` file, a Hugging Face folder, another model's file, or a hub id.
 
-    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"; "keep" for files, whose
-    weights may be quantised already); a `.myai` file has its own. `memory_at` has 0, 1,000 and all
-    positions, and `context` if it is given; `fit` has every scheme, for a file in `folder`
+    `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"; "keep" where weights
+    are quantised already); a `.myai` file has its own. `memory_at` has 0, 1,000 and all positions,
+    and `context` if it is given; `fit` has every scheme, for a file in `folder`
     (default: the current one). Raises FormatError, UnsupportedError, SchemeError, ContextError,
     HubError.
     """
@@ -174,12 +174,12 @@ def describe(
         try:
             remote = on_hub(source, hub.headers)
         except (HubOfflineError, HubBusyError):
-            copy = Repository(named).find("main")  # downloaded earlier
+            copy = hub.kept(named)  # downloaded earlier
             if copy is None:
                 raise
             return describe(copy, scheme, context, folder)
-        length = remote.download_bytes - remote.weight_bytes
-        origin = Origin("hub", remote.weight_bytes, remote.download_bytes, document_bytes=length)
+        sizes = remote.weight_bytes, remote.download_bytes
+        origin = Origin("hub", *sizes, document_bytes=remote.document_bytes)
         tensors = as_computed(remote.tensors, remote.document("config.json"), named)
         found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
     else:
@@ -189,7 +189,6 @@ def describe(
             there = {n: d for n in DOCUMENTS if (d := checkpoint.document(n)) is not None}
             form, length = "folder" if path.is_dir() else "file", sum(map(len, there.values()))
             origin = Origin(form, held, documents=tuple(there), document_bytes=length)
-            scheme = scheme or usual(path, DEFAULT_SCHEME)
             found = _of_checkpoint(
                 str(source),
                 origin,
@@ -242,7 +241,8 @@ def _of_checkpoint(
     place: tuple[int | None, Path | None],
 ) -> Description:
     """A folder, a file or a hub id. Raises FormatError where tensors contradict config.json."""
-    schemes = parse_schemes(scheme or DEFAULT_SCHEME)
+    scheme = scheme or usual_of(found, DEFAULT_SCHEME)
+    schemes = parse_schemes(scheme)
     raw = document("config.json")
     if raw is None:
         raise FormatError(f"{source}: config.json is missing; is this a model's folder?")
@@ -285,7 +285,7 @@ def _of_checkpoint(
         hub_id=source if is_remote else None,
         download_bytes=origin.download_bytes or 0,
     )
-    return dataclasses.replace(report, fit=judged)
+    return dataclasses.replace(report, scheme=scheme, fit=judged)
 
 
 def _description(

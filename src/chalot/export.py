@@ -8,10 +8,10 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chalot import export_gguf, export_safetensors
-from chalot.convert import ConvertReport, Progress, schemes_for, write_myai
+from chalot.convert import TERNARY, ConvertReport, Progress, schemes_for, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -25,11 +25,13 @@ class Options:
     source: str  # as the user named it
     type: str | None = None  # of --type: the numbers or blocks that the target stores
     scheme: str | None = None  # None: as is usual for such a source
+    plan: Path | None = None  # of myai: a file of `chalot plan`
     command: str = ""  # that makes this, for the target's own record
     threads: int | None = None
     progress: Progress = lambda *_: None
     bits: str = "4"  # of npz
     tokenizer: bool = True  # of gguf: whether the file has one
+    ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
     refine: Refine | None = None  # of myai
 
 
@@ -37,17 +39,12 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    schemes, name = schemes_for(options.scheme, checkpoint), called(options.source)
+    schemes = schemes_for(options.scheme, checkpoint, options.plan)
+    name = called(options.source)
     return write_myai(
-        checkpoint,
-        out,
-        schemes,
-        name,
-        options.command,
-        options.threads,
-        options.progress,
-        refine=options.refine,
-    )
+        checkpoint, out, schemes, name, options.command, options.threads, options.progress,
+        ternary=options.ternary, refine=options.refine,
+    )  # fmt: skip
 
 
 def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -83,7 +80,9 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "myai": Target(to_myai, ".myai", ("scheme", "bits", "fit", "dry_run", "refine")),
+    "myai": Target(
+        to_myai, ".myai", ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine")
+    ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
@@ -141,8 +140,10 @@ def export(
     type: str | None = None,
     *,
     scheme: str | None = None,
+    plan: str | Path | None = None,
     bits: str | None = None,
     tokenizer: bool = True,
+    ternary: str = TERNARY[0],
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
@@ -158,13 +159,22 @@ def export(
     from chalot.sources import resolve
 
     to = target_of(to, out)
-    given = {"type": type, "scheme": scheme, "bits": bits, "tokenizer": not tokenizer}
+    given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
+    given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
     given["refine"] = refine is not None
     refuse_useless(to, lambda setting: bool(given.get(setting)))
-    said = command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)])
-    watch = progress or (lambda *_: None)
     options = Options(
-        str(source), type, scheme, said, threads, watch, bits or "4", tokenizer, refine
+        str(source),
+        type,
+        scheme,
+        None if plan is None else Path(plan).expanduser(),
+        command or shlex.join(["chalot", "convert", str(source), "--to", to, "-o", str(out)]),
+        threads,
+        progress or (lambda *_: None),
+        bits or "4",
+        tokenizer,
+        ternary,
+        refine,
     )
     checkpoint = open_checkpoint(resolve(source, progress))
     try:

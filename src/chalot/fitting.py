@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from chalot import machine, memory
-from chalot.convert import CALIBRATION_TOKENS, RUN, parse_schemes, planned_bytes
+from chalot.convert import CALIBRATION_TOKENS, RUN, parse_schemes, planned_bytes, scheme_of
 from chalot.errors import LimitError
+from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
-from chalot.formats.hub_cache import Repository, cache_folder
+from chalot.formats.hub_cache import cache_folder
 from chalot.formats.names import hugging_face
+from chalot.keeping import KEEP, in_codes, kept
 from chalot.memory import Stored
 from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors, model_tensors
@@ -31,9 +33,10 @@ from chalot.quant.scheme import PANEL, SCHEMES
 from chalot.table import rows, size
 
 CONTEXT = 4096  # tokens to judge at, unless others are asked for or the model has fewer
-# For --fit, best first. bf16 would take twice the memory and time of int8 to be nearer by a KL of
-# 0.0007 (docs/performance.md); int4 is as long as nl4 and worse; below, models are trained for it.
-CHOICES = ("int8", "int6", "nl4")
+# For --fit, best first; "keep" is of sources in codes. bf16 would take twice the memory and time of
+# int8 to be nearer by a KL of 0.0007 (docs/performance.md); int4 is as long as nl4, and worse;
+# below, models are trained for it.
+CHOICES = (KEEP, "int8", "int6", "nl4")
 WIDTHS = {"bf16": 2, "f16": 2}  # bytes of a number in a layer that waits for calibration; else 4
 COPIES, DENSE_COPIES = 4.2, 3.0  # of a run of rows at once: read, folded, encoded, the next one
 WITH_TABLES = 1.75  # of the documents' bytes: most is the tokenizer, whose tables go with it
@@ -84,13 +87,13 @@ def fit(
     """
     at = min(CONTEXT, config.context) if context is None else context
     free, folder = machine.memory_available(), folder or Path()
-    left = 0 if hub_id is None or Repository(hub_id).find("main") else download_bytes
+    left = 0 if hub_id is None or hub.kept(hub_id) else download_bytes
     disk = machine.disk_free(folder.absolute())
     same_disk = left and _device(folder) == _device(cache_folder())
     room = disk - left if same_disk else disk
     download_fits = not left or machine.disk_free(cache_folder()) >= left
     options = []
-    for name in SCHEMES:
+    for name in ([KEEP] if in_codes(source) else []) + list(SCHEMES):
         made = _option(name, config, source, at, text)
         made["file_bytes"] += int(documents * WITH_TABLES)
         peak = max(made["converting"], made["running"])
@@ -103,18 +106,21 @@ def fit(
 def _option(
     name: str, config: ModelConfig, source: Mapping[str, TensorInfo], context: int, text: bool
 ) -> dict[str, Any]:
-    schemes, specs = parse_schemes(name), model_tensors(config)
+    specs, schemes = model_tensors(config), parse_schemes(name)
+    if name == KEEP:
+        schemes |= kept(source, config)
+    of = {t.name: scheme_of(schemes, t) for t in specs if t.kind != "vector"}
     sizes = {
-        t.name: t.shape[0] * 4 if t.kind == "vector" else stored_bytes(schemes[t.kind], *t.shape)
+        t.name: stored_bytes(of[t.name], *t.shape) if t.name in of else t.shape[0] * 4
         for t in specs
     }
-    stored = {t.name: Stored(schemes[t.kind], 1) for t in specs if t.kind != "vector"}
+    stored = {name: Stored(s, 1) for name, s in of.items()}
     total = sum(sizes.values())
     taken = memory.estimate(config, stored, total, sizes["embedding"], context, text=text)
     return {
         "bits_per_weight": total * 8 / sum(prod(t.shape) for t in specs),
         "file_bytes": planned_bytes(config, schemes),
-        "converting": converting_bytes(config, source, SCHEMES[name].is_coded, text),
+        "converting": converting_bytes(config, source, any(s.is_coded for s in of.values()), text),
         "running": taken.total_with_text,
     }
 
@@ -173,15 +179,17 @@ def render(found: Fit) -> str:
     """The schemes as a table, and the one that --fit would choose."""
     table = [["scheme", "bits each", "file", "to convert", "to run", "fits memory", "fits disk"]]
     words = {True: "yes", False: "no", None: "unknown"}
-    for o in found.options:
+    for o in sorted(found.options, key=lambda o: -o.bits_per_weight):
         name = f"{o.scheme} *" if o.scheme == found.best else o.scheme
         cells = [f"{o.bits_per_weight:.2f}", *map(size, (o.file_bytes, o.converting, o.running))]
         table.append([name, *cells, words[o.fits_memory], words[o.fits_disk]])
     free = "unknown" if found.memory_available is None else size(found.memory_available)
+    there = {o.scheme for o in found.options}
+    choices = ", ".join(c for c in CHOICES if c in there)
     best = "none of them fits" if found.best is None else f"{found.best} (*)"
     download = f"; {size(found.download_bytes)} to download" if found.download_bytes else ""
     return (
         f"{rows(table)}\nTo run with {found.context:,} tokens in the cache. Free here: {free} of "
         f"memory, {size(found.disk_available)} of disk{download}.\n"
-        f"convert --fit chooses the best of {', '.join(CHOICES)} that fits: {best}."
+        f"convert --fit chooses the best of {choices} that fits: {best}."
     )

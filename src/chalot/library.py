@@ -40,9 +40,8 @@ def is_ready(path: Path) -> bool:
     return path.suffix == SUFFIX  # and if it is none after all, its reader says so
 
 
-def place(source: str | Path, scheme: str | None = None) -> Path:
+def place(source: str | Path, scheme: str) -> Path:
     """The file that a source's conversion is kept in."""
-    scheme = scheme or usual(source, SCHEME)
     named = hub_id(source)
     path = as_path(source).resolve()
     name = path.name if named is None else named.replace("/", "--")
@@ -66,11 +65,13 @@ def converted(
     path = as_path(source)
     if path.is_file() and is_ready(path):
         return path
-    scheme = scheme or usual(source, SCHEME)
-    kept = place(source, scheme)
-    if not path.exists() and kept.exists():  # of the hub: nobody is asked again
-        return kept
+    if not path.exists():  # of the hub: nobody is asked again
+        for kept in (place(source, s) for s in ([scheme] if scheme else [KEEP, SCHEME])):
+            if kept.exists():
+                return kept
     found = resolve(source, progress)
+    scheme = scheme or usual(found, SCHEME)
+    kept = place(source, scheme)
     if kept.exists() and kept.stat().st_mtime >= _newest(found):
         return kept
     from chalot.convert import convert
@@ -85,7 +86,8 @@ def converted(
         nonlocal begun
         if not begun:
             begun = True
-            kinds = f"{SCHEME}, or what keeps its own codes best" if scheme == KEEP else scheme
+            keeps = f"what keeps its own codes best, {SCHEME} if it has none"
+            kinds = keeps if scheme == KEEP else scheme
             say(f"converting {source} to {kinds}, once, into {kept}")
         progress(what, done, total)
 

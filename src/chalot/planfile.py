@@ -7,11 +7,11 @@ which speaks of blocks only; what is no block takes the default scheme.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from chalot.errors import FormatError, OutputError, SchemeError
+from chalot.errors import FormatError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.model.config import ModelConfig
@@ -31,7 +31,7 @@ class PlanDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str  # of the checkpoint: see `fingerprint`
     method: str
     tensors: dict[str, str]
-    bytes: int  # of all tensors, as planned
+    bytes: Annotated[int, msgspec.Meta(ge=0, lt=1 << 60)]  # of all tensors, as planned
     bits_per_weight: float
     expected_loss: float | None = None
     measured_loss: float | None = None
@@ -53,11 +53,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
     """A plan of either form. Raises FormatError, or SchemeError for a scheme that is not known."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise FormatError(f"{path}: larger than {LARGEST:,} bytes; no plan is")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+        if not path.is_file():  # a device would never end
+            raise FormatError(f"{path}: is no file; expected what `chalot plan` writes")
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise FormatError(f"{path}: cannot be read ({error})") from None
+    if len(raw) > LARGEST:
+        raise FormatError(f"{path}: larger than {LARGEST:,} bytes; no plan is")
     parsed = parse_json(raw, str(path))
     if isinstance(parsed, dict) and parsed and all(k.isdecimal() for k in parsed):
         return from_simple(parsed, config, str(path))
@@ -81,7 +84,7 @@ def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
 def from_simple(levels: Mapping[str, Any], config: ModelConfig, where: str) -> PlanDocument:
     """The simple form: a level for each block."""
     expected = {str(i) for i in range(config.layers)}
-    if set(levels) != expected or any(v not in SIMPLE for v in levels.values()):
+    if set(levels) != expected or any(v not in tuple(SIMPLE) for v in levels.values()):
         raise FormatError(
             f"{where}: expected a level for each of {config.layers} blocks, of: {', '.join(SIMPLE)}"
         )
@@ -93,25 +96,41 @@ def from_simple(levels: Mapping[str, Any], config: ModelConfig, where: str) -> P
     return PlanDocument(VERSION, "", "", "simple", tensors, 0, 0.0)
 
 
-def schemes_of(
-    plan: PlanDocument, checkpoint: Checkpoint, config: ModelConfig, default: Scheme
+def to_simple(plan: PlanDocument) -> dict[str, str]:
+    """Block -> level. Raises SchemeError for a plan that cannot be said so: one not by blocks."""
+    levels = {scheme: level for level, scheme in SIMPLE.items()}
+    blocks: dict[str, set[str]] = {}
+    for name, scheme in plan.tensors.items():
+        if name.startswith("layers."):
+            blocks.setdefault(name.split(".")[1], set()).add(scheme)
+    for block, found in blocks.items():
+        if len(found) > 1 or not found <= levels.keys():
+            raise SchemeError(
+                f"block {block} has {', '.join(sorted(found))}; the simple form knows one of "
+                f"{', '.join(levels)} for each block: leave out --simple"
+            )
+    return {block: levels[found.pop()] for block, found in blocks.items()}
+
+
+def planned_schemes(
+    plan: PlanDocument, checkpoint: Checkpoint, config: ModelConfig
 ) -> dict[str, Scheme]:
-    """The scheme of every matrix. Raises FormatError for the plan of another model."""
-    names = [s.name for s in model_tensors(config) if s.kind != "vector"]
-    unknown = sorted(set(plan.tensors) - set(names))
-    if unknown or (plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)):
+    """The schemes of the matrices that it names. Raises FormatError for another model's plan."""
+    known = {s.name for s in model_tensors(config) if s.kind != "vector"}
+    if plan.tensors.keys() - known or (
+        plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)
+    ):
         raise FormatError(
             f"the plan was made for {plan.source or 'another model'}, and {checkpoint.path} is not "
             "that; make one for it with `chalot plan`"
         )
-    return {n: SCHEMES[plan.tensors[n]] if n in plan.tensors else default for n in names}
+    found = {name: SCHEMES[scheme] for name, scheme in plan.tensors.items()}
+    if "embedding" in found:
+        found.setdefault("head", found["embedding"])  # a tied head has no other
+    return found
 
 
-def write_plan(plan: PlanDocument, path: Path) -> None:
-    """Whole or not at all. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+def as_bytes(plan: PlanDocument, simple: bool = False) -> bytes:
+    """The plan's file; in the simple form, which may raise SchemeError, where asked for."""
+    said = to_simple(plan) if simple else plan
+    return msgspec.json.format(msgspec.json.encode(said), indent=1) + b"\n"

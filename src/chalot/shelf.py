@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chalot.errors import ChalotError, FormatError, OutputError
-from chalot.formats.hub_cache import downloaded
+from chalot.formats.hub_cache import downloaded, part_names
 from chalot.formats.myai import MyaiFile
 from chalot.library import SUFFIX, folder, place
 from chalot.short_names import NAMES, short_name
@@ -100,7 +100,11 @@ def _contents(path: Path) -> tuple[str, str]:
 
 
 def _bytes_in(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.iterdir() if p.is_file())
+    """Of a folder's files, or of a file and the other parts of it."""
+    named = [path.parent / name for name in part_names(path.name)]
+    return sum(
+        p.stat().st_size for p in (path.iterdir() if path.is_dir() else named) if p.is_file()
+    )
 
 
 def find(name: str) -> list[Kept]:

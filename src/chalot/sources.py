@@ -26,7 +26,10 @@ def as_path(source: str | Path) -> Path:
 
 
 def hub_id(source: str | Path) -> str | None:
-    """The hub id that a source stands for, None if it is none. A path that exists wins."""
+    """The hub id, or ORG/NAME/FILE.gguf, that a source stands for, None if it is none.
+
+    A path that exists wins.
+    """
     if not isinstance(source, str) or as_path(source).exists():
         return None
     known = NAMES.get(source.lower())
@@ -34,7 +37,7 @@ def hub_id(source: str | Path) -> str | None:
         return known.id
     from chalot.formats import hub
 
-    return source if hub.is_hub_id(source) else None
+    return source if hub.is_name(source) else None
 
 
 def called(source: str | Path) -> str:
@@ -86,6 +89,6 @@ def unknown(source: str) -> str:
     meant = "" if "/" in source else " or ".join(near(source))
     return (
         f"{source}: there is no such file or folder; expected a model's folder or file, a hub id "
-        "such as org/name, or a short name (chalot models lists them)"
+        "such as org/name or org/name/file.gguf, or a short name (chalot models lists them)"
         + (f"; did you mean {meant}?" if meant else "")
     )

@@ -12,7 +12,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from chalot.errors import FormatError, OutputError, TokenizerError
+from chalot.errors import (
+    FormatError,
+    HubBusyError,
+    HubOfflineError,
+    OutputError,
+    TokenizerError,
+)
 from chalot.formats import corpus, hub
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json, read_document
@@ -20,6 +26,7 @@ from chalot.formats.files import whole_file
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import byte_pairs
 from chalot.machine import resident_bytes
+from chalot.sources import as_path, hub_id, on_hub
 from chalot.text.byte_pairs import TABLES
 from chalot.text.tokenizer import Source, Tokenizer, compiled, from_source
 from chalot.text.training import SPECIALS, Recipe, check, configuration, train
@@ -124,21 +131,27 @@ def _whole(path: Path, limit: int) -> bytes:
 
 def _source(model: str | Path) -> Source:
     """Where the documents of what a user named are; a hub id's weights are not downloaded."""
-    path = Path(model).expanduser()
+    path = as_path(model)
     if path.is_dir():
         return _Folder(path)
     if not path.exists():
-        if isinstance(model, str) and hub.is_hub_id(model):
-            return hub.headers(model)
-        raise FormatError(
-            f"{model}: there is no such file or folder; expected a .myai or tokenizer.json file, "
-            "a model's folder, or a hub id such as org/name"
-        )
+        try:
+            return on_hub(model, hub.documents)
+        except (HubOfflineError, HubBusyError):
+            copy = hub.kept(hub_id(model) or "")  # downloaded earlier
+            if copy is None:
+                raise
+            return _source(copy)
     if path.is_file() and path.suffix == ".json" and _is_tokenizer(path):
         return _Folder(path.parent, path.name)
-    if path.is_file() and path.suffix == ".myai":
-        return MyaiFile(path)
-    return open_checkpoint(path)
+    return open_checkpoint(path) if path.suffix != ".myai" else _of_myai(path)
+
+
+def _of_myai(path: Path) -> Source:
+    """A `.myai` file; one of the older version has its tokenizer as a source."""
+    from chalot.library import is_ready
+
+    return MyaiFile(path) if is_ready(path) else open_checkpoint(path)
 
 
 def _is_tokenizer(path: Path) -> bool:
@@ -153,7 +166,7 @@ def _is_tokenizer(path: Path) -> bool:
 
 
 def tokenizer(model: str | Path, *, fast: bool = False) -> Tokenizer:
-    """The tokenizer of a `.myai` file, a folder, a tokenizer.json or a hub id.
+    """The tokenizer of a `.myai` or other model's file, a folder, a tokenizer.json, or of the hub.
 
     `fast` compiles the tables that a `.myai` file has (a second for 150,000 tokens), which pays for
     texts of a megabyte. Raises FormatError, TokenizerError, HubError.

@@ -70,6 +70,8 @@ def unfolding(config: ModelConfig, layer: int, made: Rows, source: Rows) -> Plan
     norms = {"attention_norm": ("query", "key", "value"), ffn_norm(c): ("gate", "up")}
     if c.inner_norms:
         norms |= {"attention_inner_norm": ("output",), "ffn_inner_norm": ("down",)}
+    if c.head_norms:  # balanced with each other
+        norms |= {"query_norm": (), "key_norm": ()}
     for norm, readers in norms.items():
         wanted, found = (np.abs(side.read(p + norm)) for side in (source, made))
         note_rows(norm, nearest(wanted, found))

@@ -207,6 +207,7 @@ CASES = {
         Case("qwen2-window", qwen2(**SOME_WINDOWS, num_hidden_layers=3), "f32"),
         Case("mistral", mistral()),
         Case("mistral-long", mistral(sliding_window=100), "f32", tokens=300),
+        Case("mistral-wide", mistral(sliding_window=280), "f32", tokens=300),
         Case("mistral-full", mistral(sliding_window=None, head_dim=24), "f16"),
         Case("qwen3", qwen3()),
         Case(
@@ -241,6 +242,12 @@ CASES = {
         Case("bitnet", bitnet("autobitlinear"), vectors="f32"),
         Case("bitnet-divided", bitnet("bitlinear"), vectors="f32"),
         Case("bitnet-master", bitnet("autobitlinear", "online", tie_word_embeddings=False)),
+        Case(  # as a Llama 3 that was trained on with ternary weights; two keys are left out
+            "bitnet-llama",
+            llama(**OLD, hidden_size=128, intermediate_size=128, num_attention_heads=4)
+            | {"num_key_value_heads": 2, "quantization_config": {"quant_method": "bitnet"}},
+            vectors="f32",
+        ),
         Case(
             "bitnet-wide",
             bitnet("autobitlinear", hidden_size=320, intermediate_size=400, head_dim=80),
@@ -317,10 +324,10 @@ def stored_tensors(
     """What the checkpoint holds of a tensor: names to values and their type."""
     values = weights(case, name, shape, seed)
     how = case.config.get("quantization_config", {"quantization_mode": "online"})
-    if how["quantization_mode"] == "online" or "_proj.weight" not in name:
+    if how.get("quantization_mode") == "online" or "_proj.weight" not in name:
         return {name: (values, case.stored if len(shape) == 2 else case.vectors or case.stored)}
     scale = np.float32(math.sqrt(shape[1]) / 2)
-    if how["linear_class"] == "autobitlinear":
+    if how.get("linear_class") == "autobitlinear":
         scale = 1 / scale
     out: dict[str, tuple[NDArray[Any], str]] = {name: (packed(ternary(values)), "u8")}
     return out | {name + "_scale": (np.full(1, scale, np.float32), "bf16")}

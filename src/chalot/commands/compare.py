@@ -12,7 +12,7 @@ from chalot.table import rows
 def arguments(parser: ArgumentParser) -> None:
     """What it takes."""
     parser.add_argument("source", help="what the forms are made from: a folder, file or hub id")
-    parser.add_argument("models", nargs="*", help=".myai files made from it")
+    parser.add_argument("models", nargs="*", help=".myai files made from it, or plans (.json)")
     parser.add_argument("--schemes", default="", help="forms to make too, as nl4,int8")
     parser.add_argument("--text", required=True, metavar="FILE", help="text to measure on")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
@@ -24,15 +24,24 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--folder", help="where forms are kept (default: beside the page)")
 
 
+def check_place(out: Path) -> None:
+    """Make the page's folder now, before an hour's work. Raises OutputError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out.parent}: cannot be made ({error.strerror})") from None
+
+
 def main(arguments: Arguments) -> int:
     """The exit code."""
     from chalot.compare import compare
-    from chalot.compare.page import markdown, note, page, table
+    from chalot.compare.page import note, table, write
     from chalot.evaluate.answers import read_prompts
 
     out = Path(arguments.out).expanduser()
     if out.suffix != ".html":
         raise FormatError(f"{out}: the page is HTML; give it a name that ends in .html")
+    check_place(out)
     prompts = read_prompts(Path(arguments.prompts).expanduser()) if arguments.prompts else []
     with progress(arguments, "comparing") as advance:
         found = compare(
@@ -48,18 +57,11 @@ def main(arguments: Arguments) -> int:
             progress=advance,
         )
     data = as_json(found)
-    written = ((out, page(found)), (out.with_suffix(".md"), markdown(found)))
-    for path, text in (*written, (out.with_suffix(".json"), data + "\n")):
-        try:
-            path.write_text(text, "utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    paths = write(found, out, data)
     if arguments.json:
         print(data)
         return 0
     print(rows(table(found)))
     if not arguments.quiet:
-        print(
-            f"{note(found)}\n{out}, {out.with_suffix('.md').name}, {out.with_suffix('.json').name}"
-        )
+        print(f"{note(found)}\n{', '.join(map(str, paths))}")
     return 0

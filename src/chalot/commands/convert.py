@@ -40,13 +40,21 @@ def arguments(parser: ArgumentParser) -> None:
         action="store_false",
         help="for gguf: leave out a tokenizer that such files cannot hold",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=("least-error", "absmean"),
+        help="the scale of ternary weights: what leaves the least error (default), or BitNet's "
+        "mean |w| of a matrix, for models trained with it",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
-        help="f32, bf16, f16, int8, nl4 (default), or KIND=SCHEME,... "
-        "with kinds attention, ffn, embedding, head; keep (default of files): what is quantised "
-        "already goes to the scheme that loses least of it",
+        help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl2, ternary, sign, row8, row4, "
+        "row2, row1, or KIND=SCHEME,... "
+        "with kinds attention, ffn, embedding, head; keep (default where weights are quantised "
+        "already): each goes to the scheme that loses least of it",
     )
+    how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
     parser.add_argument("--refine", help="better codes at the same bytes: gptq or hqq")
@@ -77,6 +85,8 @@ def main(arguments: Arguments) -> int:
     if arguments.calibration and not arguments.refine:
         arguments.parser.error("--calibration is the text of --refine; give that too")
     check_settings(arguments)
+    if arguments.plan and arguments.dry_run:
+        arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -113,21 +123,24 @@ def check_settings(arguments: Arguments) -> None:
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
     from chalot import batch, fitting
-    from chalot.convert import DEFAULT_SCHEME
+    from chalot.convert import TERNARY
     from chalot.export import TARGETS, export, target_of
-    from chalot.keeping import usual
     from chalot.refining import Refine
 
     out = arguments.out or ""
     to = target_of(arguments.to, out)
-    scheme = arguments.scheme or BITS.get(arguments.bits) or usual(source, DEFAULT_SCHEME)
-    fit = fit_of(source, arguments) if arguments.fit or arguments.dry_run else None
-    if fit is not None and arguments.fit:
-        scheme = fitting.chosen(fit, source)
+    scheme = arguments.scheme or BITS.get(arguments.bits)
+    fit = None
+    if arguments.fit or arguments.dry_run:
+        usual, fit = judged(source, arguments)
+        scheme = fitting.chosen(fit, source) if arguments.fit else scheme or usual
     if to == "npz":
         out = out or arguments.output_dir or "."
     elif not out:
-        kind = scheme if to == "myai" else arguments.type or TARGETS[to].type
+        scheme = scheme or usual_scheme(source, arguments)
+        kind = "plan" if arguments.plan else scheme
+        if to != "myai":
+            kind = arguments.type or TARGETS[to].type
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
@@ -143,8 +156,10 @@ def one(source: str, arguments: Arguments) -> Any:
             to,
             arguments.type,
             scheme=scheme if to == "myai" else None,
+            plan=arguments.plan,
             bits=arguments.bits if to == "npz" else None,
             tokenizer=arguments.tokenizer,
+            ternary=arguments.ternary or TERNARY[0],
             threads=arguments.threads,
             progress=advance,
             command=command,
@@ -157,18 +172,28 @@ def one(source: str, arguments: Arguments) -> Any:
     return report
 
 
-def fit_of(source: str, arguments: Arguments) -> Any:
-    """What the source would take in each scheme, by its headers. Raises UnsupportedError."""
+def usual_scheme(source: str, arguments: Arguments) -> str:
+    """The scheme when none is asked for; what is on the hub is downloaded to know."""
+    from chalot.convert import DEFAULT_SCHEME
+    from chalot.keeping import usual
+    from chalot.sources import resolve
+
+    with progress(arguments, f"opening {source}") as advance:
+        return usual(resolve(source, advance), DEFAULT_SCHEME)
+
+
+def judged(source: str, arguments: Arguments) -> tuple[str | None, Any]:
+    """The usual scheme, and what the source would take in each. Raises UnsupportedError."""
     from chalot.describe import describe
 
     place = arguments.out and Path(arguments.out).parent
     folder = Path(place or arguments.output_dir or "")
-    found = describe(source, context=arguments.context, folder=folder).fit
-    if found is None:
+    found = describe(source, context=arguments.context, folder=folder)
+    if found.fit is None:
         raise UnsupportedError(
             f"{source}: is a .myai file; --fit and --dry-run judge what is not converted yet"
         )
-    return found
+    return found.scheme, found.fit
 
 
 def validated(report: Any, source: str, arguments: Arguments) -> Any:

@@ -79,16 +79,20 @@ def main(arguments: Arguments) -> int:
     reports: dict[str, Any] = {}
     shown: list[str] = []
     if arguments.text:
-        with progress(arguments, "measuring") as advance:
-            report = evaluate(
-                path,
-                arguments.text,
-                against=arguments.against,
-                protocol=arguments.protocol,
-                tokens=arguments.tokens,
-                threads=arguments.threads,
-                progress=lambda n, of: advance(f"window {n} of {of}", n, of),
-            )
+        try:
+            with progress(arguments, "measuring") as advance:
+                report = evaluate(
+                    path,
+                    arguments.text,
+                    against=arguments.against,
+                    protocol=arguments.protocol,
+                    tokens=arguments.tokens,
+                    threads=arguments.threads,
+                    progress=lambda n, of: advance(f"window {n} of {of}", n, of),
+                )
+        except KeyboardInterrupt:
+            say("windows that were measured are kept: the same command goes on from there")
+            raise
         reports["text"] = report
         shown.append(render(report))
     if arguments.generate:

@@ -33,8 +33,12 @@ warnings.showwarning = show_warning
 
 def as_json(report: Any) -> str:
     """A report dataclass as JSON; numbers that are not finite become null."""
+    from msgspec import Struct
+    from msgspec.structs import asdict
 
     def plain(value: Any) -> Any:
+        if isinstance(value, Struct):
+            value = asdict(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
             extra = (

@@ -9,23 +9,43 @@ from chalot.commands.opening import size
 from chalot.commands.output import as_json, progress, say
 from chalot.table import pairs
 
+AGREEMENT = (
+    "with EWQ's own decisions {agreement:.0%} on held-out models, the commonest level's "
+    "{majority:.0%} ({models} small models)"
+)
+CHANCE = (
+    "the difference is within chance ({error:.0%} standard error): look at the weights, with ewq"
+)
+
 
 def arguments(parser: ArgumentParser) -> None:
     """What it takes."""
     parser.add_argument("source", help="a Hugging Face folder, a file, or a hub id")
     parser.add_argument("-o", "--out", default="plan.json", help="the plan's file")
     parser.add_argument(
-        "--method", default="linear", help="ewq, error, activation, linear (default), measured"
+        "--method",
+        default="linear",
+        help="ewq, fast-ewq, error, activation, fisher, linear (default), measured",
     )
     parser.add_argument(
         "--ewq-variant", default="softmax", help="softmax, softmax-eps, histogram or codes"
     )
     parser.add_argument("--ewq-x", type=float, default=1.0, help="sigmas below the mean")
     parser.add_argument("--ewq-rest", default="int8", help="scheme of embedding and head")
-    parser.add_argument("--size", type=size, help="largest file, as 300MB")
+    parser.add_argument(
+        "--simple", action="store_true", help='write {"0": "raw", "1": "8-bit", ...}: of EWQ only'
+    )
+    parser.add_argument(
+        "--size", type=size_or_fit, help="largest file, as 300MB; fit: what runs on this machine"
+    )
+    parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
     parser.add_argument("--bpw", type=float, help="bits a weight of all matrices")
     parser.add_argument("--max-kl", type=float, help="largest expected KL, nats a token")
-    parser.add_argument("--schemes", default="bf16,int8,nl4", help="what to choose from")
+    parser.add_argument(
+        "--schemes",
+        default="",
+        help="what to choose from (default: bf16,int8,int6,nl4,nl2; of ewq: bf16,int8,nl4)",
+    )
     parser.add_argument("--text", help="calibration text (default: the bundled one)")
     parser.add_argument(
         "--exchanges", type=int, default=40, help="pairs tried by their true KL; 0: none"
@@ -33,8 +53,15 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="a picture of the plan, .svg")
 
 
+def size_or_fit(text: str) -> int | str:
+    """A size in bytes, or "fit"."""
+    return text if text == "fit" else size(text)
+
+
 def summary(plan: Any) -> str:
     """How many tensors of each scheme, size, and what is expected."""
+    from chalot.plan.losses import KNOWS_KL
+
     counts: dict[str, int] = {}
     for scheme in plan.tensors.values():
         counts[scheme] = counts.get(scheme, 0) + 1
@@ -43,17 +70,22 @@ def summary(plan: Any) -> str:
         ("tensors", ", ".join(f"{n} {scheme}" for scheme, n in sorted(counts.items()))),
         ("size", f"{plan.bytes:,} bytes of matrices, {plan.bits_per_weight:.3f} bits a weight"),
     ]
-    if plan.expected_loss is not None and plan.method in ("linear", "measured"):
+    if plan.expected_loss is not None and plan.method in KNOWS_KL:
         facts.append(("expected KL", f"{plan.expected_loss:.5f} nats a token"))
     if plan.measured_loss is not None:
         facts.append(("measured KL", f"{plan.measured_loss:.5f} on the calibration text"))
+    if plan.method == "fast-ewq":
+        d = plan.details
+        facts.append(("agreement", AGREEMENT.format(**d)))
+        if d["agreement"] - d["majority"] <= 2 * d["error"]:
+            facts.append(("", CHANCE.format(**d)))
     return pairs(facts)
 
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
     from chalot.plan import plan
-    from chalot.plan.picture import picture
+    from chalot.plan.picture import write_picture
 
     with progress(arguments, "planning") as advance:
         made = plan(
@@ -63,7 +95,9 @@ def main(arguments: Arguments) -> int:
             variant=arguments.ewq_variant,
             x=arguments.ewq_x,
             rest=arguments.ewq_rest,
+            simple=arguments.simple,
             size=arguments.size,
+            context=arguments.context,
             bits=arguments.bpw,
             max_kl=arguments.max_kl,
             schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],
@@ -73,7 +107,7 @@ def main(arguments: Arguments) -> int:
             progress=advance,
         )
     if arguments.plot:
-        Path(arguments.plot).expanduser().write_text(picture(made), "utf-8")
+        write_picture(made, Path(arguments.plot).expanduser())
     if made.details.get("indistinct"):
         say("the blocks' entropies differ by less than a millionth: chance decides this plan")
     print(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")

@@ -12,7 +12,7 @@ from chalot.commands.output import as_json, say
 from chalot.errors import FormatError, TokenizerError
 from chalot.table import pairs, rows, size
 
-MODEL = "a .myai or tokenizer.json file, a model's folder, or a hub id"
+MODEL = "a tokenizer.json, a model's file or folder, a short name or a hub id"
 SHARED: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("--threads",), int, "threads to train with (default: the cores)"),
     (("-q", "--quiet"), None, "only the answer"),
@@ -31,6 +31,7 @@ def arguments(parser: ArgumentParser) -> None:
         for flags, kind, help_ in SHARED:  # after the part's name as well as before it
             given: dict[str, Any] = {"action": "store_true"} if kind is None else {"type": kind}
             found.add_argument(*flags, default=SUPPRESS, help=help_, **given)
+        found.set_defaults(parser=found)  # for usage errors of this part
         return found
 
     train = part("train", "a new tokenizer from text")

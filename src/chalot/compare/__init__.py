@@ -8,16 +8,17 @@ reads a prompt and answers.
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from chalot import __version__
-from chalot.convert import convert
+from chalot.convert import convert, parse_schemes
 from chalot.errors import FormatError, LimitError
-from chalot.evaluate.protocols import PROTOCOL
+from chalot.evaluate.protocols import PROTOCOL, check_count, windows
 from chalot.evaluate.quality import Quality
 from chalot.evaluate.quality import compare as compare_quality
 from chalot.evaluate.report import bits_per_weight, read_text, uncut
@@ -26,10 +27,17 @@ from chalot.kernels.backend import open_backend
 from chalot.load import Model
 from chalot.model.layers import layer_tensors
 from chalot.plan.swap import Swaps
+from chalot.quant.packing import DENSE
+from chalot.sources import called
 
 ROUNDS = 5
 PREFILL, DECODED = 256, 32  # tokens of a round
 TOKENS = 8192  # of the text, unless more are asked for
+SOURCE = "source"  # the form that the others are compared with
+SHAPE = (
+    *("family", "hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward"),
+    "vocabulary",
+)
 MOST_PROMPTS = 100
 Progress = Callable[[str, int, int], None]
 
@@ -43,8 +51,8 @@ class Form:
     bytes: int
     bits_per_weight: float
     quality: Quality | None = None
-    prefill: list[float] = field(default_factory=list)  # tokens a second, a round each
-    decode: list[float] = field(default_factory=list)
+    prefill_tokens_per_second: list[float] = field(default_factory=list)  # a round each
+    decode_tokens_per_second: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     layers: list[float] = field(default_factory=list)  # KL with that layer alone so stored
     prompts: list[dict[str, Any]] = field(default_factory=list)
@@ -140,9 +148,60 @@ def in_turn(models: Sequence[Model], forms: Sequence[Form], progress: Progress) 
         for model, form in zip(models, forms, strict=True):
             prefill, decode = measure_speed(model)
             if n:
-                form.prefill.append(prefill)
-                form.decode.append(decode)
+                form.prefill_tokens_per_second.append(prefill)
+                form.decode_tokens_per_second.append(decode)
         progress("speed", n, ROUNDS)
+
+
+def named(files: Sequence[Path], schemes: Sequence[str]) -> dict[str, Path | None]:
+    """Form -> its file, a plan, or None for a scheme to be made; no two of one name."""
+    out: dict[str, Path | None] = {}
+    for path in files:
+        name, n = path.stem, 1
+        while name in out or name in schemes or name == SOURCE:
+            n += 1
+            name = f"{path.stem} ({n})"
+        out[name] = path
+    return out | dict.fromkeys(schemes)
+
+
+def make(
+    source: str | Path,
+    forms: Mapping[str, Path | None],
+    folder: Path,
+    threads: int | None,
+    progress: Progress,
+) -> dict[str, Path]:
+    """Form -> its .myai file; those of plans and schemes are converted into `folder`."""
+    made: dict[str, Path] = {}
+    for n, (name, path) in enumerate(forms.items()):
+        if path is not None and path.suffix != ".json":
+            made[name] = path
+            continue
+        progress(f"converting to {name}", n, len(forms))
+        kind = (name if path is None else path.stem).replace(",", "+")
+        made[name] = folder / f"{Path(called(source)).stem}-{kind}.myai"
+        if path is None:
+            convert(source, made[name], name, threads=threads)
+        else:
+            convert(source, made[name], plan=path, threads=threads)
+    return made
+
+
+def check_same(base: Model, model: Model, words: str) -> None:
+    """Raise FormatError where a model is no form of the base."""
+    for name in SHAPE:
+        found, expected = getattr(model.config, name), getattr(base.config, name)
+        if found != expected:
+            raise FormatError(
+                f"{model.file.path}: its {name} is {found}, the source's {expected}; expected a "
+                "file that was made from the source"
+            )
+    if model.tokenizer.encode(words[:4096]) != base.tokenizer.encode(words[:4096]):
+        raise FormatError(
+            f"{model.file.path}: reads text otherwise than the source; expected a file that was "
+            "made from it"
+        )
 
 
 def compare(
@@ -158,60 +217,75 @@ def compare(
     threads: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> Comparison:
-    """Measure a source, its `files` (.myai) and its forms in `schemes`, which stay in `folder`.
+    """Measure a source beside its `files`, and its forms in `schemes`, which stay in `folder`.
 
-    `tokens` of the text are read; `prompts` are answered by every form after a warm-up. Raises
-    FormatError, LimitError where it does not fit, and what converting raises.
+    A file is a .myai, or a plan (.json) to convert by. `tokens` of the text are read; `prompts` are
+    answered by every form after a warm-up. Raises FormatError, ContextError for too short a text,
+    LimitError where it does not fit, and what converting raises.
     """
     words = read_text(Path(text).expanduser())
     if len(prompts) > MOST_PROMPTS:
         raise LimitError(f"{len(prompts)} prompts; expected at most {MOST_PROMPTS}")
-    place = Path(folder).expanduser()
-    place.mkdir(parents=True, exist_ok=True)
-    made = {Path(f).stem: Path(f).expanduser() for f in files}
-    for n, scheme in enumerate(schemes):
-        progress(f"converting to {scheme}", n, len(schemes))
-        made[scheme] = place / f"{Path(str(source)).name}-{scheme.replace(',', '+')}.myai"
-        convert(source, made[scheme], scheme, threads=threads)
-    if not made:
-        raise FormatError("nothing to compare with; name .myai files, or --schemes nl4,int8")
-    with uncut(source, threads) as base_file:
-        base = Model(base_file, threads=threads, kv="f32")
-        models = [base, *(Model(p, threads=threads) for p in made.values())]
-        names = ["source", *made]
-        forms = [
+    check_count("--tokens", tokens)
+    check_count("--max-tokens", max_tokens)
+    forms = named([Path(f).expanduser() for f in files], list(dict.fromkeys(schemes)))
+    for scheme in schemes:
+        parse_schemes(scheme)  # before anything is made
+    if not forms:
+        raise FormatError("nothing to compare with; name .myai files, plans, or --schemes nl4,int8")
+    with ExitStack() as opened:
+        base = opened.enter_context(
+            Model(opened.enter_context(uncut(source, threads)), threads=threads, kv="f32")
+        )
+        ids = base.tokenizer.encode(words)[:tokens]
+        list(windows(ids, 2))  # too short a text ends here
+        place = Path(folder).expanduser()
+        place.mkdir(parents=True, exist_ok=True)
+        models = [base]
+        for path in make(source, forms, place, threads, progress).values():
+            models.append(opened.enter_context(Model(path, threads=threads)))
+            check_same(base, models[-1], words)
+        measured = [
             Form(name, str(m.file.path), m.file.size, bits_per_weight(m))
-            for name, m in zip(names, models, strict=True)
+            for name, m in zip([SOURCE, *forms], models, strict=True)
         ]
-        try:
-            ids = base.tokenizer.encode(words)[:tokens]
-            for model in models[1:]:
-                if model.tokenizer.encode(words[:4096]) != base.tokenizer.encode(words[:4096]):
-                    raise FormatError(f"{model.file.path}: reads text otherwise than the source")
-            found = compare_quality(base, models[1:], ids, lambda n, of: progress("quality", n, of))
-            in_turn(models, forms, progress)
-            swaps = Swaps(base.file, open_backend(threads=threads), ids)
-            for n, (form, quality) in enumerate(zip(forms, found, strict=True)):
-                progress("layers and memory", n, len(forms))
-                form.quality = quality
-                form.peak_bytes = peak_memory(form.file, base.backend.threads, base.context)
-                if n:
-                    form.layers = layer_losses(swaps, form.file)
-                for prompt in prompts:
-                    form.prompts.append(answer(models[n], prompt, max_tokens))
-            return Comparison(
-                str(source),
-                Path(text).name,
-                found[0].tokens,
-                str(PROTOCOL),
-                base.backend.name,
-                base.backend.threads,
-                __version__,
-                tuple(forms),
-            )
-        finally:
-            for model in models:
-                model.close()
+        measure(measured, models, ids, prompts, max_tokens, progress)
+        measured[0].file = str(source)  # its numbers were in a file that goes now
+        return Comparison(
+            str(source),
+            Path(text).name,
+            measured[0].quality.tokens if measured[0].quality else 0,
+            str(PROTOCOL.within(min(m.context for m in models), len(ids))),
+            base.backend.name,
+            base.backend.threads,
+            __version__,
+            tuple(measured),
+        )
+
+
+def measure(
+    forms: Sequence[Form],
+    models: Sequence[Model],
+    ids: list[int],
+    prompts: Sequence[str],
+    max_tokens: int,
+    progress: Progress,
+) -> None:
+    """Everything of all forms; the first is the source."""
+    base = models[0]
+    found = compare_quality(base, models[1:], ids, lambda n, of: progress("quality", n, of))
+    in_turn(models, forms, progress)
+    swaps = None
+    if all(e.scheme in DENSE for e in base.file.manifest.tensors.values()):
+        swaps = Swaps(base.file, open_backend(threads=base.backend.threads), ids)
+    for n, (form, quality) in enumerate(zip(forms, found, strict=True)):
+        progress("layers and memory", n, len(forms))
+        form.quality = quality
+        form.peak_bytes = peak_memory(form.file, base.backend.threads, base.context)
+        if n and swaps is not None:  # a source of codes has no layers to put back
+            form.layers = layer_losses(swaps, form.file)
+        for prompt in prompts:
+            form.prompts.append(answer(models[n], prompt, max_tokens))
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,15 +1,19 @@
 """A comparison as a page of its own, as Markdown, and as one table of text."""
 
 from importlib import resources
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from chalot.charts import Point, scatter, strips
 from chalot.compare import Comparison, Form, spread
-from chalot.errors import UnsupportedError
+from chalot.errors import FormatError
+from chalot.evaluate.report import with_error
+from chalot.formats.new_file import NewFile
 
 HEADS = (
-    *("form", "bytes", "bits/weight", "perplexity", "KL to source", "99 % KL", "same top"),
+    *("form", "bytes", "bits/weight", "perplexity", "loss above source"),
+    *("KL to source", "99 % KL", "same top"),
     *("prefill tokens/s", "decode tokens/s", "peak memory"),
 )
 
@@ -18,18 +22,18 @@ def cells(form: Form) -> list[str]:
     """One row of the table."""
     q = form.quality
     if q is None:
-        raise UnsupportedError(f"{form.name} was not measured")
-    kl = "-" if q.kl is None else f"{q.kl:.5f} +- {q.kl_error:.5f}"
+        raise FormatError(f"{form.name} was not measured")
     return [
         form.name,
         f"{form.bytes:,}",
         f"{form.bits_per_weight:.2f}",
-        f"{q.perplexity:.3f} +- {q.perplexity_error:.3f}",
-        kl,
+        with_error(q.perplexity, q.perplexity_error, ".3f"),
+        with_error(q.excess, q.excess_error, "+.4f"),
+        with_error(q.kl, q.kl_error, ".5f"),
         "-" if q.kl_99 is None else f"{q.kl_99:.3f}",
         "-" if q.same_top is None else f"{q.same_top:.2%}",
-        spread(form.prefill),
-        spread(form.decode),
+        spread(form.prefill_tokens_per_second),
+        spread(form.decode_tokens_per_second),
         "-" if form.peak_bytes is None else f"{form.peak_bytes / 1e6:,.0f} MB",
     ]
 
@@ -44,8 +48,9 @@ def note(found: Comparison) -> str:
     return (
         f"{found.tokens:,} tokens of {found.text} scored; protocol {found.protocol}. Speeds are "
         f"medians (ranges) of rounds in turn, {found.kernels} on {found.threads} threads. The "
-        "source computes in its own numbers with a float32 cache. Errors are standard errors over "
-        "windows."
+        "source computes in its own numbers with a float32 cache. Losses are in nats a token, "
+        "errors standard errors over windows. That of a perplexity says how texts differ; that of "
+        "the loss above the source, window by window, what the form did."
     )
 
 
@@ -69,7 +74,11 @@ def pareto(found: Comparison) -> str:
 
 def speeds(found: Comparison) -> str:
     """Size against decoding."""
-    points = [Point(f.name, f.bytes / 1e6, median(f.decode)) for f in found.forms if f.decode]
+    points = [
+        Point(f.name, f.bytes / 1e6, median(f.decode_tokens_per_second))
+        for f in found.forms
+        if f.decode_tokens_per_second
+    ]
     return scatter(points, "MB of the file", "tokens decoded a second", log_y=False, front=False)
 
 
@@ -81,14 +90,26 @@ def page(found: Comparison) -> str:
     layers = {f.name: f.layers for f in found.forms if f.layers}
     values: dict[str, Any] = {
         "found": found,
+        "name": Path(found.source).name or found.source,
         "table": table(found),
         "note": note(found),
         "pareto": pareto(found),
         "speeds": speeds(found),
         "layers": strips(layers, "KL of the source with one layer so stored") if layers else "",
+        "by_layer": [[name, *(f"{v:.3g}" for v in row)] for name, row in layers.items()],
         "prompts": [
             [(f.name, f.prompts[i]) for f in found.forms]
             for i in range(min(len(f.prompts) for f in found.forms))
         ],
     }
     return Environment(autoescape=True).from_string(text).render(values)
+
+
+def write(found: Comparison, out: Path, data: str) -> tuple[Path, Path, Path]:
+    """The page at `out`, Markdown and `data` (JSON) beside it, each whole or not at all."""
+    paths = out, out.with_suffix(".md"), out.with_suffix(".json")
+    for path, text in zip(paths, (page(found), markdown(found), data + "\n"), strict=True):
+        with NewFile(path, text[:1].encode(), path.suffix) as file:
+            file.write(text.encode())
+            file.commit()
+    return paths

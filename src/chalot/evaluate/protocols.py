@@ -10,9 +10,9 @@ A window is never longer than the context; a shorter last one is left out, unles
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from chalot.errors import ContextError
+from chalot.errors import ContextError, FormatError
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Protocol:
     window: int
     scored: float = 0.0
     begins: bool = False  # each window's first token becomes the beginning of text
+    asked: int = 0  # tokens of a window, where it had to be shorter
 
     def first(self, size: int) -> int:
         """The first position of a window whose next token is scored."""
@@ -30,7 +31,13 @@ class Protocol:
 
     def __str__(self) -> str:
         part = "all but the first" if not self.scored else f"the last {1 - self.scored:.0%}"
-        return f"{self.name} (disjoint windows of {self.window} tokens, {part} scored)"
+        cut = f" and not {self.asked}, for want of context or text" if self.asked else ""
+        return f"{self.name} (disjoint windows of {self.window} tokens{cut}, {part} scored)"
+
+    def within(self, context: int, tokens: int) -> "Protocol":
+        """As it is where a model, or a text, has no more."""
+        size = min(self.window, context, tokens)
+        return self if size == self.window else replace(self, window=size, asked=self.window)
 
 
 PROTOCOLS = {
@@ -52,3 +59,9 @@ def windows(ids: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(ids)
     for at in range(0, len(ids) - size + 1, size):
         yield list(ids[at : at + size])
+
+
+def check_count(what: str, count: int | None) -> None:
+    """Raise FormatError for a count below one."""
+    if count is not None and count < 1:
+        raise FormatError(f"{what} {count}; expected at least 1")

@@ -41,6 +41,8 @@ class Quality:
     kl_median: float | None = None
     kl_99: float | None = None
     same_top: float | None = None  # share of tokens with the base's most likely token
+    excess: float | None = None  # loss above the base's, window by window
+    excess_error: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -112,12 +114,13 @@ def measure(models: Sequence[Scored], ids: list[int], first: int) -> list[Window
     return out
 
 
-def summed_up(found: Sequence[Window], is_base: bool) -> Quality:
-    """The windows of one model."""
+def summed_up(found: Sequence[Window], base: Sequence[Window]) -> Quality:
+    """The windows of one model, beside the base's, which may be the same."""
     means = [float(np.mean(w.losses)) for w in found]
     tokens = sum(len(w.losses) for w in found)
-    if is_base:
+    if found is base:
         return Quality(tokens, float(np.mean(means)), standard_error(means))
+    more = [m - float(np.mean(w.losses)) for m, w in zip(means, base, strict=True)]
     every = np.concatenate([w.kl for w in found])
     return Quality(
         tokens,
@@ -128,6 +131,8 @@ def summed_up(found: Sequence[Window], is_base: bool) -> Quality:
         float(np.median(every)),
         float(np.quantile(every, 0.99)),
         sum(w.same for w in found) / tokens,
+        float(np.mean(more)),
+        standard_error(more),
     )
 
 
@@ -164,4 +169,5 @@ def compare(
         found.append(measure(models, part, protocol.first(len(part))))
         keep(found[-1])
         progress(n + 1, len(whole))
-    return [summed_up([w[i] for w in found], i == 0) for i in range(len(models))]
+    by_model = [[w[i] for w in found] for i in range(len(models))]
+    return [summed_up(of_one, by_model[0]) for of_one in by_model]

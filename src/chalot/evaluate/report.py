@@ -11,14 +11,15 @@ from tempfile import TemporaryDirectory
 import msgspec
 import numpy as np
 
+from chalot import __version__
 from chalot.convert import convert
 from chalot.errors import FormatError
-from chalot.evaluate.protocols import PROTOCOLS
+from chalot.evaluate.protocols import PROTOCOLS, check_count
 from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.home import home
 from chalot.load import Model
-from chalot.quant.scheme import SCHEMES
+from chalot.quant.packing import DENSE
 from chalot.sources import resolve
 from chalot.table import pairs
 
@@ -41,7 +42,8 @@ class Unfinished:
     """Windows measured so far, in a file that the next run goes on from; gone when finished."""
 
     def __init__(self, key: str) -> None:
-        self.path = home() / "eval" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.jsonl"
+        digest = hashlib.sha256(f"{__version__} {key}".encode()).hexdigest()
+        self.path = home() / "eval" / f"{digest[:24]}.jsonl"
 
     def read(self) -> list[list[Window]]:
         """What an interrupted run left; a line that was cut ends it."""
@@ -81,14 +83,15 @@ def read_text(path: Path) -> str:
 def uncut(source: str | Path, threads: int | None, balance: str | None = None) -> Iterator[Path]:
     """A `.myai` of a source's own numbers: itself, or made for as long as this lasts.
 
-    With `balance` its channels are folded as that scheme would have them; the function is the same.
+    With `balance` its channels are folded as that scheme would have them, and codes are written as
+    numbers; the function of the weights is the same.
     """
     path = resolve(source)
     checkpoint = open_checkpoint(path)
     kinds = {t.dtype for t in checkpoint.tensors.values()}
     is_own = path.suffix == ".myai"
     checkpoint.close()
-    if is_own:
+    if is_own and balance is None:
         yield path
         return
     scheme = next(iter(kinds)) if len(kinds) == 1 else "f32"
@@ -96,7 +99,7 @@ def uncut(source: str | Path, threads: int | None, balance: str | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix="base-") as made:
         out = Path(made) / "base.myai"
-        stored = scheme if scheme in SCHEMES else "f32"
+        stored = scheme if scheme in DENSE else "f32"
         convert(path, out, stored, threads=threads, balance=balance)
         yield out
 
@@ -127,10 +130,12 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise FormatError(f"protocol {protocol!r} is not known; choose {', '.join(PROTOCOLS)}")
+    check_count("--tokens", tokens)
     way = PROTOCOLS[protocol]
     written = read_text(Path(text).expanduser())
     with Model(path, threads=threads) as model:
         ids = model.tokenizer.encode(written)[:tokens]
+        said_of = str(way.within(model.context, len(ids)))
         size = model.file.size
         bits = bits_per_weight(model)
         begin = model.tokenizer.bos_id
@@ -141,7 +146,7 @@ def evaluate(
                 model, [], ids, progress, protocol=way, begin=begin, done=key.read(), keep=key.keep
             )
             key.drop()
-            return EvalReport(str(path), size, bits, str(text), str(way), found[0])
+            return EvalReport(str(path), size, bits, str(text), said_of, found[0])
         with uncut(against, threads) as made, Model(made, threads=threads, kv="f32") as base:
             if base.tokenizer.encode(written)[:tokens] != ids:
                 raise FormatError(
@@ -162,7 +167,15 @@ def evaluate(
                 keep=key.keep,
             )
             key.drop()
-    return EvalReport(str(path), size, bits, str(text), str(way), found[1], str(against), found[0])
+    return EvalReport(str(path), size, bits, str(text), said_of, found[1], str(against), found[0])
+
+
+def with_error(value: float | None, error: float | None, form: str) -> str:
+    """A number, and its error where there is one."""
+    if value is None:
+        return "-"
+    bar = "" if error is None or math.isnan(error) else f" +- {error:{form.lstrip('+')}}"
+    return f"{value:{form}}{bar}"
 
 
 def render(report: EvalReport) -> str:
@@ -173,13 +186,17 @@ def render(report: EvalReport) -> str:
         ("model", f"{report.model}, {size}"),
         ("text", f"{report.text}, {q.tokens:,} tokens scored"),
         ("protocol", report.protocol),
-        ("perplexity", f"{q.perplexity:.4f} +- {q.perplexity_error:.4f}"),
+        ("perplexity", with_error(q.perplexity, q.perplexity_error, ".4f")),
     ]
     if base is not None:
         spread = f"(median {q.kl_median:.5f}, 99 % {q.kl_99:.4f})"
         lines += [
-            ("perplexity of the source", f"{base.perplexity:.4f} +- {base.perplexity_error:.4f}"),
-            ("KL to the source", f"{q.kl:.5f} +- {q.kl_error:.5f} {spread}"),
+            ("perplexity of the source", with_error(base.perplexity, base.perplexity_error, ".4f")),
+            (
+                "loss above the source",
+                with_error(q.excess, q.excess_error, "+.5f") + " nats a token",
+            ),
+            ("KL to the source", f"{with_error(q.kl, q.kl_error, '.5f')} {spread}"),
             ("same top token", f"{q.same_top:.2%}"),
         ]
     if math.isnan(q.loss_error):

@@ -48,10 +48,10 @@ def remedy(error: Exception, path: Path) -> str:
 def boundary(folder: Path) -> Path:
     """The directory that links in `folder` may not leave: its `models--*` ancestor, or itself."""
     real = folder.resolve()
-    # only the hub's own layout, <cache>/models--org--name/snapshots/<commit>
-    if len(real.parents) > 1 and real.parent.name == "snapshots":
-        repository = real.parents[1]
-        if repository.name.startswith("models--"):
+    # only the hub's own layout, <cache>/models--org--name/snapshots/<commit>, or a folder in it
+    for inside in (real, *real.parents[:3]):
+        repository = inside.parent.parent
+        if inside.parent.name == "snapshots" and repository.name.startswith("models--"):
             return repository
     return real
 

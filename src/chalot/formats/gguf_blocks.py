@@ -7,12 +7,13 @@ https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chalot.formats.floats import bf16_to_float32
+from chalot.formats.gguf_grids import grid, signs
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -170,6 +171,70 @@ def _iq4_xs(b: Bytes) -> Floats:
     return _flat(_spread(factors, np.array(IQ4_GRID, np.int8)[_nibbles(b[:, 8:], 16)]))
 
 
+def _factors(blocks: Bytes, scales: Floats, quarter: float) -> Floats:
+    """(blocks, groups, 1, 1): (scale + 1/2) of the block's own scale, halved or quartered."""
+    factors: Floats = _half(blocks, 0) * (np.float32(0.5) + scales) * np.float32(quarter)
+    return factors[:, :, None, None]
+
+
+def _signed_points(name: str, codes: NDArray[np.integer[Any]], minuses: Floats) -> Floats:
+    """(blocks, groups, points, coordinates): points of a code book, with signs to multiply with."""
+    points: Floats = grid(name)[codes]
+    return points * minuses.reshape(points.shape)
+
+
+def _sign_bits(masks: Bytes) -> Floats:
+    """A sign for each bit, lowest first: 1 or -1."""
+    return 1 - 2 * np.unpackbits(masks, axis=1, bitorder="little").astype(np.float32)
+
+
+def _packed_signs(words: NDArray[np.uint32]) -> tuple[Floats, Floats]:
+    """Words of four indices of signs and a scale, as (signs of 32 weights, scale)."""
+    shifts = np.array([0, 7, 14, 21], np.uint32)
+    return signs()[words[:, :, None] >> shifts & 127], (words >> 28).astype(np.float32)
+
+
+def _words(b: Bytes, first: int, last: int) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(b[:, first:last]).view("<u4")
+
+
+def _iq2_xxs(b: Bytes) -> Floats:
+    words = _words(b, 2, 66).reshape(len(b), 8, 2)
+    minuses, scales = _packed_signs(words[:, :, 1])
+    codes = np.ascontiguousarray(words[:, :, 0]).view(np.uint8).reshape(len(b), 8, 4)
+    return _flat(_factors(b, scales, 0.25) * _signed_points("IQ2_XXS", codes, minuses))
+
+
+def _iq2_xs(b: Bytes) -> Floats:
+    codes = np.ascontiguousarray(b[:, 2:66]).view("<u2").reshape(len(b), 16, 2)
+    scales = _nibbles(b[:, 66:74], 1).astype(np.float32)
+    points = _signed_points("IQ2_XS", codes & 511, signs()[codes >> 9])
+    return _flat(_factors(b, scales, 0.25) * points)
+
+
+def _iq2_s(b: Bytes) -> Floats:
+    shifts = np.array([0, 2, 4, 6], np.uint8)
+    high = (b[:, 66:74, None] >> shifts & 3).reshape(len(b), 32).astype(np.uint16)
+    codes = (b[:, 2:34] | high << 8).reshape(len(b), 16, 2)
+    scales = _nibbles(b[:, 74:82], 1).astype(np.float32)
+    points = _signed_points("IQ2_S", codes, _sign_bits(b[:, 34:66]))
+    return _flat(_factors(b, scales, 0.25) * points)
+
+
+def _iq3_xxs(b: Bytes) -> Floats:
+    minuses, scales = _packed_signs(_words(b, 66, 98))
+    points = _signed_points("IQ3_XXS", b[:, 2:66].reshape(len(b), 8, 8), minuses)
+    return _flat(_factors(b, scales, 0.5) * points)
+
+
+def _iq3_s(b: Bytes) -> Floats:
+    high = np.unpackbits(b[:, 66:74], axis=1, bitorder="little").astype(np.uint16)
+    codes = (b[:, 2:66] | high << 8).reshape(len(b), 8, 8)
+    scales = _half(b, 0) * (1 + 2 * _nibbles(b[:, 106:110], 1)).astype(np.float32)
+    points = _signed_points("IQ3_S", codes, _sign_bits(b[:, 74:106]))
+    return _flat(scales[:, :, None, None] * points)
+
+
 def _digits(codes: Bytes, digits: int, run: int) -> NDArray[np.int8]:
     """Base 3, most significant digit first, a byte being ceil(256 v / 243): -1, 0 or 1."""
     powers = np.array([1, 3, 9, 27, 81][:digits], np.uint8).reshape(1, 1, digits, 1)
@@ -216,16 +281,16 @@ TYPES: dict[int, BlockType] = {
         BlockType(23, "IQ4_XS", 256, 136, "nl4", _iq4_xs),
         BlockType(34, "TQ1_0", 256, 54, "ternary", _tq1_0),
         BlockType(35, "TQ2_0", 256, 66, "ternary", _tq2_0),
-        BlockType(39, "MXFP4", 32, 17, "nl4", _mxfp4),
-        # by size only: their code books are large, or nothing that chalot runs uses them
+        BlockType(39, "MXFP4", 32, 17, "int6", _mxfp4),
+        BlockType(16, "IQ2_XXS", 256, 66, "int4", _iq2_xxs),
+        BlockType(17, "IQ2_XS", 256, 74, "int4", _iq2_xs),
+        BlockType(18, "IQ3_XXS", 256, 98, "int4", _iq3_xxs),
+        BlockType(21, "IQ3_S", 256, 110, "int4", _iq3_s),
+        BlockType(22, "IQ2_S", 256, 82, "int4", _iq2_s),
+        # by size only: their code books are larger, or nothing that chalot runs uses them
         BlockType(9, "Q8_1", 32, 40),
         BlockType(15, "Q8_K", 256, 292),
-        BlockType(16, "IQ2_XXS", 256, 66),
-        BlockType(17, "IQ2_XS", 256, 74),
-        BlockType(18, "IQ3_XXS", 256, 98),
         BlockType(19, "IQ1_S", 256, 50),
-        BlockType(21, "IQ3_S", 256, 110),
-        BlockType(22, "IQ2_S", 256, 82),
         BlockType(24, "I8", 1, 1),
         BlockType(25, "I16", 1, 2),
         BlockType(26, "I32", 1, 4),
@@ -235,6 +300,17 @@ TYPES: dict[int, BlockType] = {
         BlockType(40, "NVFP4", 64, 36),
         BlockType(41, "Q1_0", 128, 18),
     )
+}
+_REPACKED = "rows woven for one kind of processor, which llama.cpp gave up; take the {} file"
+_BITNET = "of bitnet.cpp, which lays it out as the machine that made the file does its sums, and "
+_BITNET += "the file does not say how; take the model's safetensors, or a TQ1_0 or TQ2_0 file"
+REFUSED = {  # types of other sizes than blocks': number -> what it is, what helps
+    31: f"Q4_0_4_4, {_REPACKED.format('Q4_0')}",
+    32: f"Q4_0_4_8, {_REPACKED.format('Q4_0')}",
+    33: f"Q4_0_8_8, {_REPACKED.format('Q4_0')}",
+    36: f"I2_S {_BITNET}",
+    37: f"I8_S {_BITNET}",
+    38: f"TL1 {_BITNET}",
 }
 BY_NAME = {t.name: t for t in TYPES.values()}
 READABLE = tuple(t.name for t in TYPES.values() if t.decode is not None)

@@ -47,6 +47,11 @@ CLASSES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "bitnet": "BitNetForCausalLM",
 }  # fmt: skip
+NEUTRAL: Config = {  # what changes a model's function -> the value that does not
+    "use_parallel_residual": False, "attention.causal": True, "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0, "attention.scale": 0, "attn_logit_softcapping": 0,
+    "final_logit_softcapping": 0, "embedding_scale": 1, "residual_scale": 1, "logit_scale": 1,
+}  # fmt: skip
 GEMMA2_27B_LAYERS = 46  # the one whose scores are not scaled by its head's size
 
 
@@ -78,8 +83,7 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
     def integer(key: str, default: int | None = None) -> int:
         return metadata.integer(f"{name}.{key}", default)
 
-    if integer("expert_count", 0):
-        raise UnsupportedError(f"{metadata.where}: mixtures of experts cannot be run")
+    _refuse_unknown(metadata, name, {key for key, _ in row.caps.values()})
     hidden, heads = integer("embedding_length"), integer("attention.head_count")
     theta = metadata.number(f"{name}.rope.freq_base", 10_000.0)
     if hidden < 1 or heads < 1 or theta <= 0:
@@ -96,13 +100,10 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
                 f"{metadata.where}: {name}.{key} is {integer(key)}, expected the {head} numbers "
                 "that a head has"
             )
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise FormatError(f"{metadata.where}: tensor token_embd.weight is missing or no matrix")
     config = {
         "architectures": [CLASSES[row.fields["model_type"]]],
         **row.fields,
-        "vocab_size": embedding.shape[0],
+        "vocab_size": _rows_of_tokens(metadata, tensors),
         "hidden_size": hidden,
         "num_hidden_layers": integer("block_count"),
         "num_attention_heads": heads,
@@ -127,6 +128,34 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         if key in metadata:
             config[f"{token.removesuffix('ding')}_token_id"] = metadata.integer(key)
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _rows_of_tokens(metadata: Metadata, tensors: Mapping[str, Stored]) -> int:
+    """Rows of the embedding. Raises FormatError where there are too few for the tokens."""
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise FormatError(f"{metadata.where}: tensor token_embd.weight is missing or no matrix")
+    tokens = metadata.texts("tokenizer.ggml.tokens", [])
+    if len(tokens) > embedding.shape[0]:
+        raise FormatError(
+            f"{metadata.where}: has {len(tokens):,} tokens, its embedding {embedding.shape[0]:,} "
+            "rows; expected a row for each token"
+        )
+    return embedding.shape[0]
+
+
+def _refuse_unknown(metadata: Metadata, name: str, known: set[str]) -> None:
+    """Raise UnsupportedError for what would change the function, and is not among the `known`."""
+    if metadata.integer(f"{name}.expert_count", 0):
+        raise UnsupportedError(f"{metadata.where}: mixtures of experts cannot be run")
+    for short in sorted(NEUTRAL.keys() - known):
+        key = f"{name}.{short}"
+        found = metadata.values.get(key, NEUTRAL[short])
+        if isinstance(found, np.ndarray | list) or found != NEUTRAL[short]:
+            raise UnsupportedError(
+                f"{metadata.where}: metadata {key} is {quoted_value(found)}; chalot runs {name} "
+                "models without it"
+            )
 
 
 # ---- rope

@@ -17,13 +17,13 @@ import numpy as np
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.files import quoted
-from chalot.formats.gguf_blocks import TYPES, BlockType
+from chalot.formats.gguf_blocks import REFUSED, TYPES, BlockType
 
 MAGIC = b"GGUF"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 256k tokens with merges takes 10 MB
-MAX_VALUES = 4_000_000  # strings and lists in arrays, all together; the largest have 0.7 million
+MAX_VALUES = 2_000_000  # strings and lists in arrays, all together; the largest have 0.7 million
 MAX_PAIRS = 100_000
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 100_000  # large models have some 2,000
 MAX_NAME = 65_535
 MAX_RANK = 4
 MAX_DEPTH = 4  # of arrays in arrays, of which no known key has any
@@ -138,7 +138,7 @@ class _Cursor:
         if depth >= MAX_DEPTH and kind == ARRAY:
             raise FormatError(f"{self.where}: {what}: arrays nested deeper than {MAX_DEPTH}")
         self.need(count * (8 if kind == STRING else 12), what)
-        self.count(count, what)
+        self.count(count if kind == STRING else 8 * count, what)  # an empty array takes 112 bytes
         if kind == STRING:
             return [self.text(what) for _ in range(count)]
         return [self.array(what, depth + 1) for _ in range(count)]
@@ -187,13 +187,14 @@ def _check_start(cursor: _Cursor) -> None:
     if len(start) < 24:
         raise FormatError(f"{cursor.where}: found {len(start)} bytes; truncated download?")
     version = int.from_bytes(start[4:8], "little")
-    if version not in (2, 3):
-        old = "make the file again with a newer llama.cpp" if version == 1 else "update chalot"
-        swapped = version & 0xFFFF == 0 and version
-        help_ = "is big-endian; convert it with `gguf-convert-endian FILE little`"
+    if version and version & 0xFFFF == 0:
         raise UnsupportedError(
-            f"{cursor.where}: "
-            + (help_ if swapped else f"is GGUF version {version}, expected 2 or 3; {old}")
+            f"{cursor.where}: is big-endian; convert it with `gguf-convert-endian FILE little`"
+        )
+    if version not in (2, 3):
+        help_ = "make the file again with a newer llama.cpp" if version == 1 else "update chalot"
+        raise UnsupportedError(
+            f"{cursor.where}: is GGUF version {version}, expected 2 or 3; {help_}"
         )
     cursor.at = 8
 
@@ -232,10 +233,8 @@ def _infos(cursor: _Cursor, count: int, alignment: int) -> dict[str, Stored]:
         *dimensions, number, offset = struct.unpack(f"<{rank}QIQ", info)
         kind = TYPES.get(number)
         if kind is None:
-            raise UnsupportedError(
-                f"{at} has type {number}, which is not known; update chalot, or take another file "
-                "of this model"
-            )
+            unknown = "which is not known; update chalot, or take another file of this model"
+            raise UnsupportedError(f"{at} has type {number}, {REFUSED.get(number, unknown)}")
         if min(dimensions) < 1 or math.prod(dimensions) >= 1 << 62:
             raise FormatError(f"{at} has impossible dimensions {dimensions}")
         if dimensions[0] % kind.weights:

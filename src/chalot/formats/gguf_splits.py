@@ -57,6 +57,15 @@ _KINDS = {
     "qwen2": Split(_split(_QWEN2), normalizer={"type": "NFC"}),
     "smollm": Split(_DIGITS),
     "tekken": Split(_split(_TEKKEN), whole_words=True, begins=True),
+    "deepseek-coder": Split(
+        _split(
+            r"[\r\n]",
+            r"\s?\p{L}+",
+            r"\s?\p{P}+",
+            "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+            r"\p{N}",
+        )
+    ),
     # what llama.cpp makes of files whose converter did not know the model
     "default": Split(_split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }

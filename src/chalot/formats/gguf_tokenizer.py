@@ -20,8 +20,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 KINDS = range(7)  # 0: not said, taken for NORMAL
 SPACE = "\u2581"
 # Splitting a token in two at every place takes work by its length; Gemma's have 1.8 million letters
-MAX_LETTERS = 16_000_000
-MAX_TOKEN = 4096  # letters
+MAX_LETTERS = 4_000_000
+MAX_TOKEN = 1024  # letters
+MAX_MERGED = 40_000_000  # letters of all merges; Gemma's 580,000 have 5 million
 MAX_TEMPLATE = 1_000_000  # bytes
 ENDS = (  # control tokens that end an answer, whatever the model calls the end of a text
     *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>"),
@@ -278,13 +279,19 @@ def _merges_by_score(
             f"{MAX_TOKEN:,}, and {MAX_LETTERS:,} in all"
         )
     allowed = {token: vocab[token] for token in tokens}
-    found = []
+    found, letters = [], 0
     for token in tokens:
         for at in range(1, len(token)):
             left, right = token[:at], token[at:]
             if left in allowed and right in allowed:
                 order = (-scores[allowed[token]], -at, allowed[left], allowed[right])
                 found.append((order, left, right))
+                letters += len(token)
+        if letters > MAX_MERGED:
+            raise TokenizerError(
+                f"{metadata.where}: found tokens that are made of others in too many ways; "
+                "no tokenizer of a model is like that"
+            )
     return [(left, right) for _, left, right in sorted(found)]
 
 

@@ -8,7 +8,7 @@ asked for at one commit, and pickles are never fetched.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from chalot.errors import FormatError, HubBusyError, HubError, HubOfflineError
+from chalot.formats import hub_gguf
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.files import check_plain_name, quoted
@@ -35,6 +36,7 @@ MAX_LISTING = 32_000_000  # bytes of JSON about a repository
 MAX_REMOTE_HEADER = 16_000_000  # bytes; 120,000 tensors in one file
 WORKERS = 4  # headers read at a time
 
+WEIGHTS = (".safetensors", hub_gguf.SUFFIX)  # files that are fetched
 FILE_SUFFIXES = (".myai", ".gguf", ".safetensors", ".npz", ".json", ".bin")
 
 
@@ -67,6 +69,9 @@ class Listing:
 
     def weights(self) -> tuple[list[str], dict[str, str]]:
         """The files of weights to read, and the index over them or {}."""
+        choices = hub_gguf.choices(self.repo_id, self.files)
+        if choices and not any(name.endswith((".safetensors", INDEX)) for name in self.files):
+            raise FormatError(f"{self.repo_id}: holds no *.safetensors; name one of {choices}")
         names = weight_files(list(self.files), self.repo_id)
         if names:
             return [check_plain_name(name, self.repo_id) for name in names], {}
@@ -80,18 +85,21 @@ class Listing:
 
 @dataclass(frozen=True)
 class RemoteCheckpoint:
-    """What can be known of a model without its weights. `weight_bytes` are those of their files."""
+    """What can be known of a model without its weights. `weight_bytes` are those of their files,
+    `document_bytes` those of documents: a GGUF file's are in it, and made of its metadata.
+    """
 
     repo_id: str
     commit: str
     tensors: Mapping[str, TensorInfo]
     weight_bytes: int
-    download_bytes: int  # weights and documents
-    _listing: Listing = field(repr=False)
+    download_bytes: int
+    document_bytes: int
+    _document: Callable[[str], bytes | None] = field(repr=False)
 
     def document(self, name: str) -> bytes | None:
         """A small file ("config.json", ...), fetched when asked for; None if there is none."""
-        return self._listing.document(name)
+        return self._document(name)
 
 
 def is_hub_id(text: str) -> bool:
@@ -106,12 +114,31 @@ def is_hub_id(text: str) -> bool:
     )
 
 
-def headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
+def is_name(text: str) -> bool:
+    """Whether this reads as a model of the hub: ORG/NAME, or ORG/NAME/FILE.gguf."""
+    return is_hub_id(text) or hub_gguf.split(text) is not None
+
+
+def kept(name: str, revision: str | None = None) -> Path | None:
+    """The folder or file of what `fetch` of this name has brought here earlier, if it is whole."""
+    repo_id, file = hub_gguf.split(name) or (name, None)
+    return Repository(repo_id).find(revision or "main", file)
+
+
+def headers(name: str, revision: str | None = None) -> RemoteCheckpoint:
     """Tensors and sizes of a model on the hub, by ranges of its headers: no weight is transferred.
 
-    Raises HubError and its kinds, and FormatError or UnsupportedError as a folder's reader does.
+    `name` is ORG/NAME, or ORG/NAME/FILE.gguf. Raises HubError and its kinds, and FormatError or
+    UnsupportedError as a folder's reader does.
     """
+    repo_id, file = hub_gguf.split(name) or (name, None)
     listing = _list(repo_id, revision)
+    if file is not None:
+        wanted = hub_gguf.parts(repo_id, file, listing.files)
+        tensors, held = hub_gguf.header(wanted, listing.source)
+        total = sum(part.size for part in wanted)
+        made = sum(map(len, held.values()))
+        return RemoteCheckpoint(name, listing.commit, tensors, total, total, made, held.get)
     names, promised = listing.weights()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
@@ -129,28 +156,50 @@ def headers(repo_id: str, revision: str | None = None) -> RemoteCheckpoint:
         {tensor: shards[file][tensor].info for tensor, file in places.items()},
         weight_bytes,
         weight_bytes + documents,
-        listing,
+        documents,
+        listing.document,
     )
 
 
-def fetch(repo_id: str, revision: str | None = None, progress: Progress | None = None) -> Path:
+def documents(name: str, revision: str | None = None) -> RemoteCheckpoint | Listing:
+    """What gives a model's documents, its tokenizer among them; weights need not be there.
+
+    Raises HubError and its kinds, FormatError where only a GGUF file could have a tokenizer.
+    """
+    if hub_gguf.split(name) is not None:
+        return headers(name, revision)
+    listing = _list(name, revision)
+    if "tokenizer.json" not in listing.files:
+        listing.weights()
+    return listing
+
+
+def fetch(name: str, revision: str | None = None, progress: Progress | None = None) -> Path:
     """A folder with a model's configuration, tokenizer and safetensors, downloaded where needed.
 
-    Resumes what an earlier run began. Without a network, a complete older copy is used, with a
-    warning. Raises HubError and its kinds, LimitError (disk), OutputError (cache not writable).
+    Of ORG/NAME/FILE.gguf that file, with its other parts beside it. Resumes what an earlier run
+    began. Without a network, a complete older copy is used, with a warning. Raises HubError and its
+    kinds, LimitError (disk), OutputError (cache not writable).
     """
+    repo_id, file = hub_gguf.split(name) or (name, None)
     repository = Repository(repo_id)
     try:
         listing = _list(repo_id, revision)
     except (HubOfflineError, HubBusyError) as error:
-        folder = repository.find(revision or "main")
-        if folder is None:
+        found = kept(name, revision)
+        if found is None:
             raise
-        logging.getLogger(__name__).warning("%s; using the copy in %s", error, folder)
-        return folder
+        logging.getLogger(__name__).warning("%s; using the copy in %s", error, found)
+        return found
+    if file is not None:
+        wanted = hub_gguf.parts(repo_id, file, listing.files)
+        pairs = [(part, listing.source(part.name)) for part in wanted]
+        folder = repository.download(pairs, listing.commit, listing.revision, progress)
+        return folder / file
+    names, _ = listing.weights()
     if "config.json" not in listing.files:
         raise FormatError(f"{repo_id}: has no config.json; expected a model in transformers' form")
-    names = [name for name in DOCUMENTS if name in listing.files] + listing.weights()[0]
+    names = [name for name in DOCUMENTS if name in listing.files] + names
     files = [(listing.files[name], listing.source(name)) for name in names]
     return repository.download(files, listing.commit, listing.revision, progress)
 
@@ -178,7 +227,7 @@ def _list(repo_id: str, revision: str | None) -> Listing:
 def _remote_file(repo_id: str, entry: Any) -> RemoteFile:
     """One entry of a listing; checked where it may be fetched, a name only where it may not."""
     name = entry.get("rfilename") if isinstance(entry, dict) else None
-    if isinstance(name, str) and name not in DOCUMENTS and not name.endswith(".safetensors"):
+    if isinstance(name, str) and name not in DOCUMENTS and not name.endswith(WEIGHTS):
         return RemoteFile(name, 0, "")
     if isinstance(name, str):
         large, size = entry.get("lfs"), entry.get("size")

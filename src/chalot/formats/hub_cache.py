@@ -28,6 +28,8 @@ from chalot.formats.safetensors_header import INDEX, parse_index, weight_files
 
 SPARE_DISK = 100_000_000  # bytes that a download leaves free
 
+PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf", re.ASCII)
+
 Progress = Callable[[int, int], None]  # (bytes that are there, bytes in all)
 
 
@@ -44,6 +46,14 @@ def is_hash(text: Any) -> TypeGuard[str]:
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) is not None
 
 
+def part_names(name: str) -> list[str]:
+    """All parts of NAME-00001-of-00003.gguf, in order; of a file that is not split, itself."""
+    found = PART.fullmatch(name)
+    if found is None:
+        return [name]
+    return [f"{found[1]}{n + 1:05}-of-{found[3]}.gguf" for n in range(int(found[3]))]
+
+
 def cache_folder() -> Path:
     """Where the hub's files are kept (HF_HOME, HF_HUB_CACHE). It may not exist yet."""
     from huggingface_hub import constants
@@ -52,13 +62,18 @@ def cache_folder() -> Path:
 
 
 def downloaded() -> list[tuple[str, Path]]:
-    """(repository's id, folder) of every model that the cache holds whole, by id."""
+    """(name, place) of every model that the cache holds whole, by name.
+
+    A repository's id and its folder, or ORG/NAME/FILE.gguf and that file, the first of its parts.
+    """
     found = []
     for path in sorted(cache_folder().glob("models--*")):
         repo_id = path.name.removeprefix("models--").replace("--", "/")
-        folder = Repository(repo_id).find("main")
+        repository = Repository(repo_id)
+        folder = repository.find("main")
         if folder is not None:
             found.append((repo_id, folder))
+        found += [(f"{repo_id}/{file}", place) for file, place in repository.gguf_files("main")]
     return found
 
 
@@ -70,15 +85,20 @@ class Repository:
         self.path = cache_folder() / f"models--{repo_id.replace('/', '--')}"
         self.blobs = self.path / "blobs"
 
-    def find(self, revision: str) -> Path | None:
-        """A snapshot with configuration and all weights that an earlier download left, if any."""
-        commit = revision
-        if not is_hash(commit):
-            with suppress(OSError, UnicodeDecodeError):
-                commit = (self.path / "refs" / revision).read_text("ascii").strip()
-        if not is_hash(commit):
+    def find(self, revision: str, file: str | None = None) -> Path | None:
+        """A snapshot with configuration and all weights that an earlier download left, if any.
+
+        With `file`, a .gguf, that file: if all its parts are there.
+        """
+        folder = self._snapshot(revision)
+        if folder is None:
             return None
-        folder = self.path / "snapshots" / commit
+        if file is not None:
+            return (
+                folder / file
+                if all((folder / part).exists() for part in part_names(file))
+                else None
+            )
         try:
             names = [entry.name for entry in folder.iterdir() if entry.exists()]
             wanted = weight_files(names, folder)
@@ -88,6 +108,25 @@ class Repository:
         except (OSError, ChalotError):
             return None
         return folder if {"config.json", *wanted} <= set(names) else None
+
+    def gguf_files(self, revision: str) -> list[tuple[str, Path]]:
+        """(name, place) of each whole GGUF file of a snapshot; of a split one the first part."""
+        folder = self._snapshot(revision)
+        found = [] if folder is None else sorted(folder.rglob("*.gguf"))
+        names = [(path.relative_to(folder or path).as_posix(), path) for path in found]
+        return [
+            (name, path)
+            for name, path in names
+            if name == part_names(name)[0] and self.find(revision, name) is not None
+        ]
+
+    def _snapshot(self, revision: str) -> Path | None:
+        """The folder of a commit, branch or tag; it may not be there."""
+        commit = revision
+        if not is_hash(commit):
+            with suppress(OSError, UnicodeDecodeError):
+                commit = (self.path / "refs" / revision).read_text("ascii").strip()
+        return self.path / "snapshots" / commit if is_hash(commit) else None
 
     def download(
         self,
@@ -112,6 +151,7 @@ class Repository:
                 for arrived in self._blob(file, source):
                     if progress:
                         progress(done + arrived, total)
+                (snapshot / file.name).parent.mkdir(parents=True, exist_ok=True)
                 _link(self.blobs / file.hash, snapshot / file.name)
                 done += file.size
             if revision != commit:

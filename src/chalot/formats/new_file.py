@@ -79,13 +79,14 @@ class NewFile:
         self.path = path
         self.at = start
         try:
+            self.place = Path(os.path.realpath(path))  # a link stays, what it leads to is written
             if path.is_dir():
                 raise OutputError(f"{path}: is a directory; expected a file name like model{kind}")
             if is_other_file(path, magic):
                 raise OutputError(
                     f"{path}: is there, and is no {kind} file; choose another name, or remove it"
                 )
-            self.partial = path.with_name(f".{path.name}.partial")
+            self.partial = self.place.with_name(f".{self.place.name}.partial")
             # a link that someone planted there is not followed
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             self.descriptor = os.open(self.partial, flags, 0o644)
@@ -130,7 +131,7 @@ class NewFile:
             raise self.failed(error) from None
         check(self.partial)
         try:
-            self.partial.replace(self.path)
+            self.partial.replace(self.place)
         except OSError as error:
             raise self.failed(error) from None
         os.close(self.descriptor)

@@ -24,7 +24,7 @@ ENCODED = ("int8", "nl4", "int4", "nl2")  # natively; others by numpy
 NO_TABLES = np.zeros((256, 16), np.int8)
 NO_STEPS = np.zeros((0, 0), np.float32)
 instruction_sets = _native.instruction_sets
-BytePairs = _native.BytePairs
+BytePairs: Any = _native.BytePairs
 
 
 def matrix_fields(m: Matrix) -> tuple[object, ...]:

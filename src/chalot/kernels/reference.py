@@ -394,7 +394,7 @@ class ReferenceProgram:
         return codes.reshape(-1, quads, PANEL, 4), scales.view("<f4")
 
     def rope_store(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
-        """[q | k | v] with q and k rotated; keys and values stored."""
+        """[q | k | v] with q rotated; keys, rotated, and values are stored."""
         shape, heads = self.program.cache, self.program.heads
         parts = x.reshape(len(x), -1, shape.head_dim).copy()  # (tokens, heads, head_dim)
         angle = batch.positions.astype(F32)[:, None] * self.program.inverse_frequency
@@ -428,7 +428,8 @@ class ReferenceProgram:
                     rows[:, at // 4, :, at % 4] = codes.reshape(-1, PANEL)
                 else:
                     rows[at // PANEL, :, at % PANEL] = codes.reshape(-1, 4)
-        return parts.reshape(len(x), -1)
+        queries = heads * shape.head_dim
+        return np.concatenate([parts[:, :heads].reshape(len(x), -1), x[:, queries:]], axis=1)
 
     def attend(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
         """(tokens, heads * head_dim): every query over what it sees of each page, then merged."""

@@ -8,13 +8,14 @@ they meet, for the cache's sake. All arithmetic is the kernels',
 so the choice, and with it the file, is the same on every machine.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.errors import WeightError
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE, Batch, padded_vector
 from chalot.kernels.reference import rms_norm
@@ -30,7 +31,6 @@ from chalot.quant.scheme import SCHEMES, Scheme
 Floats = NDArray[np.float32]
 PLANNED = 128  # tokens that plans are made from
 ROWS = 48  # of each matrix that a candidate is tried on
-NORMED = ("query_norm", "key_norm")  # between the products and rope, in families that have them
 NOTABLE = 5e-4  # relative squared error that eight-bit activations may add
 
 
@@ -165,6 +165,7 @@ class Calibration:
         backend: Backend,
         inverse_frequency: Floats,
         hidden: Floats,  # (tokens, hidden), in windows of a page
+        kept: Set[str] = frozenset(),  # matrices whose columns must stay as they are
         watch: Callable[[Mapping[str, Floats]], None] | None = None,
     ) -> None:
         """`watch` gets what each window is in every slot; plans are made from the first tokens."""
@@ -174,6 +175,7 @@ class Calibration:
         self.inverse_frequency = inverse_frequency
         self.hidden = hidden
         self.watch = watch
+        self.kept = kept
         self.plan = Plan()
 
     def layer(
@@ -209,6 +211,11 @@ class Calibration:
             self.backend, self.config, weights, i, self.hidden, self.inverse_frequency
         )
         for slots in windows:
+            if not all(np.isfinite(x).all() for x in slots.values()):
+                raise WeightError(
+                    f"layer {i} makes NaN or Inf of ordinary text, in the source's own numbers; "
+                    "take another checkpoint, or the config.json that belongs to it"
+                )
             after.append(slots["hidden"])
             if self.watch is not None:
                 self.watch(slots)
@@ -247,7 +254,8 @@ class Calibration:
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:
                 continue
-            factor, planes = Trial(self.backend, inputs[slot], coded).best(share)
+            fold_columns = None if self.kept & coded.keys() else share
+            factor, planes = Trial(self.backend, inputs[slot], coded).best(fold_columns)
             self.plan.planes.update(dict.fromkeys(coded, planes))
             if (factor == 1).all():
                 continue
@@ -257,22 +265,33 @@ class Calibration:
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
 
     def _balance_keys(self, p: str, rotated: Floats, vectors: Mapping[str, Floats]) -> None:
-        """Factors of the rows that make queries and keys, from both after rope."""
+        """Factors of the rows that make queries and keys, from queries after rope and keys.
+
+        Norms of heads would take a row's factor out again: where there are some, their weights have
+        it, one for all heads.
+        """
         c, query, key = self.config, p + "query", p + "key"
         if not (self.schemes[query].is_coded and self.schemes[key].is_coded):
             return
-        if any(p + name in vectors for name in NORMED):  # they take a row's factor out again
-            return
+        heads = rotated.reshape(len(rotated), -1, c.head_dim)[:, : c.heads + c.kv_heads]
+        if c.head_norms:  # which the slot's keys, unlike its queries, have not been through
+            weight = padded_vector(vectors[p + "key_norm"])
+            normed = rms_norm(heads[:, c.heads :], weight, c.norm_epsilon)
+            heads = np.concatenate([heads[:, : c.heads], normed], axis=1)
         pairs = c.head_dim // 2
-        square = fold.column_sums(rotated.astype(np.float64) ** 2).reshape(-1, 2, pairs)
-        of_pairs = square[:, 0] + square[:, 1]  # (heads, pairs): queries, keys, values
-        queries = of_pairs[: c.heads].reshape(c.kv_heads, -1, pairs)
-        keys = of_pairs[c.heads : c.heads + c.kv_heads]
+        flat = heads.reshape(len(heads), -1).astype(np.float64)
+        square = fold.column_sums(flat**2).reshape(-1, 2, pairs)
+        of_pairs = square[:, 0] + square[:, 1]  # (heads, pairs): queries, keys
+        queries, keys = of_pairs[: c.heads].reshape(c.kv_heads, -1, pairs), of_pairs[c.heads :]
         shared = sum(queries[:, i] for i in range(1, queries.shape[1])) + queries[:, 0]
-        factor = np.tile(fold.pair_factors(keys, shared), (1, 2))  # (kv_heads, head_dim)
+        if c.head_norms:
+            query, key = p + "query_norm", p + "key_norm"
+            keys, shared = (fold.column_sums(x)[None] for x in (keys, shared))
+        factor = np.tile(fold.pair_factors(keys, shared), (1, 2))  # (kv_heads or 1, head_dim)
         if (factor == 1).all():
             return
-        by_query = np.repeat(factor, c.heads // c.kv_heads, axis=0).reshape(-1)
+        group = 1 if c.head_norms else c.heads // c.kv_heads
+        by_query = np.repeat(factor, group, axis=0).reshape(-1)
         by_key = (np.float32(1) / factor).reshape(-1)
         for name, rows in ((query, by_query), (key, by_key)):
             self.plan.rows[name] = self.plan.rows[name + ".bias"] = rows

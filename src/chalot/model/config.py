@@ -6,14 +6,25 @@ something passed over in silence.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.model.rope import LARGEST, RopeScaling, frequencies, read_rope
+from chalot.model.rope import RopeScaling, frequencies, read_rope
+from chalot.model.settings import (
+    LARGEST,
+    LEAST,
+    MOST,
+    Settings,
+    flag,
+    number,
+    positive,
+    shown,
+    whole,
+    wrong,
+)
 
 MOST_LAYERS = 4096  # a list of their tensors stays small
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2")
@@ -63,15 +74,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         if self.head_dim % 2 or self.head_dim > 1024:
             raise ValueError(f"head size is {self.head_dim}; expected an even number up to 1024")
-        for name in ("norm_epsilon", "rope_theta", "embedding_scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+        for name in ("norm_epsilon", "embedding_scale", "score_scale", "score_cap", "logit_cap"):
+            value, there = getattr(self, name), name not in ("norm_epsilon", "embedding_scale")
+            if not (LEAST <= value <= MOST or (value == 0 and there)):
                 raise ValueError(f"{name} is {value}; expected a positive number")
-        for name in ("score_scale", "score_cap", "logit_cap"):
-            value = getattr(self, name)
-            # below 1e-30, 2 / cap would leave float32
-            if value != 0 and not 1e-30 < value < 1e30:
-                raise ValueError(f"{name} is {value}; expected a positive number, or 0")
+        if not 1 <= self.rope_theta <= MOST:  # below 1, angles would leave what sines are made for
+            raise ValueError(f"rope_theta is {self.rope_theta}; expected 1 to {MOST:g}")
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
         if any(not 0 <= w <= LARGEST for w in self.windows):
@@ -90,9 +98,6 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         """What scores are multiplied with."""
         yarn = self.rope_scaling.attention_factor**2 if self.rope_scaling else 1.0
         return (self.score_scale or 1 / math.sqrt(self.head_dim)) * yarn
-
-
-Settings = Mapping[str, Any]  # a config.json
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -117,7 +122,12 @@ class Family(msgspec.Struct, frozen=True):
 
 def late_layers(config: Settings, layer: int) -> bool:
     """Qwen's rule: the window, where it is switched on, is for layers from one on."""
-    return bool(config["use_sliding_window"]) and layer >= config["max_window_layers"]
+    if not flag(config, "use_sliding_window"):
+        return False
+    first = config["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise wrong("max_window_layers", first, "a whole number, 0 or more")
+    return layer >= first
 
 
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
@@ -185,34 +195,36 @@ def from_hugging_face(config: Settings) -> ModelConfig:
     row = FAMILIES.get(family) if isinstance(family, str) else None
     if row is None:
         raise UnsupportedError(
-            f"config.json: unknown architecture {family!r}; chalot runs: {', '.join(FAMILIES)}"
+            f"config.json: unknown architecture {shown(family)}; chalot runs: {', '.join(FAMILIES)}"
         )
     check_supported(config, row)
     config = {**row.defaults, **config}
 
-    def flag(source: bool | str) -> bool:
-        return bool(config.get(source, False)) if isinstance(source, str) else source
+    def bias(source: bool | str) -> bool:
+        return flag(config, source) if isinstance(source, str) else source
 
     try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
+        if config.get("head_dim") is None and hidden % heads:
+            raise wrong("hidden_size", hidden, f"a multiple of the {heads} heads, or a head_dim")
         theta, scaling = read_rope(config)
         scalar = positive(config, "query_pre_attn_scalar")
         fields = {
             "family": family,
             "hidden": hidden,
-            "layers": config["num_hidden_layers"],
+            "layers": whole(config, "num_hidden_layers", most=MOST_LAYERS),
             "heads": heads,
-            "kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or hidden // max(int(heads), 1),
-            "feed_forward": config["intermediate_size"],
-            "vocabulary": config["vocab_size"],
-            "context": config.get("max_position_embeddings", 2048),
-            "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+            "kv_heads": whole(config, "num_key_value_heads", heads),
+            "head_dim": whole(config, "head_dim", hidden // heads),
+            "feed_forward": whole(config, "intermediate_size"),
+            "vocabulary": whole(config, "vocab_size"),
+            "context": whole(config, "max_position_embeddings", 2048),
+            "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
             "rope_theta": theta,
-            "tied": bool(config.get("tie_word_embeddings", False)),
-            "query_key_value_bias": flag(row.query_key_value_bias),
-            "output_bias": flag(row.output_bias),
-            "feed_forward_bias": flag(row.feed_forward_bias),
+            "tied": flag(config, "tie_word_embeddings"),
+            "query_key_value_bias": bias(row.query_key_value_bias),
+            "output_bias": bias(row.output_bias),
+            "feed_forward_bias": bias(row.feed_forward_bias),
             "activation": activation(config, row),
             "rope_scaling": scaling,
             "embedding_scale": embedding_scale(config) if row.embedding_scaled else 1.0,
@@ -236,8 +248,8 @@ def check_supported(config: Settings, row: Family) -> None:
     for key in sorted(OPTIONAL - row.defaults.keys()):
         if config.get(key):
             raise UnsupportedError(
-                f"config.json: {key} is {config[key]!r}, which chalot does not know of the family "
-                f"{config['model_type']}; expected none"
+                f"config.json: {key} is {shown(config[key])}, which chalot does not know of the "
+                f"family {config['model_type']}; expected none"
             )
     quantization = config.get("quantization_config")
     if quantization:
@@ -257,19 +269,9 @@ def activation(config: Settings, row: Family) -> str:
     found = {names.get(str(name)) for name in given}
     if len(found) > 1 or None in found:
         raise UnsupportedError(
-            f"config.json: activation {given[0]!r} is not known; known: {', '.join(names)}"
+            f"config.json: activation {shown(given[0])} is not known; known: {', '.join(names)}"
         )
     return str(found.pop())
-
-
-def positive(config: Settings, key: str) -> float:
-    """A number above 0; 0 where there is none. Raises ValueError."""
-    found = config.get(key)
-    if found is None:
-        return 0.0
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
-        raise ValueError(f"{key} is {found!r}; expected a positive number")
-    return float(found)
 
 
 def embedding_scale(config: Settings) -> float:
@@ -284,16 +286,14 @@ def embedding_scale(config: Settings) -> float:
 
 def windows(config: Settings, row: Family) -> tuple[int, ...]:
     """Each layer's window, 0 where it has none; () if no layer has one."""
-    layers, kinds = int(config["num_hidden_layers"]), config.get("layer_types")
-    if not 1 <= layers <= MOST_LAYERS:
-        return ()  # which is refused elsewhere
+    layers, kinds = whole(config, "num_hidden_layers"), config.get("layer_types")
     rule = row.windowed or (lambda config, layer: False)
-    size: Any = config["sliding_window"] if positive(config, "sliding_window") else 0
+    size = whole(config, "sliding_window") if config.get("sliding_window") is not None else 0
     chosen = by_rule = [size != 0 and rule(config, i) for i in range(layers)]
     if kinds is not None:
         by_kind = {"full_attention": False, "sliding_attention": True}
         if not isinstance(kinds, list) or len(kinds) != layers:
-            raise ValueError(f"layer_types: expected a list of {layers}")
+            raise wrong("layer_types", kinds, f"a list of {layers}")
         if any(kind not in by_kind for kind in map(str, kinds)):
             raise UnsupportedError(f"config.json: layer_types: known: {', '.join(by_kind)}")
         chosen = [by_kind[kind] for kind in kinds]

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import UnsupportedError
+from chalot.model.settings import LARGEST, MOST, number, shown, whole, wrong
 
-LARGEST = 1 << 24  # of any dimension; products of three stay far below 2^63 in Python
 ROPE_KINDS = ("llama3", "linear", "yarn")
 LLAMA3 = ("low_freq_factor", "high_freq_factor")
 ROPE_KEYS = {
@@ -40,9 +40,9 @@ class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         if self.kind not in ROPE_KINDS:
             raise ValueError(f"rope scaling {self.kind!r}; known: {', '.join(ROPE_KINDS)}")
         for name in ("factor", "attention_factor"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"rope scaling: {name} is {value}; expected a positive number")
+            value, least = getattr(self, name), 1 if name == "factor" else 1e-6
+            if not least <= value <= MOST:
+                raise ValueError(f"rope scaling: {name} is {value}; expected {least} or more")
         if self.kind != "linear" and not (math.isfinite(high) and 0 < low < high):
             raise ValueError(f"rope scaling from {low} to {high}; expected 0 < low < high")
         if not 1 <= self.original_context <= LARGEST:
@@ -56,40 +56,40 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
-        raise ValueError("rope_scaling is no object")
+        raise wrong("rope_scaling", found, "an object")
     if found and all(isinstance(v, Mapping) for v in found.values()):  # by kind of layer
         one, *others = found.values()
         if any(other != one for other in others):
             raise UnsupportedError("config.json: rope differs between kinds of layers; known: one")
         found = one
-    theta = float(found.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = number({**config, **found}, "rope_theta", 10000.0, least=1)
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", *ROPE_KINDS):
         raise UnsupportedError(
-            f"config.json: rope scaling {kind!r} is not known; known: default, "
+            f"config.json: rope scaling {shown(kind)} is not known; known: default, "
             f"{', '.join(ROPE_KINDS)}"
         )
     for key in sorted(found.keys() - ROPE_KEYS):
         if found[key] is not None and (key, found[key]) != ("truncate", True):
-            raise UnsupportedError(f"config.json: rope setting {key!r} is not known")
-    part = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if part is not None and float(part) != 1:
+            raise UnsupportedError(f"config.json: rope setting {shown(key)} is not known")
+    part = number({**config, **found}, "partial_rotary_factor", 1.0)
+    if part != 1:
         raise UnsupportedError(f"config.json: partial_rotary_factor {part} cannot be run; only 1")
     if kind == "default":
         return theta, None
-    scaling: dict[str, Any] = {"kind": kind, "factor": float(found["factor"])}
+    scaling: dict[str, Any] = {"kind": kind, "factor": number(found, "factor", least=1)}
     if kind != "linear":
         low, high = ("beta_slow", "beta_fast") if kind == "yarn" else LLAMA3
         usual = {"beta_slow": 1.0, "beta_fast": 32.0} if kind == "yarn" else {}
-        scaling["low_freq_factor"] = float({**usual, **found}[low])
-        scaling["high_freq_factor"] = float({**usual, **found}[high])
+        scaling["low_freq_factor"] = number(found, low, usual.get(low))
+        scaling["high_freq_factor"] = number(found, high, usual.get(high))
         old = "original_max_position_embeddings"
-        longest = config.get("max_position_embeddings", 2048)
-        scaling["original_context"] = config.get(old, found.get(old, longest))
+        longest = whole(config, "max_position_embeddings", 2048)
+        scaling["original_context"] = whole(config, old, whole(found, old, longest))
     if kind == "yarn":
         getcontext().prec = 40
         sharper = 1 + Decimal("0.1") * Decimal(max(scaling["factor"], 1.0)).ln()
-        scaling["attention_factor"] = float(found.get("attention_factor") or sharper)
+        scaling["attention_factor"] = number(found, "attention_factor", float(sharper))
     return theta, scaling
 
 

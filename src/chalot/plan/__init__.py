@@ -3,6 +3,7 @@
 A plan is a file (`chalot.planfile`) that `convert --plan` obeys. Methods:
 
     ewq                   entropy-weighted quantisation: a level for each block, by its entropy
+    fast-ewq              the same levels, guessed from the configuration (plan/fast_ewq.py)
     error .. measured     the planner, with a loss table of that depth (plan/losses.py)
 
 Budgets are bytes of the file's matrices; vectors, documents and alignment come on top, and are
@@ -10,54 +11,42 @@ taken off first.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 
-from chalot.convert import (
-    CALIBRATION_TEXT,
-    DOCUMENTS,
-    Conversion,
-    parse_schemes,
-    planned_bytes,
-)
-from chalot.errors import FormatError, LimitError, SchemeError
+from chalot.convert import CALIBRATION_TEXT, Conversion, parse_schemes
+from chalot.errors import FormatError, SchemeError
 from chalot.evaluate.report import read_text, uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile
+from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend
-from chalot.plan import ewq
+from chalot.plan import ewq, fast_ewq
+from chalot.plan.budget import (
+    budget_of,
+    check_budget,
+    ewq_budget,
+    fitting_bytes,
+    matrices_of,
+)
 from chalot.plan.choose import Chosen, cheapest, choose, improve, item_bytes
-from chalot.plan.losses import DEPTHS, Table, loss_table
+from chalot.plan.losses import DEPTHS, KNOWS_KL, Table, loss_table
 from chalot.plan.swap import Swaps
-from chalot.planfile import VERSION, PlanDocument, fingerprint, write_plan
+from chalot.planfile import VERSION, PlanDocument, as_bytes, fingerprint
+from chalot.quant.entropy import fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.sources import resolve
 
-METHODS = ("ewq", *DEPTHS)
-USUAL_SCHEMES = ("bf16", "int8", "nl4")
+BY_BLOCK = ("ewq", "fast-ewq")
+METHODS = (*BY_BLOCK, *DEPTHS)
+USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl2")
+USUAL_LEVELS = ("bf16", "int8", "nl4")  # of methods by blocks
+FIT = "fit"  # as a size: what this machine can run
 Progress = Callable[[str, int, int], None]
-
-
-def matrices_of(work: Conversion) -> list[tuple[str, tuple[int, int]]]:
-    """Names and shapes of what has a scheme."""
-    return [(s.name, (s.shape[0], s.shape[1])) for s in work.specs if s.kind != "vector"]
-
-
-def budget_of(work: Conversion, size: int | None, bits: float | None) -> int | None:
-    """Bytes for the matrices: of a file's size, or of bits a weight; None: neither is asked."""
-    matrices = matrices_of(work)
-    if bits is not None:
-        if not 0 < bits <= 32:
-            raise LimitError(f"{bits} bits a weight; expected above 0, at most 32")
-        return int(sum(r * c for _, (r, c) in matrices) * bits / 8)
-    if size is None:
-        return None
-    documents = sum(len(work.checkpoint.document(n) or b"") for n in DOCUMENTS)
-    whole = planned_bytes(work.config, parse_schemes("nl4")) + documents
-    stored = sum(stored_bytes(work.schemes[name], *shape) for name, shape in matrices)
-    return size - (whole - stored)
 
 
 def total_bytes(work: Conversion, tensors: dict[str, str]) -> int:
@@ -88,21 +77,47 @@ def by_entropy(
     checkpoint: Checkpoint,
     variant: str,
     x: float,
+    schemes: Sequence[Scheme],
     budget: int | None,
     rest: Scheme,
     progress: Progress,
 ) -> PlanDocument:
     """EWQ; embedding and head, which are no blocks, take the scheme `rest`."""
-    if variant not in ewq.VARIANTS:
-        raise FormatError(f"variant {variant!r} is not known; choose {', '.join(ewq.VARIANTS)}")
     if budget is not None:
-        ends = [s for n, s in matrices_of(work) if not n.startswith("layers.")]
-        budget -= sum(stored_bytes(rest, *shape) for shape in ends)
-    specs = list(work.specs)
-    blocks = ewq.analyse(work.read, specs, variant, x, budget, progress=progress)
-    tensors = ewq.tensors_of(specs, blocks, ewq.DEFAULT, rest)
+        budget = ewq_budget(work, budget, schemes, rest)
+    specs, levels = list(work.specs), ewq.levels_of(schemes)
+    blocks = ewq.analyse(work.read, specs, variant, x, budget, levels, progress)
+    tensors = ewq.tensors_of(specs, blocks, levels, rest)
     said = ewq.details(blocks, variant, x)
     return document(work, checkpoint, f"ewq {variant}", tensors, details=said)
+
+
+def by_guess(
+    work: Conversion,
+    checkpoint: Checkpoint,
+    schemes: Sequence[Scheme],
+    budget: int | None,
+    rest: Scheme,
+) -> PlanDocument:
+    """FastEWQ; under a budget blocks go by what the tree says of them."""
+    guess, levels, specs = fast_ewq.guess(work.config), ewq.levels_of(schemes), list(work.specs)
+    blocks, given = ewq.by_block(specs), guess.levels
+    if budget is not None:
+        left = ewq_budget(work, budget, schemes, rest)
+        found = fit(guess.order, given, ewq.sizes(blocks, levels), left, tuple(levels))
+        given = found or given  # `ewq_budget` has seen that there is one
+    by_name = dict(zip(blocks, given, strict=True))
+    record = fast_ewq.fitted()
+    said = {
+        "x": 1.0,
+        **{n: getattr(record, n) for n in ("agreement", "majority", "error", "models")},
+        "blocks": {
+            n: {"decided": d, "level": by_name[n]}
+            for n, d in zip(blocks, guess.levels, strict=True)
+        },
+    }
+    tensors = ewq.by_level(specs, by_name, levels, rest)
+    return document(work, checkpoint, "fast-ewq", tensors, details=said)
 
 
 def by_loss(
@@ -110,14 +125,14 @@ def by_loss(
     checkpoint: Checkpoint,
     depth: str,
     schemes: Sequence[Scheme],
-    budget: int | None,
-    max_kl: float | None,
+    bounds: tuple[int | None, float | None, int],
     text: Path | None,
-    tries: int,
     threads: int | None,
     progress: Progress,
 ) -> PlanDocument:
     """The planner: a loss table, the best allocation, and exchanges that the true KL approves."""
+    if bounds[0] is not None:
+        check_budget(work, bounds[0], schemes, None)
     if text is None:
         place = resources.files("chalot").joinpath(*CALIBRATION_TEXT)
         name, words = "bundled", place.read_text("utf-8")
@@ -131,7 +146,7 @@ def by_loss(
             swaps = Swaps(file, open_backend(threads=threads), ids)
             key = f"{file.manifest.source.digest} {digest} {len(swaps.ids)}"
             table = loss_table(swaps, depth, schemes, key, progress)
-            found, kl = chosen(swaps, table, schemes, budget, max_kl, tries, progress)
+            found, kl = chosen(swaps, table, schemes, *bounds, progress)
             tensors = {
                 t.name: found.schemes[item.name] for item in swaps.items for t in item.tensors
             }
@@ -188,6 +203,33 @@ def chosen(
     return improve(swaps, table, schemes, found, budget, tries, progress)
 
 
+def check_choice(
+    method: str,
+    variant: str,
+    x: float,
+    size: int | str | None,
+    bits: float | None,
+    max_kl: float | None,
+) -> None:
+    """Raise FormatError where what is asked for does not go together."""
+    if method not in METHODS:
+        raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
+    if variant not in ewq.VARIANTS:
+        raise FormatError(f"variant {variant!r} is not known; choose {', '.join(ewq.VARIANTS)}")
+    if not math.isfinite(x):
+        raise FormatError(f"found {x} sigmas below the mean; expected a finite number, as 1.0")
+    if isinstance(size, str) and size != FIT:
+        raise FormatError(f"size {size!r}; expected bytes, or {FIT!r}")
+    if sum(v is not None for v in (size, bits, max_kl)) > 1:
+        raise FormatError("give one of a size, bits a weight and a largest KL, not several")
+    if max_kl is not None and method not in KNOWS_KL:
+        raise FormatError(
+            f"method {method} expects no KL that could be bounded; choose {', '.join(KNOWS_KL)}"
+        )
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise FormatError(f"found a largest KL of {max_kl}; expected nats a token above 0, as 0.02")
+
+
 def plan(
     source: str | Path,
     out: str | Path,
@@ -195,53 +237,52 @@ def plan(
     method: str = "linear",
     variant: str = "softmax",
     x: float = 1.0,
-    size: int | None = None,
+    size: int | str | None = None,
+    context: int | None = None,
     bits: float | None = None,
     max_kl: float | None = None,
-    schemes: Sequence[str] = USUAL_SCHEMES,
+    schemes: Sequence[str] | None = None,
     text: str | Path | None = None,
     exchanges: int = 40,
     rest: str = "int8",
+    simple: bool = False,
     threads: int | None = None,
     progress: Progress = lambda *_: None,
 ) -> PlanDocument:
     """Choose a scheme for every tensor of a checkpoint, and write the plan to `out`.
 
-    At most one of `size` (bytes of the file), `bits` (a weight, of all matrices) and `max_kl`
-    (expected, nats a token) bounds it; without one a planner's file has the size of `nl4`, and EWQ
-    is free. `rest` is what EWQ gives embedding and head. Raises LimitError for a budget below what
-    is possible, and says the least; SchemeError, FormatError, WeightError.
+    At most one of `size` (bytes of the file, or "fit": what this machine can run at `context`),
+    `bits` (a weight, of all matrices) and `max_kl` (expected, nats a token) bounds it; without one
+    a planner's file has the size of `nl4`, and EWQ is free. EWQ's levels are the `schemes`, three
+    or four; `rest` is what it gives embedding and head. `simple` writes {"0": "raw", ...}. The file
+    appears whole or not at all. Raises LimitError for a budget below what is possible, and says
+    the least; SchemeError, FormatError, WeightError.
     """
-    if method not in METHODS:
-        raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
-    if sum(v is not None for v in (size, bits, max_kl)) > 1:
-        raise FormatError("give one of a size, bits a weight and a largest KL, not several")
-    known = [Scheme.parse(s) for s in schemes]
-    if len(set(known)) < 2 and method != "ewq":
+    check_choice(method, variant, x, size, bits, max_kl)
+    if exchanges < 0:
+        raise FormatError(f"found {exchanges} exchanges; expected 0 or more")
+    usual = USUAL_LEVELS if method in BY_BLOCK else USUAL_SCHEMES
+    known = list(dict.fromkeys(Scheme.parse(s) for s in schemes or usual))
+    if len(known) < 2:
         raise SchemeError("a plan needs two schemes to choose from; name more with --schemes")
+    if method in BY_BLOCK:
+        ewq.levels_of(known)
     checkpoint = open_checkpoint(resolve(source))
-    try:
+    with closing(checkpoint), NewFile(Path(out), b"{", ".json") as file:
         work = Conversion(
             checkpoint, parse_schemes("nl4"), open_backend(threads=threads), lambda *_: None
         )
-        budget = budget_of(work, size, bits)
+        most = fitting_bytes(checkpoint, context) if isinstance(size, str) else size
+        budget = budget_of(work, most, bits)
+        last = Scheme.parse(rest)
         if method == "ewq":
-            made = by_entropy(work, checkpoint, variant, x, budget, Scheme.parse(rest), progress)
+            made = by_entropy(work, checkpoint, variant, x, known, budget, last, progress)
+        elif method == "fast-ewq":
+            made = by_guess(work, checkpoint, known, budget, last)
         else:
             words = None if text is None else Path(text).expanduser()
-            made = by_loss(
-                work,
-                checkpoint,
-                method,
-                known,
-                budget,
-                max_kl,
-                words,
-                exchanges,
-                threads,
-                progress,
-            )
-    finally:
-        checkpoint.close()
-    write_plan(made, Path(out))
+            bounds = budget, max_kl, exchanges
+            made = by_loss(work, checkpoint, method, known, bounds, words, threads, progress)
+        file.write(as_bytes(made, simple))
+        file.commit()
     return made

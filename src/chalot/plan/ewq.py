@@ -1,13 +1,13 @@
 """Entropy-weighted quantisation of a checkpoint's blocks (arXiv 2503.04704; `quant.entropy`)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import LimitError
+from chalot.errors import LimitError, SchemeError
 from chalot.model.layers import TensorSpec
 from chalot.quant import codes
 from chalot.quant.entropy import (
@@ -29,7 +29,7 @@ Read = Callable[[str, int, int | None], Floats]
 RUN = 1 << 22  # numbers in memory at once
 VARIANTS = ("softmax", "softmax-eps", "histogram", "codes")
 EPSILON = 0.01  # the paper's, inside the logarithm
-DEFAULT = {"low": "nl4", "middle": "int8", "raw": "bf16"}
+SAMPLE = (1024, 4096)  # a shape whose bytes order schemes
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,21 @@ class Blocks:
     entropies: tuple[Entropy, ...]
     decision: Decision
     levels: tuple[str, ...]
+
+
+def levels_of(schemes: Sequence[Scheme]) -> dict[str, str]:
+    """Level -> scheme: the widest is raw, then middle, then low; a fourth is for tight budgets.
+
+    The paper has 16, 8, 4 and, "when memory is very tight", 1.58 bits.
+    """
+    ordered = sorted(schemes, key=lambda s: stored_bytes(s, *SAMPLE))
+    if len(ordered) not in (3, 4):
+        raise SchemeError(
+            f"found {len(ordered)} schemes; ewq wants three, for raw, middle and low blocks, or "
+            "four, as bf16,int8,nl4,nl2: the last for budgets that nothing else meets"
+        )
+    names = ("least", *LEVELS)[-len(ordered) :]
+    return {level: str(s) for level, s in zip(names, ordered, strict=True)}
 
 
 def tensor_entropy(read: Read, spec: TensorSpec, variant: str) -> Entropy:
@@ -88,12 +103,13 @@ def analyse(
     variant: str,
     x: float,
     budget: int | None,
-    schemes: Mapping[str, str] = DEFAULT,
+    schemes: Mapping[str, str],
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Blocks:
     """Entropies of all blocks, and a level for each; within `budget` bytes of blocks if given.
 
-    Raises LimitError where even the least level is larger.
+    `schemes` are the levels', ascending in bytes. Raises LimitError where all at the first of
+    them are larger than the budget.
     """
     blocks = by_block(specs)
     found = []
@@ -104,13 +120,12 @@ def analyse(
     decision = decide(entropies, x)
     levels: tuple[str, ...] | None = decision.levels
     if budget is not None:
-        by_level = sizes(blocks, schemes)
-        levels = fit(entropies, decision.levels, by_level, budget, LEVELS)
+        bytes_of = sizes(blocks, schemes)
+        levels = fit(entropies, decision.levels, bytes_of, budget, tuple(schemes))
         if levels is None:
-            least = sum(s["low"] for s in by_level)
-            raise LimitError(
-                f"{budget:,} bytes for the blocks; all at {schemes['low']} take {least:,}"
-            )
+            first, name = next(iter(schemes.items()))
+            least = sum(s[first] for s in bytes_of)
+            raise LimitError(f"{budget:,} bytes for the blocks; all at {name} take {least:,}")
     assert levels is not None
     return Blocks(tuple(blocks), tuple(found), decision, levels)
 
@@ -143,7 +158,13 @@ def tensors_of(
     specs: list[TensorSpec], blocks: Blocks, schemes: Mapping[str, str], rest: Scheme
 ) -> dict[str, str]:
     """A scheme for every matrix."""
-    level = dict(zip(blocks.names, blocks.levels, strict=True))
+    return by_level(specs, dict(zip(blocks.names, blocks.levels, strict=True)), schemes, rest)
+
+
+def by_level(
+    specs: list[TensorSpec], level: Mapping[str, str], schemes: Mapping[str, str], rest: Scheme
+) -> dict[str, str]:
+    """A scheme for every matrix, by the level of its block."""
     return {
         s.name: schemes[level[s.name.split(".")[1]]] if s.name.startswith("layers.") else str(rest)
         for s in specs

@@ -1,7 +1,9 @@
-"""What each scheme is expected to cost each item: tables in four depths, from cheap to true.
+"""What each scheme is expected to cost each item: tables in five depths, from cheap to true.
 
     error       relative squared error of the weights themselves; every item counts alike
     activation  relative squared error of what the item's matrices give on a calibration text
+    fisher      `error`, times the item's mean diagonal Fisher information: half v'Fv is the KL, to
+                second order, that noise v on its weights costs; random signs give it, no gradients
     linear      `activation`, times how much of it reaches the output, measured once for each item
                 with the coarsest scheme (losses are nearly linear: HIGGS, arXiv 2411.17525)
     measured    the KL of the model with that item alone so stored
@@ -18,6 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from chalot import __version__
 from chalot.errors import WeightError
 from chalot.home import home
 from chalot.kernels.program import padded_vector
@@ -26,6 +29,7 @@ from chalot.model.calibration import ordered_sum, some_rows
 from chalot.plan.swap import Floats, Item, Swaps, stored
 from chalot.quant.scheme import SCHEMES, Scheme
 
+NOISE = 1 / 32  # of a row's size: where losses are linear, far above float32's own noise
 Table = dict[str, dict[str, float]]  # item -> scheme -> expected KL or error
 INPUTS = {  # a matrix -> what it is multiplied with
     **dict.fromkeys(("query", "key", "value"), "attention input"),
@@ -86,6 +90,24 @@ def activation_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[
     return {str(s): output_error(swaps, item, s) for s in schemes}
 
 
+def noisy(w: Floats, seed: int) -> Floats:
+    """Weights with a random sign, times NOISE and the row's root mean square, added to each."""
+    random = np.random.Generator(np.random.Philox(seed))
+    signs = random.integers(0, 2, w.shape, dtype=np.int8).astype(np.float32) * 2 - 1
+    size = np.sqrt((w * w).mean(axis=1, keepdims=True, dtype=np.float64)) * NOISE
+    return np.asarray(w + signs * size, np.float32)
+
+
+def fisher_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[str, float]:
+    """See module."""
+    matrices = {
+        t.name: stored(swaps.backend, noisy(swaps.floats(t.name), n), SCHEMES["f32"])
+        for n, t in enumerate(item.tensors)
+    }
+    reached = max(swaps.kl(matrices), 0.0) / NOISE**2
+    return {name: error * reached for name, error in error_row(swaps, item, schemes).items()}
+
+
 def linear_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[str, float]:
     """See module."""
     errors = activation_row(swaps, item, schemes)
@@ -102,9 +124,12 @@ def measured_row(swaps: Swaps, item: Item, schemes: Sequence[Scheme]) -> dict[st
 DEPTHS: Mapping[str, Callable[[Swaps, Item, Sequence[Scheme]], dict[str, float]]] = {
     "error": error_row,
     "activation": activation_row,
+    "fisher": fisher_row,
     "linear": linear_row,
     "measured": measured_row,
 }
+
+KNOWS_KL = ("fisher", "linear", "measured")  # tables in nats a token
 
 
 def kept_at(key: str) -> Path:
@@ -120,12 +145,13 @@ def loss_table(
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Table:
     """item -> scheme -> expected loss. `key` names model and text, for what is kept on disk."""
-    place = kept_at(f"{key} {depth} {[str(s) for s in schemes]}")
+    names = [str(s) for s in schemes]
+    place = kept_at(f"{__version__} {key} {depth} {names}")
     table: Table = {}
     with suppress(OSError, msgspec.DecodeError, msgspec.ValidationError):
         table = msgspec.json.decode(place.read_bytes(), type=Table)
     for n, item in enumerate(swaps.items):
-        if item.name not in table:
+        if table.get(item.name, {}).keys() != set(names):
             table[item.name] = DEPTHS[depth](swaps, item, schemes)
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,9 @@
 """A plan as a picture: bits of each tensor by layer, and the entropies of EWQ's blocks."""
 
+from pathlib import Path
+
 from chalot.charts import strips
+from chalot.formats.new_file import NewFile
 from chalot.planfile import PlanDocument
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
@@ -26,3 +29,10 @@ def picture(plan: PlanDocument) -> str:
         if name in plan.tensors:
             rows[name] = [bits(plan.tensors[name])]
     return strips(rows, f"bits a weight by layer, {plan.method}: {plan.bits_per_weight:.2f} in all")
+
+
+def write_picture(plan: PlanDocument, path: Path) -> None:
+    """Whole or not at all; over another .svg only. Raises OutputError."""
+    with NewFile(path, b"<svg", ".svg") as file:
+        file.write(picture(plan).encode())
+        file.commit()

@@ -10,6 +10,8 @@ Means are float64 sums in sixteen lanes and their tree: equal on every machine, 
 weights are equal, so a matrix that is ternary already stays as it is.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,11 +86,15 @@ def sign(
     return (w >= 0).astype(np.uint8), factor, row_scale
 
 
-def absmean(w: Floats) -> np.float32:
-    """mean |w| of a matrix (rows, columns), each row's sum after the one before."""
-    extra = -w.shape[1] % PANEL
-    rows = lane_sum(np.abs(np.pad(w, [(0, 0), (0, extra)]).astype(np.float64)))
-    return F32(np.add.accumulate(rows)[-1] / w.size)
+def absmean(runs: Iterable[Floats]) -> np.float32:
+    """mean |w| of a matrix in runs of rows (rows, columns), one row's sum after another."""
+    total, count = 0.0, 0
+    for w in runs:
+        extra = -w.shape[1] % PANEL
+        rows = lane_sum(np.abs(np.pad(w, [(0, 0), (0, extra)]).astype(np.float64)))
+        total = float(np.add.accumulate(np.concatenate([[total], rows]))[-1])
+        count += w.size
+    return F32(total / count)
 
 
 def least_error(size: NDArray[np.float64]) -> Floats:

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError
-from chalot.quant.codes import Codes
+from chalot.errors import FormatError, SchemeError
+from chalot.quant.codes import Codes, quantize
+from chalot.quant.grids import tables_of
 from chalot.quant.scheme import (
     BITS,
     BLOCK,
@@ -328,6 +329,23 @@ def pack(coded: Codes) -> Bytes:
     for part, bytes_of_part in zip(layout.parts, stored, strict=True):
         out[part] = bytes_of_part
     return out
+
+
+def as_matrix(weights: NDArray[np.float32], scheme: Scheme) -> Matrix:
+    """A finite float32 matrix (rows, columns) in a scheme, as kernels read it.
+
+    Coded schemes quantise it. Raises SchemeError where it has not two axes, an empty one, or
+    numbers that are not finite.
+    """
+    w = np.asarray(weights, np.float32)
+    if w.ndim != 2 or not w.size or not np.isfinite(w).all():
+        raise SchemeError(
+            f"found weights of shape {w.shape}, expected (rows, columns) of finite numbers"
+        )
+    shape = (w.shape[0], w.shape[1])
+    if not scheme.is_coded:
+        return Matrix(scheme, shape, pack_dense(np.ascontiguousarray(w), scheme))
+    return Matrix(scheme, shape, pack(quantize(w, scheme)), tables_of(scheme))
 
 
 def pack_segments(segments: NDArray[np.float16]) -> Bytes:

@@ -21,7 +21,7 @@ import msgspec
 
 from chalot.errors import TokenizerError
 from chalot.text.byte_pairs import BytePairs, Native, compile_tables
-from chalot.text.marks import Disguise, private_characters
+from chalot.text.marks import Disguise, is_mark, private_characters
 from chalot.text.pieces import Incremental
 from chalot.text.settings import Settings, read_settings
 from chalot.text.template import ChatTemplate, plain, plain_messages
@@ -112,9 +112,25 @@ class Tokenizer:
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end an answer, by generation_config.json and by the tokenizer."""
-        own = self._id("eos_token")
-        return self._settings.eos_ids | (frozenset() if own is None else {own})
+        """The tokens that end an answer, by generation_config.json, tokenizer and chat template."""
+        found = {self._id("eos_token"), self._turn_end()} - {None}
+        return self._settings.eos_ids | {id_ for id_ in found if id_ is not None}
+
+    def _turn_end(self) -> int | None:
+        """The special token that the chat template writes right behind what the model said.
+
+        Some configurations leave it out: Gemma's first name <eos> alone, and not <end_of_turn>.
+        """
+        said = "Said by the model."
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+        try:
+            text = self.render(turns, add_generation_prompt=False)
+        except TokenizerError:  # no template, or one of another kind of model
+            return None
+        behind = text.rpartition(said)[2].lstrip() if said in text else ""
+        special = self._opened.special
+        ends = [token for token in special if behind.startswith(token) and is_mark(token)]
+        return special[max(ends, key=len)] if ends else None
 
     @property
     def special_tokens(self) -> dict[str, int]:

@@ -21,6 +21,7 @@
 #include "offset.h"
 #include "program.h"
 #include "read.h"
+#include "refine.h"
 
 namespace nb = nanobind;
 using namespace chalot;
@@ -273,6 +274,32 @@ void product(Machine& machine, nb::tuple matrix, int planes, In<float> x, Out<fl
   });
 }
 
+// See round_columns in refine.h. `steps` is (step, middle, low, high); `tables` (128, points) or empty.
+void refine(Machine& machine, std::tuple<float, float, float, float> steps, In<float> tables, Out<float> w,
+            In<float> upper, In<float> unit, In<float> offset, In<uint8_t> levels, Out<uint8_t> codes) {
+  expect(w.ndim() == 2 && w.shape(0) < 1 << 30 && w.shape(1) < 1 << 15, "refine: expected rows of few columns");
+  const int rows = int(w.shape(0)), n = int(w.shape(1));
+  auto [step, middle, low, high] = steps;
+  Steps s{step, middle, low, high, nullptr, 0};
+  if (tables.size()) {
+    expect(tables.ndim() == 2 && tables.shape(0) == 128 && tables.shape(1) <= 256, "refine: tables");
+    s.tables = tables.data(), s.points = int(tables.shape(1));
+  }
+  expect(upper.size() == size_t(n) * n && offset.size() == size_t(rows), "refine: factor or offsets");
+  expect(unit.size() == w.size() && levels.size() == w.size() && codes.size() == w.size(), "refine: sizes differ");
+  float* at = w.data();
+  const float *factor = upper.data(), *one = unit.data(), *add = offset.data();
+  const uint8_t* of_group = levels.data();
+  uint8_t* out = codes.data();
+  nb::gil_scoped_release release;
+  std::scoped_lock lock(machine.busy);
+  std::atomic<int> next = 0;
+  machine.pool().run([&](int) {
+    for (int first; (first = next.fetch_add(kPanel)) < rows;)
+      round_columns(s, n, first, std::min(first + kPanel, rows), at, factor, one, add, of_group, out);
+  });
+}
+
 void exp_all(Machine& machine, In<float> x, Out<float> y) {
   expect(x.size() == y.size(), "exp: sizes differ");
   PlainArithmetic plain;
@@ -342,6 +369,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", [](const Machine& s) { return std::string(s.kernels->name); })
       .def_prop_ro("threads", &Machine::threads)
       .def("encode", &encode)
+      .def("refine", &refine)
       .def("product", &product)
       .def("exp", &exp_all)
       .def("read", &read_numbers);

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from chalot.errors import WeightError
+from chalot.kernels.backend import open_backend
 from chalot.quant import codes
-from chalot.quant.refine import Refinement, factor, output_error
+from chalot.quant.refine import Refinement, factor, output_error, round_columns
 from chalot.quant.scheme import SCHEMES
 
 RNG = np.random.default_rng(0)
@@ -53,3 +54,14 @@ def test_activations_that_are_no_numbers() -> None:
     hessian[3, 3] = np.nan
     with pytest.raises(WeightError):
         Refinement(hessian)
+
+
+@pytest.mark.parametrize("name", [n for n, s in SCHEMES.items() if s.is_coded])
+def test_native_code_finds_what_numpy_finds(name: str) -> None:
+    native = open_backend(threads=2)
+    weights = np.concatenate([WEIGHTS, np.zeros((1, 96), np.float32), WEIGHTS[:1] * 1e-30])
+    found, oracle = (
+        Refinement(HESSIAN, kernel=kernel).quantize(weights, SCHEMES[name])
+        for kernel in (native.round_columns, round_columns)
+    )
+    assert np.array_equal(found.codes, oracle.codes)

@@ -37,6 +37,7 @@ from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
+from chalot.refining import Refine, Refining
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what, done, of
@@ -69,6 +70,7 @@ class KindReport:
     wide: int  # tensors that ask for 16-bit activations
     folded: int  # tensors whose columns were balanced
     source_error: float | None = None  # what was lost when the source was quantised
+    product_errors: tuple[float, float] | None = None  # before and after refinement: refining.py
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ class Conversion:
         progress: Progress,
         balance: Mapping[str, Scheme] | None = None,
         ternary: str = TERNARY[0],
+        refine: Refine | None = None,
     ) -> None:
         """`balance` folds channels as these schemes, of kinds, would have it: of dense files.
 
@@ -247,6 +250,9 @@ class Conversion:
         self.progress = progress
         self.digest = hashlib.sha256()
         self.plan = Plan()
+        self.refining: Refining | None = None
+        if refine is not None:
+            self.refining = Refining(refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
         self.taken: set[str] = set()  # tensors that have the source's own codes
         self.done = 0
@@ -267,11 +273,19 @@ class Conversion:
         frequencies = inverse_frequencies(self.config)
         calibration = self._calibration(frequencies)
         planned = -1
+        later = None  # a tied embedding: it is refined as a head, by what comes last
         for spec in self.specs:
             layer = int(spec.name.split(".")[1]) if spec.name.startswith("layers.") else None
             if calibration is not None and layer is not None and layer > planned:
                 calibration.layer(layer, self.read, self._source_scheme(layer))
                 planned = layer
+            if self.refining is not None and spec.name == "embedding" and self.config.tied:
+                later = spec
+                self._digest(spec)
+                continue
+            if self.refining is not None and spec.name == "head":
+                assert calibration is not None
+                self.refining.head(calibration.head_inputs(self.read("final_norm")))
             self._tensor(writer, spec)
         if calibration is not None:  # the head's activations are known only now
             head = "embedding" if self.config.tied else "head"
@@ -279,9 +293,16 @@ class Conversion:
                 [self.read(head, int(i), int(i) + 1) for i in some_rows(self.config.vocabulary)]
             )
             calibration.head(head, self.read("final_norm"), rows)
-            writer.tensors[head] = msgspec.structs.replace(
-                writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
-            )
+            if head in writer.tensors:
+                writer.tensors[head] = msgspec.structs.replace(
+                    writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
+                )
+        if later is not None:
+            assert calibration is not None and self.refining is not None
+            self.refining.head(calibration.head_inputs(self.read("final_norm")))
+            digest = self.digest.copy()  # which has it already
+            self._tensor(writer, later)
+            self.digest = digest
         writer.constants["rope.inverse_frequency"] = writer.extent([frequencies.astype("<f4")])
         for s in SCHEMES.values():
             tables = tables_of(s)
@@ -309,11 +330,15 @@ class Conversion:
         if not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
+        if self.refining is not None:
+            ids = self.refining.ids
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
         calibration = Calibration(
             self.config, self.balanced, self.backend, frequencies, hidden, self.kept
         )
+        if self.refining is not None:
+            calibration.watch = self.refining.watch
         calibration.plan = self.plan
         return calibration
 
@@ -325,6 +350,14 @@ class Conversion:
             for n in ("key", "value", "output", "gate", "up", "down")
         )
         return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
+
+    def _digest(self, spec: TensorSpec) -> None:
+        """Let the source's digest have a matrix that is written later."""
+        self.digest.update(f"{spec.name} {spec.shape}".encode())
+        size = max(PANEL, RUN // spec.shape[1])
+        for first in range(0, spec.shape[0], size):
+            values = self.read(spec.name, first, min(first + size, spec.shape[0]))
+            self.digest.update(np.ascontiguousarray(values).data)
 
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
@@ -417,7 +450,10 @@ class Conversion:
                 return packing.pack(found)
         if unit is not None:
             return packing.pack(codes.quantize(values, scheme, unit))
-        return self.backend.encode(values, scheme)
+        data = self.backend.encode(values, scheme)
+        if self.refining is None:
+            return data
+        return self.refining.encoded(spec, values, data, self.plan.columns.get(spec.name))
 
     def _advance(self, spec: TensorSpec, weights: int) -> None:
         self.done += weights
@@ -448,6 +484,7 @@ class Conversion:
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),
                 source_error(self.checkpoint, {n: self.errors.get(n, (0.0, 0.0)) for n in names}),
+                self.refining.gain(names) if self.refining is not None else None,
             )
 
 
@@ -463,6 +500,7 @@ def convert(
     plan: str | Path | None = None,
     balance: str | None = None,
     ternary: str = TERNARY[0],
+    refine: Refine | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -472,9 +510,9 @@ def convert(
     are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
     tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
-    BitNet's "absmean" of a matrix. Peak memory is that of a layer and its largest tensor
-    (chalot.fitting). The file appears whole or not at all. Raises a ChalotError for anything wrong
-    with source or target.
+    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. Peak memory is
+    that of a layer and its largest tensor (chalot.fitting). The file appears whole or not at all.
+    Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
 
@@ -489,7 +527,7 @@ def convert(
         balanced = parse_schemes(balance) if balance else None
         watch = progress or (lambda *_: None)
         return write_myai(
-            checkpoint, Path(out), schemes, name, said, threads, watch, balanced, ternary
+            checkpoint, Path(out), schemes, name, said, threads, watch, balanced, ternary, refine
         )
     finally:
         checkpoint.close()
@@ -505,10 +543,11 @@ def write_myai(
     progress: Progress,
     balance: Mapping[str, Scheme] | None = None,
     ternary: str = TERNARY[0],
+    refine: Refine | None = None,
 ) -> ConvertReport:
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
     backend = open_backend(threads=threads)
-    work = Conversion(checkpoint, schemes, backend, progress, balance, ternary)
+    work = Conversion(checkpoint, schemes, backend, progress, balance, ternary, refine)
     check_ternary(ternary, work.schemes)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(
@@ -520,23 +559,26 @@ def write_myai(
         planned_bytes(work.config, schemes)
         + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
     )
+    said = command if refine is None else f"{command}  # {refine}"
     with MyaiWriter(out) as writer:
         work.progress("", 0, work.total)  # the source is good, and there is a place for it
         work.write(writer)
         writer.finish(
             msgspec.to_builtins(work.config),
-            Source(name, work.digest.hexdigest(), command, __version__),
+            Source(name, work.digest.hexdigest(), said, __version__),
             lambda partial: check_text(checkpoint, partial),
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
     becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
-    said = [*notes(checkpoint.path, checkpoint.tensors, becomes)]
+    noted = [*notes(checkpoint.path, checkpoint.tensors, becomes)]
     if any(schemes[kind].is_coarse for kind in KINDS):  # and no plan's choice
-        said += coarse_note(work.schemes, work.errors)
+        noted += coarse_note(work.schemes, work.errors)
+    if refine is not None:
+        noted.append(f"refined: {refine}")
     return ConvertReport(
-        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(said)
+        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(noted)
     )
 
 

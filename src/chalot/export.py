@@ -15,6 +15,7 @@ from chalot.convert import TERNARY, ConvertReport, Progress, schemes_for, write_
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.refining import Refine
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Options:
     bits: str = "4"  # of npz
     tokenizer: bool = True  # of gguf: whether the file has one
     ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
+    refine: Refine | None = None  # of myai
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -41,7 +43,7 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     name = called(options.source)
     return write_myai(
         checkpoint, out, schemes, name, options.command, options.threads, options.progress,
-        ternary=options.ternary,
+        ternary=options.ternary, refine=options.refine,
     )  # fmt: skip
 
 
@@ -78,7 +80,9 @@ class Target(NamedTuple):
 
 
 TARGETS = {
-    "myai": Target(to_myai, ".myai", ("scheme", "bits", "plan", "ternary", "fit", "dry_run")),
+    "myai": Target(
+        to_myai, ".myai", ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine")
+    ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
@@ -143,6 +147,7 @@ def export(
     threads: int | None = None,
     progress: Progress | None = None,
     command: str | None = None,
+    refine: Refine | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
@@ -156,6 +161,7 @@ def export(
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
+    given["refine"] = refine is not None
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     options = Options(
         str(source),
@@ -168,6 +174,7 @@ def export(
         bits or "4",
         tokenizer,
         ternary,
+        refine,
     )
     checkpoint = open_checkpoint(resolve(source, progress))
     try:

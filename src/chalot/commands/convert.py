@@ -57,6 +57,10 @@ def arguments(parser: ArgumentParser) -> None:
     how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
+    parser.add_argument("--refine", help="better codes at the same bytes: gptq or hqq")
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="text for --refine (default: chalot's own)"
+    )
     parser.add_argument("--context", type=int, help="tokens that must fit too (default: 4096)")
     parser.add_argument(
         "--dry-run", action="store_true", help="only read headers, and say what fits"
@@ -78,6 +82,8 @@ def main(arguments: Arguments) -> int:
         arguments.parser.error("-o names one file; expected --output-dir DIR for several")
     if not (arguments.source or arguments.all):
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
+    if arguments.calibration and not arguments.refine:
+        arguments.parser.error("--calibration is the text of --refine; give that too")
     check_settings(arguments)
     if arguments.plan and arguments.dry_run:
         arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
@@ -119,6 +125,7 @@ def one(source: str, arguments: Arguments) -> Any:
     from chalot import batch, fitting
     from chalot.convert import TERNARY
     from chalot.export import TARGETS, export, target_of
+    from chalot.refining import Refine
 
     out = arguments.out or ""
     to = target_of(arguments.to, out)
@@ -141,6 +148,7 @@ def one(source: str, arguments: Arguments) -> Any:
         return {"source": source, "path": out, "scheme": scheme, "fit": fit}
     make_folder(arguments.output_dir)
     command = "chalot " + " ".join(sys.argv[1:])
+    refine = Refine.of(arguments.refine, arguments.calibration) if arguments.refine else None
     with progress(arguments, f"converting {source}") as advance:
         report = export(
             source,
@@ -155,6 +163,7 @@ def one(source: str, arguments: Arguments) -> Any:
             threads=arguments.threads,
             progress=advance,
             command=command,
+            refine=refine,
         )
     if not arguments.json:
         show(report, arguments)
@@ -250,4 +259,9 @@ def losses(kinds: Any) -> str:
     if any(k.folded for k in kinds):
         what = "tensors whose columns were balanced by powers of two"
         column("folded", [str(k.folded) for k in kinds], what)
+    if any(k.product_errors for k in kinds):
+        what = "relative squared error of products on text that took no part, before and after"
+        pairs = [k.product_errors for k in kinds]
+        both = [f"{pair[0]:.3g} -> {pair[1]:.3g}" if pair else "-" for pair in pairs]
+        column("products", both, what)
     return "\n".join([rows(table), *legend])

@@ -16,8 +16,9 @@ from chalot import machine
 from chalot.errors import KernelError
 from chalot.kernels import reference
 from chalot.kernels.program import Batch, Program
-from chalot.quant import codes, packing
+from chalot.quant import codes, packing, refine
 from chalot.quant.packing import Matrix
+from chalot.quant.refine import Steps
 from chalot.quant.scheme import Scheme
 
 try:
@@ -69,6 +70,17 @@ class Backend(Protocol):
     def product(self, matrix: Matrix, x: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
         """(tokens, rows) = x @ matrix.T; x is quantised to `planes` for a coded matrix."""
 
+    def round_columns(
+        self,
+        steps: Steps,
+        w: NDArray[np.float32],
+        upper: NDArray[np.float32],
+        unit: NDArray[np.float32],
+        offset: NDArray[np.float32],
+        levels: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        """What `quant.refine.round_columns` says."""
+
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """e^x by the project's polynomial."""
 
@@ -98,6 +110,18 @@ class ReferenceBackend:
         y = reference.product(matrix, *coded)
         reference.add_offsets(matrix, *coded, y)
         return y
+
+    def round_columns(
+        self,
+        steps: Steps,
+        w: NDArray[np.float32],
+        upper: NDArray[np.float32],
+        unit: NDArray[np.float32],
+        offset: NDArray[np.float32],
+        levels: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        """See Backend."""
+        return refine.round_columns(steps, w, upper, unit, offset, levels)
 
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Backend."""

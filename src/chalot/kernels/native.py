@@ -16,11 +16,13 @@ from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, Batch, Op, Program
 from chalot.quant.codes import padded, quantize
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import Layout, Matrix, aligned, pack
+from chalot.quant.refine import Steps
 from chalot.quant.scheme import SCHEMES, Scheme
 
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
 ENCODED = ("int8", "nl4", "int4", "nl2")  # natively; others by numpy
 NO_TABLES = np.zeros((256, 16), np.int8)
+NO_STEPS = np.zeros((0, 0), np.float32)
 instruction_sets = _native.instruction_sets
 BytePairs: Any = _native.BytePairs
 
@@ -151,6 +153,23 @@ class NativeBackend:
         y = np.empty((len(x), matrix.shape[0]), np.float32)
         self.machine.product(matrix_fields(matrix), planes, np.ascontiguousarray(x), y)
         return y
+
+    def round_columns(
+        self,
+        steps: Steps,
+        w: NDArray[np.float32],
+        upper: NDArray[np.float32],
+        unit: NDArray[np.float32],
+        offset: NDArray[np.float32],
+        levels: NDArray[np.uint8],
+    ) -> NDArray[np.uint8]:
+        """See Backend."""
+        codes = np.empty(w.shape, np.uint8)
+        numbers = (steps.step, steps.middle, steps.low, steps.high)
+        tables = NO_STEPS if steps.tables is None else steps.tables
+        one, of_group = np.ascontiguousarray(unit), np.ascontiguousarray(levels)
+        self.machine.refine(numbers, tables, w, upper, one, offset, of_group, codes)
+        return codes
 
     def exp(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Backend."""

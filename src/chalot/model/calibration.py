@@ -8,7 +8,7 @@ they meet, for the cache's sake. All arithmetic is the kernels',
 so the choice, and with it the file, is the same on every machine.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import WeightError
 from chalot.kernels.backend import Backend
-from chalot.kernels.program import Batch, padded_vector
+from chalot.kernels.program import PAGE, Batch, padded_vector
 from chalot.kernels.reference import rms_norm
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
@@ -29,6 +29,7 @@ from chalot.quant.packing import Matrix, pack_dense
 from chalot.quant.scheme import SCHEMES, Scheme
 
 Floats = NDArray[np.float32]
+PLANNED = 128  # tokens that plans are made from
 ROWS = 48  # of each matrix that a candidate is tried on
 NOTABLE = 5e-4  # relative squared error that eight-bit activations may add
 
@@ -128,6 +129,32 @@ def dense(rows: Floats) -> Matrix:
     return Matrix(scheme, (rows.shape[0], rows.shape[1]), pack_dense(rows, scheme))
 
 
+def run_layer(
+    backend: Backend,
+    config: ModelConfig,
+    weights: Weights,
+    i: int,
+    hidden: Floats,
+    inverse_frequency: Floats,
+) -> Iterator[dict[str, Floats]]:
+    """Layer i of each window of PAGE hidden states (tokens, hidden), one window after another.
+
+    Gives (window, width) of what its matrices are multiplied with, what rope has turned, and
+    "hidden", the states behind the layer.
+    """
+    program, named = build_layer(config, weights, i, dense(hidden), inverse_frequency)
+    runnable = backend.compile(program)
+    cache = PageCache(program.cache, PAGE)
+    sequence = Sequence(cache)
+    sequence.reserve(PAGE)  # each window writes over the one before
+    for at in range(0, len(hidden), PAGE):
+        tokens = np.arange(at, min(at + PAGE, len(hidden)), dtype=np.int32)
+        batch = Batch(tokens, tokens - at, tokens * 0, cache.tables([sequence]))
+        runnable.run(batch, cache.arena)
+        slots = (*LAYER_INPUTS, ROTATED, "hidden")
+        yield {n: runnable.slot(named[n], len(tokens)) for n in slots}
+
+
 class Calibration:
     """Hidden states on their way through the source's layers."""
 
@@ -137,14 +164,17 @@ class Calibration:
         schemes: Mapping[str, Scheme],  # by tensor name
         backend: Backend,
         inverse_frequency: Floats,
-        hidden: Floats,  # (tokens, hidden), at most a page of them
+        hidden: Floats,  # (tokens, hidden), in windows of a page
         kept: Set[str] = frozenset(),  # matrices whose columns must stay as they are
+        watch: Callable[[Mapping[str, Floats]], None] | None = None,
     ) -> None:
+        """`watch` gets what each window is in every slot; plans are made from the first tokens."""
         self.config = config
         self.schemes = schemes
         self.backend = backend
         self.inverse_frequency = inverse_frequency
         self.hidden = hidden
+        self.watch = watch
         self.kept = kept
         self.plan = Plan()
 
@@ -175,25 +205,23 @@ class Calibration:
 
     def _run(self, i: int, weights: Weights) -> dict[str, Floats]:
         """What the layer's matrices are multiplied with, by slot; the hidden states move on."""
-        tokens = len(self.hidden)
-        program, slots = build_layer(
-            self.config, weights, i, dense(self.hidden), self.inverse_frequency
+        after: list[Floats] = []
+        first: dict[str, Floats] = {}
+        windows = run_layer(
+            self.backend, self.config, weights, i, self.hidden, self.inverse_frequency
         )
-        cache = PageCache(program.cache, tokens)
-        sequence = Sequence(cache)
-        sequence.reserve(tokens)
-        line = np.arange(tokens, dtype=np.int32)
-        batch = Batch(line, line, np.zeros(tokens, np.int32), cache.tables([sequence]))
-        runnable = self.backend.compile(program)
-        runnable.run(batch, cache.arena)
-        self.hidden = runnable.slot(slots["hidden"], tokens)
-        inputs = {name: runnable.slot(slots[name], tokens) for name in (*LAYER_INPUTS, ROTATED)}
-        if not all(np.isfinite(x).all() for x in (self.hidden, *inputs.values())):
-            raise WeightError(
-                f"layer {i} makes NaN or Inf of ordinary text, in the source's own numbers; take "
-                "another checkpoint, or the config.json that belongs to it"
-            )
-        return inputs
+        for slots in windows:
+            if not all(np.isfinite(x).all() for x in slots.values()):
+                raise WeightError(
+                    f"layer {i} makes NaN or Inf of ordinary text, in the source's own numbers; "
+                    "take another checkpoint, or the config.json that belongs to it"
+                )
+            after.append(slots["hidden"])
+            if self.watch is not None:
+                self.watch(slots)
+            first = first or {n: x[:PLANNED].copy() for n, x in slots.items()}
+        self.hidden = np.concatenate(after)
+        return first
 
     def _plan(
         self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]
@@ -268,10 +296,14 @@ class Calibration:
         for name, rows in ((query, by_query), (key, by_key)):
             self.plan.rows[name] = self.plan.rows[name + ".bias"] = rows
 
+    def head_inputs(self, norm: Floats) -> Floats:
+        """(tokens, hidden): what the head is multiplied with, behind the last layer."""
+        return rms_norm(self.hidden, padded_vector(norm), self.config.norm_epsilon)
+
     def head(self, name: str, norm: Floats, rows: Floats) -> None:
         """Plan the head's activations from the last hidden states and some of its rows."""
         if not self.schemes[name].is_coded:
             return
-        x = rms_norm(self.hidden, padded_vector(norm), self.config.norm_epsilon)
+        x = rms_norm(self.hidden[:PLANNED], padded_vector(norm), self.config.norm_epsilon)
         trial = Trial(self.backend, x, {name: (rows, self.schemes[name])})
         self.plan.planes[name] = trial.best(None)[1]

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from chalot.convert import Conversion, parse_schemes
+from chalot.conversion import Conversion
 from chalot.demo import FOLDER, write_twin
-from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.kernels.backend import open_backend
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
@@ -29,6 +29,7 @@ from chalot.plan import ewq
 from chalot.plan.fast_ewq import FEATURES, Branch, Fitted, Leaf, Tree, commonest, features, leaf
 from chalot.quant.entropy import LEVELS
 from chalot.quant.scheme import SCHEMES
+from chalot.storing import Storing, parse_schemes
 from machine import HERE, provenance
 
 RESULTS = HERE / "results" / "fast_ewq.jsonl"
@@ -47,11 +48,16 @@ def labelled(config: ModelConfig, read: ewq.Read) -> Rows:
     return np.array(asked), np.array([LEVELS.index(level) for level in found.decision.levels])
 
 
+def conversion(checkpoint: Checkpoint) -> Conversion:
+    """What reads its tensors."""
+    return Conversion(checkpoint, Storing(parse_schemes("nl4")), open_backend(), lambda *_: None)
+
+
 def of_folder(folder: Path) -> Rows:
     """A checkpoint's."""
     checkpoint = open_checkpoint(folder)
     try:
-        work = Conversion(checkpoint, parse_schemes("nl4"), open_backend(), lambda *_: None)
+        work = conversion(checkpoint)
         return labelled(work.config, work.read)
     finally:
         checkpoint.close()
@@ -150,7 +156,7 @@ def main() -> None:
     better = [r["tree"] - r["majority"] for r in rows]  # blocks of a model are no single draws
     shares["error"] = float(np.std(better, ddof=1) * np.sqrt(len(rows)) / blocks)
     checkpoint = open_checkpoint(FOLDER)
-    base = Conversion(checkpoint, parse_schemes("nl4"), open_backend(), lambda *_: None).config
+    base = conversion(checkpoint).config
     chance = [of_chance(base, *size, seed) for size in RANDOM for seed in range(5)]
     total = sum(len(y) for _, y in chance)
     of_random = {

@@ -21,7 +21,8 @@ from unittest import mock
 
 import numpy as np
 
-from chalot.convert import Conversion, convert
+from chalot.conversion import Conversion
+from chalot.convert import convert
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model

@@ -242,6 +242,7 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """Read until `text` appears; what came before it."""
         while text not in self.seen:
+            assert select.select([self.main], [], [], 60)[0], f"no {text!r} in {self.seen!r}"
             self.seen += self.decoder.decode(os.read(self.main, 4096))
         before, _, self.seen = self.seen.partition(text)
         return before

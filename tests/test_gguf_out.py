@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import chalot
-from chalot.convert import read_config
+from chalot.checking import read_config
 from chalot.demo import FOLDER
 from chalot.errors import FormatError, SchemeError, TokenizerError, UnsupportedError, WeightError
 from chalot.export import export

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import chalot
-from chalot.convert import read_config
+from chalot.checking import read_config
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.names import hugging_face

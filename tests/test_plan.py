@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chalot import cli
-from chalot.convert import read_config
+from chalot.checking import read_config
 from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, KernelError, LimitError, WeightError
 from chalot.formats.checkpoint import open_checkpoint

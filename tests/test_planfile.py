@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chalot import cli
-from chalot.convert import read_config
+from chalot.checking import read_config
 from chalot.errors import ChalotError, FormatError, SchemeError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.model.config import ModelConfig

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from chalot import cli
-from chalot.convert import ConvertReport, convert, read_config
+from chalot.checking import read_config
+from chalot.convert import ConvertReport, convert
 from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, SchemeError, TokenizerError, WeightError
 from chalot.formats.checkpoint import open_checkpoint

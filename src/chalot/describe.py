@@ -15,14 +15,13 @@ from typing import Any
 import msgspec
 
 from chalot import machine, memory
-from chalot.convert import DEFAULT_SCHEME, DOCUMENTS, parse_schemes, planned_bytes, scheme_of
 from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeError, UnsupportedError
 from chalot.fitting import Fit, fit
 from chalot.fitting import render as render_fit
 from chalot.formats import hub
 from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
-from chalot.formats.documents import parse_json
+from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
@@ -37,6 +36,7 @@ from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
 from chalot.sources import as_path, hub_id, on_hub, resolve
+from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
 from chalot.table import pairs, rows, size
 from chalot.text.byte_pairs import TABLES
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chalot import export_gguf, export_safetensors
-from chalot.convert import TERNARY, ConvertReport, Progress, schemes_for, write_myai
+from chalot.conversion import Progress
+from chalot.convert import ConvertReport, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.refining import Refine
+from chalot.storing import TERNARY, Storing, schemes_for
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    schemes = schemes_for(options.scheme, checkpoint, options.plan)
-    name = called(options.source)
-    return write_myai(
-        checkpoint, out, schemes, name, options.command, options.threads, options.progress,
-        ternary=options.ternary, refine=options.refine,
-    )  # fmt: skip
+    how = Storing(
+        schemes_for(options.scheme, checkpoint, options.plan),
+        ternary=options.ternary,
+        refine=options.refine,
+    )
+    name, threads = called(options.source), options.threads
+    return write_myai(checkpoint, out, how, name, options.command, threads, options.progress)
 
 
 def to_npz(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:

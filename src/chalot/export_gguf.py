@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
-from chalot.convert import ConvertReport, Progress, check_space
+from chalot.conversion import Progress
+from chalot.convert import ConvertReport, check_space
 from chalot.errors import SchemeError, WeightError
 from chalot.exporting import DENSE, Export
 from chalot.formats.checkpoint import Checkpoint

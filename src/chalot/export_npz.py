@@ -11,11 +11,12 @@ from typing import Any
 
 from chalot import __version__
 from chalot.batch import name_of
-from chalot.convert import DOCUMENTS, ConvertReport, Progress, check_space
+from chalot.conversion import Progress
+from chalot.convert import ConvertReport, check_space
 from chalot.errors import SchemeError
 from chalot.exporting import Export
 from chalot.formats.checkpoint import Checkpoint
-from chalot.formats.documents import parse_json
+from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.names import hugging_face
 from chalot.formats.npz_writer import NpzWriter
 from chalot.model.config import ModelConfig

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.convert import ConvertReport, Progress, check_space
+from chalot.conversion import Progress
+from chalot.convert import ConvertReport, check_space
 from chalot.errors import SchemeError, WeightError
 from chalot.exporting import Export
 from chalot.formats.checkpoint import Checkpoint

@@ -10,15 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.convert import (
-    RUN,
-    ConvertReport,
-    KindReport,
-    Progress,
-    check_shapes,
-    read_config,
-    source_error,
-)
+from chalot.checking import RUN, check_shapes, read_config
+from chalot.conversion import KindReport, Progress, source_error
+from chalot.convert import ConvertReport
 from chalot.errors import WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.names import hugging_face

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from chalot import machine, memory
-from chalot.convert import CALIBRATION_TOKENS, RUN, parse_schemes, planned_bytes, scheme_of
+from chalot.checking import RUN
+from chalot.conversion import CALIBRATION_TOKENS
 from chalot.errors import LimitError
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
@@ -30,6 +31,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import PANEL, SCHEMES
+from chalot.storing import parse_schemes, planned_bytes, scheme_of
 from chalot.table import rows, size
 
 CONTEXT = 4096  # tokens to judge at, unless others are asked for or the model has fewer

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.convert import RUN
+from chalot.checking import RUN
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.names import hugging_face
 from chalot.model.calibration import Plan

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.convert import calibration_ids, check_shapes, read_config
+from chalot.checking import check_shapes, read_config
+from chalot.conversion import calibration_ids
 from chalot.errors import SchemeError, WeightError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from chalot.formats.names import hugging_face

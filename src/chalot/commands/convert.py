@@ -123,9 +123,9 @@ def check_settings(arguments: Arguments) -> None:
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
     from chalot import batch, fitting
-    from chalot.convert import TERNARY
     from chalot.export import TARGETS, export, target_of
     from chalot.refining import Refine
+    from chalot.storing import TERNARY
 
     out = arguments.out or ""
     to = target_of(arguments.to, out)
@@ -174,9 +174,9 @@ def one(source: str, arguments: Arguments) -> Any:
 
 def usual_scheme(source: str, arguments: Arguments) -> str:
     """The scheme when none is asked for; what is on the hub is downloaded to know."""
-    from chalot.convert import DEFAULT_SCHEME
     from chalot.keeping import usual
     from chalot.sources import resolve
+    from chalot.storing import DEFAULT_SCHEME
 
     with progress(arguments, f"opening {source}") as advance:
         return usual(resolve(source, advance), DEFAULT_SCHEME)

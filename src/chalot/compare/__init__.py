@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from chalot import __version__
-from chalot.convert import convert, parse_schemes
+from chalot.convert import convert
 from chalot.errors import FormatError, LimitError
 from chalot.evaluate.protocols import PROTOCOL, check_count, windows
 from chalot.evaluate.quality import Quality
@@ -29,6 +29,7 @@ from chalot.model.layers import layer_tensors
 from chalot.plan.swap import Swaps
 from chalot.quant.packing import DENSE
 from chalot.sources import called
+from chalot.storing import parse_schemes
 
 ROUNDS = 5
 PREFILL, DECODED = 256, 32  # tokens of a round

@@ -17,7 +17,7 @@ from contextlib import closing
 from importlib import resources
 from pathlib import Path
 
-from chalot.convert import CALIBRATION_TEXT, Conversion, parse_schemes
+from chalot.conversion import CALIBRATION_TEXT, Conversion
 from chalot.errors import FormatError, SchemeError
 from chalot.evaluate.report import read_text, uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -40,6 +40,7 @@ from chalot.quant.entropy import fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.sources import resolve
+from chalot.storing import Storing, parse_schemes
 
 BY_BLOCK = ("ewq", "fast-ewq")
 METHODS = (*BY_BLOCK, *DEPTHS)
@@ -270,7 +271,10 @@ def plan(
     checkpoint = open_checkpoint(resolve(source))
     with closing(checkpoint), NewFile(Path(out), b"{", ".json") as file:
         work = Conversion(
-            checkpoint, parse_schemes("nl4"), open_backend(threads=threads), lambda *_: None
+            checkpoint,
+            Storing(parse_schemes("nl4")),
+            open_backend(threads=threads),
+            lambda *_: None,
         )
         most = fitting_bytes(checkpoint, context) if isinstance(size, str) else size
         budget = budget_of(work, most, bits)

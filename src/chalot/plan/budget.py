@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from chalot.convert import DOCUMENTS, Conversion, parse_schemes, planned_bytes
+from chalot.conversion import Conversion
 from chalot.describe import describe
 from chalot.errors import LimitError
 from chalot.formats.checkpoint import Checkpoint
@@ -12,6 +12,7 @@ from chalot.plan.swap import items_of
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
+from chalot.storing import DOCUMENTS, parse_schemes, planned_bytes
 
 
 def matrices_of(work: Conversion) -> list[tuple[str, tuple[int, int]]]:

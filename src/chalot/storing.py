@@ -1,0 +1,114 @@
+"""Which scheme each tensor is stored in, and what else was asked of storing it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from chalot.checking import read_config
+from chalot.errors import SchemeError
+from chalot.formats.checkpoint import Checkpoint
+from chalot.formats.myai import HEADER
+from chalot.keeping import KEEP, kept, usual_of
+from chalot.model.config import ModelConfig
+from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.planfile import planned_schemes, read_plan
+from chalot.quant import packing
+from chalot.quant.scheme import Scheme
+from chalot.refining import Refine
+
+DEFAULT_SCHEME = "nl4"
+DOCUMENTS = (  # of a source, that its file holds too
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+TERNARY = ("least-error", "absmean")  # where the scale of ternary weights comes from
+
+
+@dataclass(frozen=True)
+class Storing:
+    """How a checkpoint becomes a file.
+
+    `schemes` are by kind of tensor, and by name where a plan or the source says so. `balance` folds
+    channels as other schemes would have it: of dense files. `ternary` is where the scale of ternary
+    weights comes from; "absmean" is BitNet's, one for each matrix, which is left as it is
+    otherwise, as a model that was trained with that scale has it for these very weights.
+    """
+
+    schemes: Mapping[str, Scheme]
+    balance: Mapping[str, Scheme] | None = None
+    ternary: str = TERNARY[0]
+    refine: Refine | None = None
+
+
+def parse_schemes(text: str) -> dict[str, Scheme]:
+    """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
+
+    A kind that is not named takes the default; a head that is not named goes with the embedding.
+    "keep" gives the default too: see `schemes_for`. Raises SchemeError for unknown kinds or
+    schemes.
+    """
+    if text.strip().lower() == KEEP:
+        text = DEFAULT_SCHEME
+    if "=" not in text:
+        return dict.fromkeys(KINDS, Scheme.parse(text))
+    chosen: dict[str, Scheme] = {}
+    for item in text.split(","):
+        kind, _, name = (part.strip() for part in item.partition("="))
+        if kind not in KINDS or kind in chosen:
+            raise SchemeError(
+                f"{item!r}: expected KIND=SCHEME, each kind once; kinds: {', '.join(KINDS)}"
+            )
+        chosen[kind] = Scheme.parse(name)
+    default = Scheme.parse(DEFAULT_SCHEME)
+    chosen.setdefault("head", chosen.get("embedding", default))
+    return {kind: chosen.get(kind, default) for kind in KINDS}
+
+
+def schemes_for(
+    text: str | None, checkpoint: Checkpoint, plan: Path | None = None
+) -> dict[str, Scheme]:
+    """Schemes by kind, and by tensor where a plan or a source in codes names its own.
+
+    Without a text, as is usual for such a source. Raises SchemeError or FormatError.
+    """
+    text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
+    schemes = parse_schemes(text)
+    config = read_config(checkpoint)
+    if text.strip().lower() == KEEP:
+        schemes |= kept(checkpoint.tensors, config)
+    if plan is not None:
+        schemes |= planned_schemes(read_plan(plan, config), checkpoint, config)
+    return schemes
+
+
+def scheme_of(schemes: Mapping[str, Scheme], spec: TensorSpec) -> Scheme:
+    """A matrix's own scheme, else that of its kind."""
+    return schemes.get(spec.name) or schemes[spec.kind]
+
+
+def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
+    """Bytes that the file will need, without its documents."""
+    total = HEADER
+    for spec in model_tensors(config):
+        if spec.kind == "vector":
+            total += spec.shape[0] * 4
+        else:
+            total += packing.stored_bytes(scheme_of(schemes, spec), spec.shape[0], spec.shape[1])
+        total += packing.ALIGNMENT + 300  # alignment, and its place in the manifest
+    return total
+
+
+def check_ternary(ternary: str, schemes: Mapping[str, Scheme]) -> None:
+    """Raise SchemeError for a scale that is not known, or that no matrix would have."""
+    if ternary not in TERNARY:
+        raise SchemeError(f"--ternary {ternary}: not known; choose one of: {', '.join(TERNARY)}")
+    if ternary != TERNARY[0] and not any(s.fit == "ternary" for s in schemes.values()):
+        found = ", ".join(sorted({str(s) for s in schemes.values()}))
+        raise SchemeError(
+            f"--ternary {ternary}: nothing would be ternary, found {found}; "
+            "add --scheme ternary, or leave --ternary out"
+        )

@@ -1,6 +1,6 @@
 """What refinement gains: KL to the source of each scheme, plain and refined, at equal bytes.
 
-    python benchmarks/refine.py [--model NAME=FOLDER ...] [--schemes nl4 int4] [--windows 40]
+    python benchmarks/refine.py [--model NAME=FOLDER]... [--schemes nl4 int4] [--windows 40]
 
 The bundled model, its outlier twin, and further folders (tools/train_demo_model.py makes them from
 other seeds and sizes) with a heldout.txt each. Calibrated on the bundled text; KL on held-out text;
@@ -79,7 +79,7 @@ def rows(
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--windows", type=int, default=40, help="of 512 held-out tokens")

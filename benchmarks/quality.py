@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,33 +27,55 @@ from chalot.convert import convert
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
+from chalot.plan import plan
+from chalot.refining import Refine
 from machine import HERE, provenance
 from worker import Worker
 
-# name -> (scheme, forced activation bits, calibrated)
-FORMS: dict[str, tuple[str, int | None, bool]] = {
-    "bf16": ("bf16", None, True),
-    "bf16, 8-bit activations": ("bf16", 8, True),
-    "bf16, 16-bit activations": ("bf16", 16, True),
-    "int8": ("int8", None, True),
-    "int8, not calibrated": ("int8", None, False),
-    "nl4": ("nl4", None, True),
-    "nl4, int8 embedding": ("embedding=int8", None, True),
-    "nl4, int8 attention": ("attention=int8", None, True),
-    "nl4, 16-bit activations": ("nl4", 16, True),
-    "nl4, 8-bit activations": ("nl4", 8, True),
-    "nl4, not calibrated": ("nl4", None, False),
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is stored: a scheme, or a plan of `size` bytes."""
+
+    scheme: str
+    activations: int | None = None  # forced
+    calibrated: bool = True
+    refine: str | None = None
+    size: int | None = None
+
+
+FORMS = {
+    "bf16": Form("bf16"),
+    "bf16, 8-bit activations": Form("bf16", 8),
+    "bf16, 16-bit activations": Form("bf16", 16),
+    "int8": Form("int8"),
+    "int8, not calibrated": Form("int8", calibrated=False),
+    "nl4": Form("nl4"),
+    "nl4, int8 embedding": Form("embedding=int8"),
+    "nl4, int8 attention": Form("attention=int8"),
+    "nl4, 16-bit activations": Form("nl4", 16),
+    "nl4, 8-bit activations": Form("nl4", 8),
+    "nl4, not calibrated": Form("nl4", calibrated=False),
+    "nl4, gptq": Form("nl4", refine="gptq"),
+    "planned, size of Q4_0": Form("nl4", size=3_671_136),
+    "planned, size of Q4_0, gptq": Form("nl4", refine="gptq", size=3_671_136),
+    "planned, size of Q4_K_M, gptq": Form("nl4", refine="gptq", size=3_789_408),
 }
 PEER_TYPES = ("F16", "Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0", "Q4_0-pure")
 
 
-def make(source: Path, out: Path, scheme: str, calibrated: bool) -> None:
-    """Convert, with calibration left out where asked."""
-    if calibrated:
-        convert(source, out, scheme)
+def make(source: Path, out: Path, form: Form) -> None:
+    """Convert, planned, refined, or with calibration left out, where asked."""
+    planned = None
+    if form.size:
+        planned = out.with_suffix(".json")
+        plan(source, planned, method="measured", size=form.size)
+    refine = Refine.of(form.refine) if form.refine else None
+    if form.calibrated:
+        convert(source, out, form.scheme, plan=planned, refine=refine)
         return
     with mock.patch.object(Conversion, "_calibration", lambda *_: None):
-        convert(source, out, scheme)
+        convert(source, out, form.scheme)
 
 
 class Peer:
@@ -89,10 +112,9 @@ def ours(source: Path, folder: Path, forms: list[str]) -> Iterator[tuple[str, Mo
     """(form, model) of chalot's own forms."""
     folder.mkdir()
     for n, form in enumerate(forms):
-        scheme, bits, calibrated = FORMS[form]
         path = folder / f"{n}.myai"
-        make(source, path, scheme, calibrated)
-        yield form, Model(path, context=1024, activations=bits)
+        make(source, path, FORMS[form])
+        yield form, Model(path, context=1024, activations=FORMS[form].activations)
 
 
 def arguments() -> argparse.Namespace:

@@ -118,7 +118,7 @@ def errors(_: argparse.Namespace) -> dict[str, Any]:
 
 
 def kl(options: argparse.Namespace) -> dict[str, Any]:
-    forms = {name: (name, None, True) for name in CODED}
+    forms = {name: quality.Form(name) for name in CODED}
     with mock.patch.dict(quality.FORMS, {**quality.FORMS, **forms}):
         rows, tokens = quality.measure(options.windows, ["bf16", *options.schemes])
     return {"protocol": str(PROTOCOL), "tokens": tokens, "rows": rows}

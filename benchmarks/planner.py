@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,28 +256,32 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(run: Mapping[str, Any]) -> str:
-    """Methods by sizes for each model, as Markdown."""
+def table(run: Mapping[str, Any], sizes: Sequence[float]) -> str:
+    """Methods by models at each size, as Markdown."""
     out = []
-    for model in run["models"]:
-        sizes = sorted({r["bits_asked"] for r in model["rows"]})
-        methods = list(dict.fromkeys(r["method"] for r in model["rows"]))
-        out.append(f"\n**{model['model']}** ({model['weights'] / 1e6:.1f} M weights)\n")
-        out.append("| KL at bits a weight | " + " | ".join(f"{s:g}" for s in sizes) + " |")
-        out.append("|---" * (len(sizes) + 1) + "|")
-        for method in methods:
-            cells = []
-            for size in sizes:
-                r = next((r for r in model["rows"]
-                          if r["method"] == method and r["bits_asked"] == size), None)  # fmt: skip
-                if r is None:
-                    cells.append("-")
-                elif "kl_least" in r:
-                    cells.append(f"{r['kl']:.4f} ({r['kl_least']:.4f}-{r['kl_greatest']:.4f})")
-                else:
-                    cells.append(f"{r['kl']:.4f} +- {r['kl_error']:.4f}")
-            out.append(f"| {method} | " + " | ".join(cells) + " |")
+    for size in sizes:
+        found = {
+            (r["method"], m["model"]): r
+            for m in run["models"]
+            for r in m["rows"]
+            if r["bits_asked"] == size
+        }
+        names = [m["model"] for m in run["models"]]
+        out.append(f"\n| KL at {size:g} bits a weight | {' | '.join(names)} |")
+        out.append("|---" + "|---:" * len(names) + "|")
+        for method in dict.fromkeys(method for method, _ in found):
+            cells = [cell(found.get((method, name))) for name in names]
+            out.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    """KL and its error; of random plans the median, least and greatest."""
+    if row is None:
+        return "-"
+    if "kl_least" in row:
+        return f"{row['kl']:.3f} ({row['kl_least']:.3f}-{row['kl_greatest']:.3f})"
+    return f"{row['kl']:.4f} ± {row['kl_error']:.4f}"
 
 
 DRAWN = {
@@ -317,7 +321,7 @@ def main() -> None:
         last = json.loads(RESULTS.read_text().splitlines()[-1])
         if options.picture:
             Path(options.picture).write_text(picture(last["models"][0]) + "\n")
-        print(table(last))
+        print(table(last, options.bits))
         return
     with tempfile.TemporaryDirectory() as scratch:
         twin = Path(scratch) / "twin"
@@ -326,11 +330,14 @@ def main() -> None:
             (twin / name).write_bytes((FOLDER / name).read_bytes())
         folders = [FOLDER, twin, *map(Path, options.model)]
         chosen = [f for f in folders if not options.only or f.name in options.only]
-        run = {**provenance(sys.argv[1:], ()), "models": [measure(f, options) for f in chosen]}
+        run = {
+            **provenance(sys.argv[1:], ("--model",)),
+            "models": [measure(f, options) for f in chosen],
+        }
     if not options.no_save:
         with RESULTS.open("a") as file:
             file.write(json.dumps(run) + "\n")
-    print(table(run))
+    print(table(run, options.bits))
 
 
 if __name__ == "__main__":

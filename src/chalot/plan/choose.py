@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from chalot.errors import LimitError
+from chalot.evaluate.quality import standard_error
 from chalot.plan.losses import Table
 from chalot.plan.swap import Item, Swaps
 from chalot.quant.allocation import Option, allocate, hull, least
@@ -114,13 +117,17 @@ def improve(
     tries: int = EXCHANGES,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[Chosen, float]:
-    """Exchange pairs as long as the model's KL on the text falls; the plan and its KL."""
+    """Exchange pairs as long as the model's KL on the text falls; the plan and its KL.
+
+    It must fall by more than its own standard error over the text's windows: what is not sure here
+    is as likely a loss elsewhere.
+    """
     by_name = {item.name: item for item in swaps.items}
     now = dict(chosen.schemes)
     matrices: dict[str, Matrix] = {}
     for name, scheme in now.items():
         matrices |= swaps.encoded(by_name[name], SCHEMES[scheme])
-    best = swaps.kl(matrices)
+    best = np.array(swaps.kl_by_window(matrices))
     used, tried = chosen.bytes, set()
     for n in range(tries):
         fresh = next(
@@ -137,11 +144,11 @@ def improve(
         trial = dict(matrices)
         for name, scheme in fresh.items():
             trial |= swaps.encoded(by_name[name], SCHEMES[scheme])
-        found = swaps.kl(trial)
-        if found < best:
+        found = np.array(swaps.kl_by_window(trial))
+        if (found - best).mean() < -np.nan_to_num(standard_error(found - best)):
             best, matrices, now = found, trial, {**now, **fresh}
             used = sum(item_bytes(by_name[i], SCHEMES[s]) for i, s in now.items())
             tried.clear()
-        progress(f"KL {best:.5f}", n + 1, tries)
+        progress(f"KL {best.mean():.5f}", n + 1, tries)
     expected = sum(table[item][scheme] for item, scheme in now.items())
-    return Chosen(now, used, expected), best
+    return Chosen(now, used, expected), float(best.mean())

@@ -264,7 +264,7 @@ def main() -> None:
         made = provenance(sys.argv[1:], ("--envs", "--work"))
         if not options.no_save:
             with RESULTS.open("a") as file:
-                file.write(json.dumps({"benchmark": f"schemes, {part}", **made, **found}) + "\n")
+                file.write(json.dumps({**made, **found, "benchmark": f"schemes, {part}"}) + "\n")
 
 
 if __name__ == "__main__":

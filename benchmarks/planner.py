@@ -39,7 +39,7 @@ from machine import HERE, provenance
 
 BITS = (2.5, 3.0, 3.5, 4.25, 5.0)
 OF_NL4 = 4.25
-NAMES = ("bf16", "int8", "int6", "nl4", "nl2", "ternary")
+NAMES = ("bf16", "int8", "int6", "nl4", "nl3", "nl2", "ternary")
 LEVELS = {"low": "nl2", "middle": "nl4", "raw": "int8"}  # of EWQ, where budgets are this small
 OVERLAP = 32  # tokens
 RESULTS = HERE / "results" / "planner.jsonl"

@@ -195,7 +195,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 GRIDS = {
     "int8": "-127 ... 127", "nl4": "16 points, curved, in 256 tables", "int6": "-31 ... 31",
-    "int4": "16 even steps, in 256 tables", "nl2": "4 points, in 256 tables",
+    "int4": "16 even steps, in 256 tables", "nl3": "8 points, in 256 tables",
+    "nl2": "4 points, in 256 tables",
     "ternary": "-1 0 1", "sign": "-1 1", "row8": "256 steps a row", "row4": "16 steps a row",
     "row2": "4 steps a row", "row1": "-1 1",
 }  # fmt: skip

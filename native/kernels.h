@@ -15,7 +15,7 @@ constexpr int kPlaneStep = 128;  // a 16-bit activation is kPlaneStep * first pl
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-enum class Scheme : int { f32, bf16, f16, int8, nl4, int6, int4, nl2, ternary, sign, row8, row4, row2, row1 };
+enum class Scheme : int { f32, bf16, f16, int8, nl4, int6, int4, nl3, nl2, ternary, sign, row8, row4, row2, row1 };
 constexpr int kSchemes = int(Scheme::row1) + 1;
 inline bool is_coded(Scheme s) { return s >= Scheme::int8; }
 
@@ -33,6 +33,7 @@ constexpr Stored kStored[kSchemes] = {
     {1024, true, false, false, false},   // nl4
     {1536, false, true, false, false},   // int6
     {1024, true, false, false, false},   // int4
+    {768, true, true, false, false},     // nl3
     {512, true, true, false, false},     // nl2
     {416, false, true, false, false},    // ternary
     {256, false, true, false, false},    // sign

@@ -158,8 +158,9 @@ void of_table(const Kernels& k) {
   for (float& w : weights) w = random_number() * random_number();
   for (int i = 0; i < 4096; i++) tables[i] = int8_t((i % 16 - 8) * (i / 16 % 64 + 1) / 4);
   weights[5] = 90.0f, weights[kColumns] = 1e-40f;
-  for (Scheme scheme : {Scheme::int8, Scheme::nl4, Scheme::nl2}) {
-    Line line(scheme == Scheme::nl4 ? "encode nl4" : scheme == Scheme::nl2 ? "encode nl2" : "encode int8");
+  for (Scheme scheme : {Scheme::int8, Scheme::nl4, Scheme::nl3, Scheme::nl2}) {
+    const char* names[] = {"encode nl4", "encode int6", "encode int4", "encode nl3", "encode nl2"};
+    Line line(scheme == Scheme::int8 ? "encode int8" : names[int(scheme) - int(Scheme::nl4)]);
     Matrix w{scheme, kPanel, kColumns, panel, segments, scale, tables, 1};
     k.encode(w, weights, 0, 1, panel, segments, scale, scratch);
     for (size_t i = 0; i < w.panel_bytes(); i++) line.add(uint32_t(panel[i]));
@@ -205,6 +206,7 @@ int main() {
   of_tiles<Nl4>("to_tiles nl4", "products nl4");
   of_tiles<Nibbles>("to_tiles nibbles", "products nibbles");
   of_tiles<Sixes>("to_tiles sixes", "products sixes");
+  of_tiles<Nl3>("to_tiles nl3", "products nl3");
   of_tiles<Nl2>("to_tiles nl2", "products nl2");
   of_tiles<Crumbs>("to_tiles crumbs", "products crumbs");
   of_tiles<Trits>("to_tiles trits", "products trits");

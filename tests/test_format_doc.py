@@ -78,7 +78,7 @@ class Reader:
 
     def coded(self, raw: bytes, scheme: str, rows: int, columns: int) -> np.ndarray:
         table = None
-        if scheme in ("nl4", "int4", "nl2"):
+        if scheme in ("nl4", "int4", "nl3", "nl2"):
             extent = self.manifest["constants"][f"tables.{scheme}"]
             table = np.frombuffer(self.extent(extent), "i1").reshape(256, 16)
         if scheme not in ("nl4", "int4", "int8"):
@@ -127,6 +127,7 @@ def coded(raw: bytes, scheme: str, rows: int, columns: int, table: np.ndarray | 
 # scheme -> codes as, S, step and middle of the value, group_bytes, whole, offsets
 OTHERS = {
     "int6": ("sixes", 128, 1, 32, 384, True, False),
+    "nl3": ("threes", 512, 0, 0, 208, True, False),
     "nl2": ("crumbs", 512, 0, 0, 144, True, False),
     "ternary": ("trits", 512, 1, 1, 104, True, False),
     "sign": ("bits", 512, 2, 1, 64, True, False),
@@ -150,6 +151,9 @@ def code_of(kind: str, data: np.ndarray, block: Any, s: Any, line: Any, y: Any) 
     if kind == "sixes":
         low = code_of("nibbles", data, block, s, line, y)
         return low | code_of("crumbs", data, block + 1024, s, line, y) << 4
+    if kind == "threes":
+        low = code_of("crumbs", data, block, s, line, y)
+        return low | code_of("bits", data, block + 512, s, line, y) << 2
     cases = [s < 5, line < 2, s < 7]
     byte = np.select(cases, [at, 256 + at, 256 + at - 128], 384 + y % 32)
     digit = np.select(cases, [s, s - 5, s - 2], 2 * (line - 2) + y // 32)
@@ -172,7 +176,7 @@ def of_others(raw: bytes, scheme: str, rows: int, columns: int, table: Any) -> n
     block = p * panel_bytes + k // 128 * 4 * group_bytes
     code = code_of(kind, data, block, k % 128 // 16, j % 4, 16 * (j // 4) + k % 16)
     if table is not None:
-        value = table[data[block + 512 + 16 * (k // 32 % 4) + j], code]
+        value = table[data[block + 4 * (group_bytes - 16) + 16 * (k // 32 % 4) + j], code]
     else:
         value = step * code - middle if step else code.astype(np.uint8).view(np.int8)
     factor = np.frombuffer(raw, "<f4", panels * 16, scales_at)[r]

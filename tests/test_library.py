@@ -240,7 +240,7 @@ def test_a_damaged_file_is_listed_and_can_be_removed(home: Path) -> None:
 
 
 def test_bits_name_schemes(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(BITS.values()) == ["int8", "int6", "nl4", "nl2", "ternary", "sign"]
+    assert list(BITS.values()) == ["int8", "int6", "nl4", "nl3", "nl2", "ternary", "sign"]
     folder = checkpoint(tmp_path / "model", "bf16")
     for bits, out in (("4", "model-nl4.myai"), ("8", "model-int8.myai")):
         assert cli.main(["convert", str(folder), "--bits", bits, "-q"]) == 0

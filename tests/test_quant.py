@@ -67,6 +67,7 @@ BITS = {
     "nl4": 4 + 8 / 32 + 16 / 512 + 32 / 2048,
     "int6": 6 + 16 / 128 + 32 / 2048,
     "int4": 4 + 8 / 32 + 16 / 512 + 32 / 2048,
+    "nl3": 3 + 8 / 32 + 16 / 512 + 32 / 2048,
     "nl2": 2 + 8 / 32 + 16 / 512 + 32 / 2048,
     "ternary": 26 * 8 / 128 + 16 / 512 + 32 / 2048,
     "sign": 1 + 16 / 512 + 32 / 2048,
@@ -90,6 +91,7 @@ ERRORS = {
     "nl4": (0.0054, 0.0074),
     "int4": (0.00653, 0.0107),
     "int6": (0.00070, 0.0015),
+    "nl3": (0.022, 0.027),
     "nl2": (0.09, 0.12),
     "ternary": (0.19, 0.274),
     "sign": (0.364, 0.459),
@@ -198,7 +200,7 @@ def test_zero_rows_stay_zero(scheme: Scheme) -> None:
     w[:, 32:64] = 0
     again = codes.dequantize(codes.quantize(w, scheme))
     assert not again[3].any() and (scheme.has_offset or not again[:, 32:64].any())
-    assert relative_error(w, again) < 0.02
+    assert relative_error(w, again) < 0.025
 
 
 @coded_schemes
@@ -210,7 +212,7 @@ def test_extreme_sizes_stay_finite(scheme: Scheme, size: float) -> None:
     assert np.abs(again).max() <= np.abs(w).max() * (1.5 if scheme.has_offset else 1.01)
     if size >= 1e-38:
         error = relative_error(w.astype(np.float64), again.astype(np.float64))
-        assert error < (0.8 if scheme.is_coarse else 0.02)
+        assert error < (0.8 if scheme.is_coarse else 0.025)
 
 
 @pytest.mark.parametrize("scheme", [s for s in FINE if s.segment != ROW], ids=str)

@@ -13,7 +13,7 @@ from chalot.quant.scheme import Scheme
 # A scheme for each matrix, in the model's order: all that are coded, gate and up with offsets too.
 EVERY = (
     *("row8", "int6", "row4", "int4", "ternary", "row2", "row1", "nl2"),
-    *("sign", "nl4", "ternary", "row4", "row8", "nl2", "int6", "row2"),
+    *("sign", "nl4", "nl3", "row4", "row8", "nl2", "int6", "row2"),
 )
 
 

@@ -206,6 +206,10 @@ inline Pair decode(const uint8_t* codes, const uint8_t* levels, const int8_t* ta
     const __m256i low = load_half(from + G * 256), high = load_half(from + Sixes::high + G / 2 * 256);
     const __m256i h0 = part<G % 2 * 4 - 4, 0x30>(high), h1 = part<G % 2 * 4 - 2, 0x30>(high);
     return less(_mm256_or_si256(part<0, 15>(low), h0), _mm256_or_si256(part<4, 15>(low), h1));
+  } else if constexpr (C::group_codes == Nl3::group_codes) {
+    const __m256i low = load_half(from + G / 2 * 256), high = load_half(from + Nl3::high);
+    const __m256i h0 = part<G * 2 - 2, 4>(high), h1 = part<G * 2 - 1, 4>(high);
+    return looked_up(_mm256_or_si256(part<G % 2 * 4, 3>(low), h0), _mm256_or_si256(part<G % 2 * 4 + 2, 3>(low), h1));
   } else {
     static_assert(C::group_codes == Bits::group_codes);  // 0 or 2
     const __m256i bytes = load_half(from);

@@ -158,6 +158,10 @@ inline Pair decode(const uint8_t* codes, const uint8_t* levels, const int8_t* ta
     const I low = load_line(codes + G * 256 + j * 64), high = load_line(codes + Sixes::high + G / 2 * 256 + j * 64);
     const I h0 = part<G % 2 * 4 - 4, 0x30>(high), h1 = part<G % 2 * 4 - 2, 0x30>(high);
     return less(_mm512_or_si512(part<0, 15>(low), h0), _mm512_or_si512(part<4, 15>(low), h1));
+  } else if constexpr (C::group_codes == Nl3::group_codes) {
+    const I low = load_line(codes + G / 2 * 256 + j * 64), high = load_line(codes + Nl3::high + j * 64);
+    const I h0 = part<G * 2 - 2, 4>(high), h1 = part<G * 2 - 1, 4>(high);
+    return looked_up(_mm512_or_si512(part<G % 2 * 4, 3>(low), h0), _mm512_or_si512(part<G % 2 * 4 + 2, 3>(low), h1));
   } else {
     static_assert(C::group_codes == Bits::group_codes);  // 0 or 2
     const I bytes = load_line(codes + j * 64);

@@ -129,6 +129,17 @@ inline void put_pairs(F low, F high, float step, int shift, uint8_t* to) {
   for (int k = 0; k < 16; k++) to[k] = uint8_t((shift ? to[k] : 0) | both[k] << shift);
 }
 
+// Two sets of sixteen codes of three bits, of group g: their low two bits, and their high ones. The bytes begin as 0.
+inline void put_threes(F low, F high, int g, uint8_t* to) {
+  uint8_t first[16], second[16];
+  put_bytes(low, first);
+  put_bytes(high, second);
+  for (int k = 0; k < 16; k++) {
+    to[g / 2 * 256 + k] |= uint8_t(((first[k] & 3) | (second[k] & 3) << 2) << g % 2 * 4);
+    to[Nl3::high + k] |= uint8_t((first[k] >> 2 | second[k] >> 2 << 1) << g * 2);
+  }
+}
+
 template <class C>
 inline void put_group(const Matrix& w, const Grids& grids, Group x, uint8_t* panel, int r, int g) {
   const int at = r % 4 * 64 + r / 4 * 16;  // line and lane
@@ -146,7 +157,9 @@ inline void put_group(const Matrix& w, const Grids& grids, Group x, uint8_t* pan
   const F sign = set(level < kGrids * kMagnitudes ? 1.0f : -1.0f);
   const F low = codes_of(mul(x.first, sign), pairs), high = codes_of(mul(x.second, sign), pairs);
   base[groups * C::group_codes + in_block * kPanel + r] = uint8_t(level);
-  if constexpr (C::whole)
+  if constexpr (C::group_codes == Nl3::group_codes)
+    put_threes(low, high, in_block, base + at);
+  else if constexpr (C::whole)
     put_pairs(low, high, 4.0f, in_block % 2 * 4, base + in_block / 2 * 256 + at);
   else
     put_bytes(fma(high, set(16.0f), low), base + in_block * 256 + at);
@@ -182,10 +195,15 @@ void encode(const Matrix& w, const float* weights, int first, int last, uint8_t*
     encode_rows<decltype(coder)>(w, weights, first, last, panels, segments, row_scale, grids, sizes);
   };
   if (w.scheme == Scheme::int8) return rows(Int8{});
-  const bool four = w.scheme == Scheme::nl2;  // points; they may cut off more
-  fill(grids, w.tables, four ? 4 : 16, four ? 10 : 5);
-  if (four)
-    rows(Nl2{});
-  else
-    rows(Nl4{});
+  switch (w.scheme) {  // the fewer points, the more they may cut off
+    case Scheme::nl3:
+      fill(grids, w.tables, 8, 7);
+      return rows(Nl3{});
+    case Scheme::nl2:
+      fill(grids, w.tables, 4, 10);
+      return rows(Nl2{});
+    default:
+      fill(grids, w.tables, 16, 5);
+      return rows(Nl4{});
+  }
 }

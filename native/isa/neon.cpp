@@ -190,6 +190,10 @@ inline Pair decode(const uint8_t* codes, const uint8_t* levels, const int8_t* ta
     const uint8x16_t low = vld1q_u8(from + G * 256), high = vld1q_u8(from + Sixes::high + G / 2 * 256);
     return bytes_of(vorrq_u8(part<0, 15>(low), part<G % 2 * 4 - 4, 0x30>(high)),
                     vorrq_u8(vshrq_n_u8(low, 4), part<G % 2 * 4 - 2, 0x30>(high)));
+  } else if constexpr (C::group_codes == Nl3::group_codes) {
+    const uint8x16_t low = vld1q_u8(from + G / 2 * 256), high = vld1q_u8(from + Nl3::high);
+    return looked_up(vorrq_u8(part<G % 2 * 4, 3>(low), part<G * 2 - 2, 4>(high)),
+                     vorrq_u8(part<G % 2 * 4 + 2, 3>(low), part<G * 2 - 1, 4>(high)));
   } else {
     static_assert(C::group_codes == Bits::group_codes);  // 0 or 2
     const uint8x16_t bytes = vld1q_u8(from);

@@ -50,6 +50,12 @@ struct Sixes : Coder<384, false, true, 32> {  // four bits as nibbles, then two 
 struct Bits : Coder<64, false, true, 1> {
   static int code(const uint8_t* block, int line, int set, int at) { return block[line * 64 + at] >> set & 1; }
 };
+struct Nl3 : Coder<192, true, true, 128> {  // two bits as crumbs, then one as bits
+  static constexpr int high = 512;
+  static int code(const uint8_t* block, int line, int set, int at) {
+    return Crumbs::code(block, line, set, at) | Bits::code(block + high, line, set, at) << 2;
+  }
+};
 // Five digits a byte: digit n is what the n-th multiplication of the byte by 3, modulo 256, carries.
 struct Trits : Coder<104, false, true, 1> {
   static constexpr int rest = 256, last = 384;
@@ -89,6 +95,8 @@ inline void with_coder(Scheme scheme, F f) {
       return f(Nl4{});
     case Scheme::int6:
       return f(Sixes{});
+    case Scheme::nl3:
+      return f(Nl3{});
     case Scheme::nl2:
       return f(Nl2{});
     case Scheme::ternary:

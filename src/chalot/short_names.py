@@ -47,6 +47,7 @@ BITS = {  # a weight -> the scheme that is meant
     "8": "int8",
     "6": "int6",
     "4": "nl4",
+    "3": "nl3",
     "2": "nl2",
     "1.6": "ternary",
     "1": "sign",

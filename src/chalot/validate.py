@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]  # what, done, of
 BARS = ((7, 0.02), (4, 0.10), (2, 0.20), (0, 0.50))  # bits a weight, at least -> largest error
 WIDTHS: dict[str, float] = {  # of schemes, whatever their scales take
     **{"row8": 8, "row4": 4, "row2": 2, "row1": 1, "int8": 8, "int6": 6, "int4": 4, "nl4": 4},
-    **{"nl2": 2, "ternary": 1.6, "sign": 1},
+    **{"nl3": 3, "nl2": 2, "ternary": 1.6, "sign": 1},
 }
 BETTER = {8: "int8", 4: "nl4", 2: "nl2", 1: "sign"}  # what chalot has of that width
 TOKENS = 32

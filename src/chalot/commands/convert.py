@@ -49,8 +49,8 @@ def arguments(parser: ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--scheme",
-        help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl2, ternary, sign, row8, row4, "
-        "row2, row1, or KIND=SCHEME,... "
+        help="f32, bf16, f16, int8, int6, nl4 (default), int4, nl3, nl2, ternary, sign, row8, "
+        "row4, row2, row1, or KIND=SCHEME,... "
         "with kinds attention, ffn, embedding, head; keep (default where weights are quantised "
         "already): each goes to the scheme that loses least of it",
     )

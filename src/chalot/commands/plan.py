@@ -44,7 +44,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--schemes",
         default="",
-        help="what to choose from (default: bf16,int8,int6,nl4,nl2; of ewq: bf16,int8,nl4)",
+        help="what to choose from (default: bf16,int8,int6,nl4,nl3,nl2; of ewq: bf16,int8,nl4)",
     )
     parser.add_argument("--text", help="calibration text (default: the bundled one)")
     parser.add_argument(

@@ -20,7 +20,7 @@ from chalot.quant.refine import Steps
 from chalot.quant.scheme import SCHEMES, Scheme
 
 INDEX = {name: i for i, name in enumerate(SCHEMES)}
-ENCODED = ("int8", "nl4", "int4", "nl2")  # natively; others by numpy
+ENCODED = ("int8", "nl4", "int4", "nl3", "nl2")  # natively; others by numpy
 NO_TABLES = np.zeros((256, 16), np.int8)
 NO_STEPS = np.zeros((0, 0), np.float32)
 instruction_sets = _native.instruction_sets

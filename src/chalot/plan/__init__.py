@@ -44,7 +44,7 @@ from chalot.storing import Storing, parse_schemes
 
 BY_BLOCK = ("ewq", "fast-ewq")
 METHODS = (*BY_BLOCK, *DEPTHS)
-USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl2")
+USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl3", "nl2")
 USUAL_LEVELS = ("bf16", "int8", "nl4")  # of methods by blocks
 FIT = "fit"  # as a size: what this machine can run
 Progress = Callable[[str, int, int], None]

@@ -21,7 +21,7 @@ from chalot.quant.scheme import GROUP, PANEL, ROW, Scheme, round_up
 
 F32 = np.float32
 # magnitudes tried around the one that meets the largest weight; four points may cut off more
-SEARCH_BELOW, SEARCH_ABOVE = {"nl4": 5, "int4": 5, "nl2": 10}, 1
+SEARCH_BELOW, SEARCH_ABOVE = {"nl4": 5, "int4": 5, "nl3": 7, "nl2": 10}, 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     level = 128 * sign + 64 * grid + magnitude
     table[level] = round(+-GRIDS[scheme][grid] * 2^((magnitude - 63) / 8)), zeros behind it
 
-nl4: the first grid has the code points of IQ4_NL (llama.cpp); int4: even steps; nl2: four points.
+nl4: the first grid has the code points of IQ4_NL (llama.cpp); int4: even steps; nl3: the eight
+points that leave least of groups of N(0, 1) and Student t5 (Lloyd's iteration); nl2: four points.
 The second grid is shifted, so that a group whose mean leans to one side finds a grid that leans
 with it. Every file that uses a table has it.
 """
@@ -24,6 +25,10 @@ GRIDS: dict[str, tuple[tuple[float, ...], ...]] = {
     "int4": (
         tuple(127 / 8 * i for i in range(-8, 8)),
         tuple(127 / 7.5 * (i + 0.5) for i in range(-8, 8)),
+    ),
+    "nl3": (
+        (-127, -77, -44, -19, 3, 25, 51, 88),
+        (-122, -64, -32, -8, 14, 40, 70, 109),
     ),
     "nl2": (
         tuple(127 / 31 * i for i in (-31, -13, 1, 17)),

@@ -8,6 +8,7 @@ its lane is the column modulo 16. A *set* is 16 columns, eight to a block. What 
     bytes    one code; lines (group, half of the group, j)
     nibbles  two, sets 2 g and 2 g + 1; lines (group, j)
     sixes    the low four bits as nibbles, then the high two as crumbs
+    threes   the low two bits as crumbs, then the high one as bits
     crumbs   four, sets 4 h to 4 h + 3; lines (h, j)
     bits     eight; lines (j)
     trits    five in base 3, below
@@ -39,6 +40,7 @@ from chalot.quant.scheme import (
     PANEL,
     ROW,
     SIXES,
+    THREES,
     TRITS,
     Coding,
     Scheme,
@@ -228,6 +230,17 @@ def unpack_sixes(packed: Bytes) -> Bytes:
     return unpack_few(low, 4) | unpack_few(high, 2) << np.uint8(4)
 
 
+def pack_threes(x: Bytes) -> Bytes:
+    """Low two bits as crumbs, high one as bits."""
+    return np.concatenate([pack_few(x & np.uint8(3), 2), pack_few(x >> np.uint8(2), 1)], axis=1)
+
+
+def unpack_threes(packed: Bytes) -> Bytes:
+    """The inverse of `pack_threes`."""
+    low, high = packed[:, :512], packed[:, 512:]
+    return unpack_few(low, 2) | unpack_few(high, 1) << np.uint8(2)
+
+
 def pack_trits(x: Bytes) -> Bytes:
     """Five digits a byte: ceil(256 v / 243), v in base 3, the first digit the most significant.
 
@@ -266,6 +279,7 @@ def unpack_trits(packed: Bytes) -> Bytes:
 PACKERS: dict[Coding, tuple[Callable[[Bytes], Bytes], Callable[[Bytes], Bytes]]] = {
     BYTES: (pack_bytes, unpack_bytes),
     SIXES: (pack_sixes, unpack_sixes),
+    THREES: (pack_threes, unpack_threes),
     NIBBLES: (partial(pack_few, bits=4), partial(unpack_few, bits=4)),
     CRUMBS: (partial(pack_few, bits=2), partial(unpack_few, bits=2)),
     TRITS: (pack_trits, unpack_trits),

@@ -31,6 +31,7 @@ class Coding(NamedTuple):
 BYTES = Coding(256, 2048, whole=False)
 SIXES = Coding(64, 1536, whole=True)
 NIBBLES = Coding(16, 1024, whole=False)
+THREES = Coding(8, 768, whole=True)
 CRUMBS = Coding(4, 512, whole=True)
 TRITS = Coding(3, 416, whole=True)  # five a byte, 130 places for the 128 of a row
 BITS = Coding(2, 256, whole=True)
@@ -82,6 +83,7 @@ SCHEMES = {
         Scheme("nl4", NIBBLES, 512, "levels", has_levels=True),
         Scheme("int6", SIXES, 128, "absmax", step=1, middle=32),
         Scheme("int4", NIBBLES, 512, "levels", has_levels=True),
+        Scheme("nl3", THREES, 512, "levels", has_levels=True),
         Scheme("nl2", CRUMBS, 512, "levels", has_levels=True),
         Scheme("ternary", TRITS, 512, "ternary", step=1, middle=1),
         Scheme("sign", BITS, 512, "sign", step=2, middle=1),

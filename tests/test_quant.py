@@ -221,7 +221,7 @@ def test_one_huge_outlier_spares_other_segments(scheme: Scheme) -> None:
     w[:, 5] = 100
     again = codes.dequantize(codes.quantize(w, scheme))
     rest = slice(scheme.segment, None)
-    bound = 1.5e-4 if scheme.name == "int8" else 0.0075
+    bound = {"int8": 1.5e-4, "nl3": 0.025}.get(scheme.name, 0.0075)
     assert relative_error(w[:, rest], again[:, rest]) < bound
 
 

@@ -158,7 +158,7 @@ class Chat:
             options=Options(**options),
             messages=[Message(**message) for message in self.messages],  # type: ignore[arg-type]
         )
-        with whole_file(path) as file:
+        with whole_file(path, b"{") as file:
             file.write(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
         say(f"(saved to {path})")
 

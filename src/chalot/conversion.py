@@ -174,7 +174,7 @@ class Conversion:
                 writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
-        if not any(s.is_coded for s in self.balanced.values()):
+        if self.refining is None and not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         if self.refining is not None:

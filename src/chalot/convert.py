@@ -9,7 +9,7 @@ import msgspec
 
 from chalot import __version__, machine
 from chalot.conversion import Conversion, KindReport, Progress
-from chalot.errors import LimitError, SchemeError
+from chalot.errors import LimitError, OutputError, SchemeError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
@@ -75,7 +75,9 @@ def convert(
     asked += [] if plan is None else ["--plan", str(plan)]
     said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
-    checkpoint = open_checkpoint(resolve(source, progress))
+    found = resolve(source, progress)
+    check_place(Path(out), found)
+    checkpoint = open_checkpoint(found)
     try:
         how = Storing(
             schemes_for(scheme, checkpoint, None if plan is None else Path(plan)),
@@ -133,6 +135,12 @@ def write_myai(
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(noted)
     )
+
+
+def check_place(out: Path, source: Path) -> None:
+    """Raise OutputError where what is to be written is the source itself."""
+    if out.exists() and out.samefile(source):
+        raise OutputError(f"{out}: is the source itself; choose another name")
 
 
 def check_space(out: Path, need: int) -> None:

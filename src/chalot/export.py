@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from chalot import export_gguf, export_safetensors
 from chalot.conversion import Progress
-from chalot.convert import ConvertReport, write_myai
+from chalot.convert import ConvertReport, check_place, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -179,7 +179,9 @@ def export(
         ternary,
         refine,
     )
-    checkpoint = open_checkpoint(resolve(source, progress))
+    found = resolve(source, progress)
+    check_place(Path(out), found)
+    checkpoint = open_checkpoint(found)
     try:
         return TARGETS[to].write(checkpoint, Path(out), options)
     finally:

@@ -108,4 +108,5 @@ def _newest(source: Path) -> float:
         files += source.iterdir()
     elif (shared := PARTS.split(source.name, maxsplit=1)[0]) != source.name:
         files += [p for p in source.parent.iterdir() if p.name.startswith(shared)]
-    return max(p.stat().st_mtime for p in files)
+    # a file that was moved here keeps its date; only its change time says that it is new here
+    return max(max(s.st_mtime, s.st_ctime) for s in (p.stat() for p in files))

@@ -80,9 +80,9 @@ def train_tokenizer(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror})") from None
-        with whole_file(folder / CONFIGURATION) as file:
+        with whole_file(folder / CONFIGURATION, b"{") as file:
             file.write(configuration(chosen))
-    with whole_file(path) as file:
+    with whole_file(path, b"{") as file:
         file.write(content)
     made = Tokenizer.from_documents(content).vocabulary_size
     seconds = time.perf_counter() - start

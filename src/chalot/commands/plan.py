@@ -24,8 +24,8 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("-o", "--out", default="plan.json", help="the plan's file")
     parser.add_argument(
         "--method",
-        default="linear",
-        help="ewq, fast-ewq, error, activation, fisher, linear (default), measured",
+        default="fisher",
+        help="ewq, fast-ewq, error, activation, fisher (default), linear, measured",
     )
     parser.add_argument(
         "--ewq-variant", default="softmax", help="softmax, softmax-eps, histogram or codes"

@@ -17,7 +17,7 @@ from typing import Any
 
 from chalot import __version__
 from chalot.convert import convert
-from chalot.errors import FormatError, LimitError
+from chalot.errors import FormatError, LimitError, OutputError
 from chalot.evaluate.protocols import PROTOCOL, check_count, windows
 from chalot.evaluate.quality import Quality
 from chalot.evaluate.quality import compare as compare_quality
@@ -180,8 +180,13 @@ def make(
             made[name] = path
             continue
         progress(f"converting to {name}", n, len(forms))
-        kind = (name if path is None else path.stem).replace(",", "+")
+        kind = name.replace(",", "+").replace("/", "-")
         made[name] = folder / f"{Path(called(source)).stem}-{kind}.myai"
+        if any(p is not None and p.resolve() == made[name].resolve() for p in forms.values()):
+            raise OutputError(
+                f"{made[name]}: is one of the models to compare, and where {name} would be kept; "
+                "choose another --folder"
+            )
         if path is None:
             convert(source, made[name], name, threads=threads)
         else:

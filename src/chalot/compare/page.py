@@ -109,7 +109,7 @@ def write(found: Comparison, out: Path, data: str) -> tuple[Path, Path, Path]:
     """The page at `out`, Markdown and `data` (JSON) beside it, each whole or not at all."""
     paths = out, out.with_suffix(".md"), out.with_suffix(".json")
     for path, text in zip(paths, (page(found), markdown(found), data + "\n"), strict=True):
-        with NewFile(path, text[:1].encode(), path.suffix) as file:
+        with NewFile(path, text[:8].encode(), path.suffix) as file:
             file.write(text.encode())
             file.commit()
     return paths

@@ -45,14 +45,18 @@ class Unfinished:
         digest = hashlib.sha256(f"{__version__} {key}".encode()).hexdigest()
         self.path = home() / "eval" / f"{digest[:24]}.jsonl"
 
-    def read(self) -> list[list[Window]]:
-        """What an interrupted run left; a line that was cut ends it."""
+    def read(self, models: int) -> list[list[Window]]:
+        """What an interrupted run left, a line a window; one that is cut or out of turn ends it."""
         found: list[list[Window]] = []
         try:
             for line in self.path.read_bytes().splitlines():
-                found.append(msgspec.json.decode(line, type=list[Window]))
+                number, windows = msgspec.json.decode(line, type=tuple[int, list[Window]])
+                if number != len(found) or len(windows) != models:
+                    break
+                found.append(windows)
         except (OSError, msgspec.DecodeError):
             pass
+        self.kept = len(found)
         return found
 
     def keep(self, windows: list[Window]) -> None:
@@ -60,7 +64,9 @@ class Unfinished:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write(msgspec.json.encode([asdict(w) for w in windows]) + b"\n")
+                line = [self.kept, [asdict(w) for w in windows]]
+                file.write(msgspec.json.encode(line) + b"\n")
+            self.kept += 1
         except OSError:
             pass
 
@@ -143,7 +149,7 @@ def evaluate(
         if against is None:
             key = Unfinished(f"{model.file.digest} {said} {protocol}")
             found = compare(
-                model, [], ids, progress, protocol=way, begin=begin, done=key.read(), keep=key.keep
+                model, [], ids, progress, protocol=way, begin=begin, done=key.read(1), keep=key.keep
             )
             key.drop()
             return EvalReport(str(path), size, bits, str(text), said_of, found[0])
@@ -163,7 +169,7 @@ def evaluate(
                 progress,
                 protocol=way,
                 begin=begin,
-                done=key.read(),
+                done=key.read(2),
                 keep=key.keep,
             )
             key.drop()

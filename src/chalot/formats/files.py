@@ -119,14 +119,28 @@ def read_at(file: BinaryIO, path: Path, offset: int, size: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def is_other_file(path: Path, magic: bytes) -> bool:
+    """Whether `path` holds something that does not begin with `magic`: a source's weights, say."""
+    if not path.exists():
+        return False
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        begin = file.read(len(magic))
+    return begin not in (b"", magic)
+
+
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, magic: bytes = b"") -> Iterator[BinaryIO]:
     """A new file that appears at `path` only if the block ends without an error.
 
     It is written beside `path` under a temporary name, synced and renamed; an existing `path` is
     replaced in one step. Raises OutputError when the disk is full or the directory not writable.
-    A killed process can leave the temporary file (`.NAME.*.part`), never a part under `path`.
+    A killed process can leave the temporary file (`.NAME.*.part`), never a part under `path`. With
+    `magic`, a file that is there must begin with it.
     """
+    if magic and is_other_file(path, magic):
+        raise OutputError(f"{path}: is there, and is of another kind; choose another name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb") as file:

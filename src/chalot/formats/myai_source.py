@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import quoted
-from chalot.formats.myai import MyaiFile
+from chalot.formats.myai import Extent, MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.quant import codes, packing
 from chalot.quant.scheme import PANEL
@@ -73,6 +73,7 @@ class MyaiSource:
             self.close()
             raise
         self._stamp = _stamp(path)
+        self._read: set[str] = set()  # extents whose checksum was right
 
     def _infos(self) -> dict[str, TensorInfo]:
         out = {}
@@ -100,7 +101,7 @@ class MyaiSource:
         info = self._info(name)
         if info.scheme:
             raise UnsupportedError(f"{self.path}: tensor {quoted(name)} is stored as {info.scheme}")
-        self.file.check_length()
+        self._check(name)
         if len(info.shape) == 1:
             return self.float32(name)
         view = self.file.view(self.file.manifest.tensors[self._own[name]].extent)
@@ -110,6 +111,7 @@ class MyaiSource:
     def float32(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Rows `first:last` as a new array. Raises FormatError, IndexError for missing rows."""
         info = self._info(name)
+        self._check(name)
         last = info.shape[0] if last is None else last
         if not 0 <= first <= last <= info.shape[0]:
             raise IndexError(f"{name}: rows {first}:{last} of {info.shape[0]}")
@@ -131,11 +133,26 @@ class MyaiSource:
 
     def document(self, name: str) -> bytes | None:
         """A document as it came with the file's source; config.json is made up if it is missing."""
-        self.file.check_length()
+        if name in self.file.manifest.documents:
+            self._whole(name, self.file.manifest.documents[name])
         found = self.file.document(name)
         if found is None and name == "config.json":
             return json.dumps(config_of(self.file.manifest.config, self.path)).encode()
         return found
+
+    def _check(self, name: str) -> None:
+        """Raise FormatError if a tensor is not as it was written: what is made of it would be."""
+        own = self._own[name]
+        self._whole(own, self.file.manifest.tensors[own].extent)
+
+    def _whole(self, name: str, extent: Extent) -> None:
+        self.file.check_length()
+        if name not in self._read and not self.file.is_whole(extent):
+            raise FormatError(
+                f"{self.path}: {quoted(name)} is damaged (wrong checksum); take another copy of "
+                "the file, or convert its source again; `chalot verify` lists all damage"
+            )
+        self._read.add(name)
 
     def check_unchanged(self) -> None:
         """Raise FormatError if the file changed size or date since it was opened."""

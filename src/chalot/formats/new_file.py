@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import OutputError
-from chalot.formats.files import remedy
+from chalot.formats.files import is_other_file, remedy
 
 try:
     import fcntl
@@ -54,17 +54,6 @@ def lock(descriptor: int, path: Path, partial: Path) -> None:
     if not same:
         os.close(descriptor)
         raise busy
-
-
-def is_other_file(path: Path, magic: bytes) -> bool:
-    """Whether `path` holds something that does not begin with `magic`: a source's weights, say."""
-    if not path.exists():
-        return False
-    if not path.is_file():
-        return True
-    with path.open("rb") as file:
-        begin = file.read(len(magic))
-    return begin not in (b"", magic)
 
 
 class NewFile:

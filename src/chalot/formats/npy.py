@@ -116,6 +116,6 @@ def read_array(path: Path) -> NDArray[Any]:
 
 def write_array(path: Path, values: NDArray[np.float32]) -> None:
     """A float32 array as a .npy file, whole or not at all. Raises OutputError."""
-    with whole_file(path) as file:
+    with whole_file(path, b"\x93NUMPY") as file:
         file.write(header_bytes("<f4", values.shape))
         file.write(np.ascontiguousarray(values, "<f4").data)

@@ -44,6 +44,7 @@ from chalot.storing import Storing, parse_schemes
 
 BY_BLOCK = ("ewq", "fast-ewq")
 METHODS = (*BY_BLOCK, *DEPTHS)
+PLAN = b'{\n "format"'  # how a plan's file begins: nothing else is written over
 USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl3", "nl2")
 USUAL_LEVELS = ("bf16", "int8", "nl4")  # of methods by blocks
 FIT = "fit"  # as a size: what this machine can run
@@ -235,7 +236,7 @@ def plan(
     source: str | Path,
     out: str | Path,
     *,
-    method: str = "linear",
+    method: str = "fisher",
     variant: str = "softmax",
     x: float = 1.0,
     size: int | str | None = None,
@@ -269,7 +270,7 @@ def plan(
     if method in BY_BLOCK:
         ewq.levels_of(known)
     checkpoint = open_checkpoint(resolve(source))
-    with closing(checkpoint), NewFile(Path(out), b"{", ".json") as file:
+    with closing(checkpoint), NewFile(Path(out), PLAN, "plan") as file:
         work = Conversion(
             checkpoint,
             Storing(parse_schemes("nl4")),

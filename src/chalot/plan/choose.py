@@ -108,6 +108,15 @@ def exchanges(
     return sorted(found, key=lambda f: (f[0], sorted(f[1].items())))
 
 
+def uniform(items: Sequence[Item], schemes: Sequence[Scheme], budget: int) -> dict[str, str] | None:
+    """The widest scheme that fits for all items; None if none does."""
+    sizes = {str(s): sum(item_bytes(i, s) for i in items) for s in schemes}
+    fits = [name for name, size in sizes.items() if size <= budget]
+    return (
+        dict.fromkeys((i.name for i in items), max(fits, key=lambda n: sizes[n])) if fits else None
+    )
+
+
 def improve(
     swaps: Swaps,
     table: Table,
@@ -120,15 +129,27 @@ def improve(
     """Exchange pairs as long as the model's KL on the text falls; the plan and its KL.
 
     It must fall by more than its own standard error over the text's windows: what is not sure here
-    is as likely a loss elsewhere.
+    is as likely a loss elsewhere. It begins from the plan or from the widest scheme that fits for
+    all, whichever has the smaller KL.
     """
     by_name = {item.name: item for item in swaps.items}
-    now = dict(chosen.schemes)
-    matrices: dict[str, Matrix] = {}
-    for name, scheme in now.items():
-        matrices |= swaps.encoded(by_name[name], SCHEMES[scheme])
-    best = np.array(swaps.kl_by_window(matrices))
-    used, tried = chosen.bytes, set()
+
+    def stored(plan: Mapping[str, str]) -> dict[str, Matrix]:
+        found: dict[str, Matrix] = {}
+        for name, scheme in plan.items():
+            found |= swaps.encoded(by_name[name], SCHEMES[scheme])
+        return found
+
+    now, matrices = dict(chosen.schemes), stored(chosen.schemes)
+    best, used = np.array(swaps.kl_by_window(matrices)), chosen.bytes
+    same = uniform(swaps.items, schemes, budget)
+    if same is not None and same != now:
+        other = stored(same)
+        found = np.array(swaps.kl_by_window(other))
+        if found.mean() < best.mean():
+            now, matrices, best = same, other, found
+            used = sum(item_bytes(by_name[i], SCHEMES[s]) for i, s in now.items())
+    tried: set[str] = set()
     for n in range(tries):
         fresh = next(
             (

@@ -140,12 +140,12 @@ def test_load_undoes_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_saving_is_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
-    path.write_text("old")
+    path.write_text("{old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     _, err = talk(
         monkeypatch, Talker(), "a", f"/save {path}", "/save", f"/save {tmp_path}/no/x.json"
     )
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "{old" and list(tmp_path.iterdir()) == [path]
     assert "No space left" in err and "found no file name" in err and err.count("error:") == 3
 
 

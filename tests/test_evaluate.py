@@ -104,10 +104,22 @@ def test_what_is_kept_survives_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
     for window in kept:
         unfinished.keep(window)
     with unfinished.path.open("ab") as file:
-        file.write(b'[{"losses": [1.')  # killed in the middle of a line
-    assert report.Unfinished("key").read() == kept
+        file.write(b'[3, [{"losses": [1.')  # killed in the middle of a line
+    assert report.Unfinished("key").read(2) == kept
+    assert report.Unfinished("key").read(3) == []
     unfinished.drop()
-    assert report.Unfinished("key").read() == []
+    assert report.Unfinished("key").read(2) == []
+
+
+def test_two_at_once_are_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHALOT_HOME", str(tmp_path))
+    kept: list = []
+    compare(Written(1), [Written(2)], text(1100), keep=kept.append)
+    one, two = report.Unfinished("key"), report.Unfinished("key")
+    for window in kept:
+        one.keep(window)
+        two.keep(window)
+    assert report.Unfinished("key").read(2) == kept[:1]
 
 
 @pytest.mark.parametrize(("tokens", "protocol"), [(0, "chalot"), (1, "chalot"), (2, "llama.cpp")])

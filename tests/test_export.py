@@ -149,7 +149,7 @@ def test_what_is_there_stays(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_source_is_not_written_over(source: Path) -> None:
-    with pytest.raises(OutputError, match="not empty"):
+    with pytest.raises(OutputError, match="source itself"):
         export(source, source, "safetensors")
 
 

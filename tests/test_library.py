@@ -311,7 +311,7 @@ def test_two_sources_of_one_name_are_refused(home: Path, tmp_path: Path) -> None
         ["convert", "a", "b", "-o", "x.myai"],
         ["convert", "a", "-o", "x", "--output-dir", "d"],
         ["convert", "a", "--bits", "4", "--scheme", "nl4"],
-        ["convert", "a", "--bits", "3"],
+        ["convert", "a", "--bits", "5"],
         ["convert", "a", "--fit", "--to", "gguf"],
         ["convert", "a", "--fit", "--bits", "4"],
         ["rm"],

@@ -9,7 +9,7 @@ import pytest
 
 import chalot
 from chalot.checking import read_config
-from chalot.errors import FormatError, UnsupportedError
+from chalot.errors import FormatError, OutputError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.names import hugging_face
 from chalot.model.config import from_hugging_face
@@ -113,3 +113,26 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
             source.check_unchanged()
         with pytest.raises(FormatError, match="cut"):
             source.float32(hugging_face("head"))
+
+
+def test_what_is_damaged_is_not_converted(tmp_path: Path) -> None:
+    """Else the damage would get right checksums."""
+    made = tmp_path / "a.myai"
+    chalot.convert(checkpoint(tmp_path / "folder"), made, scheme="int8")
+    with opened(made) as source:
+        at = source.file.manifest.tensors["layers.0.up"].extent.offset
+    raw = bytearray(made.read_bytes())
+    raw[at] ^= 1
+    made.write_bytes(raw)
+    with pytest.raises(FormatError, match=r"'layers\.0\.up' is damaged"):
+        chalot.convert(made, tmp_path / "b.myai")
+    assert not (tmp_path / "b.myai").exists()
+
+
+def test_a_source_is_not_its_own_target(tmp_path: Path) -> None:
+    made = tmp_path / "a.myai"
+    chalot.convert(checkpoint(tmp_path / "folder"), made, scheme="int8")
+    before = made.read_bytes()
+    with pytest.raises(OutputError, match="is the source itself"):
+        chalot.convert(made, made, scheme="nl4")
+    assert made.read_bytes() == before

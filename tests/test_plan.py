@@ -360,7 +360,7 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, text: Path) -> None:
         (["--text", "TINY"], "tokens; expected some hundreds"),
         (["--text", "WEIGHTS"], "not UTF-8"),
         (["--method", "ewq", "-o", "nowhere/p.json"], "nowhere"),
-        (["--method", "ewq", "-o", "TINY"], "is no .json file"),
+        (["--method", "ewq", "-o", "TINY"], "is no plan file"),
         (
             ["--method", "error", "--simple", "--schemes", "nl4,int6", "--bpw", "6", *NONE],
             "--simple",

@@ -44,6 +44,7 @@ class Unfinished:
     def __init__(self, key: str) -> None:
         digest = hashlib.sha256(f"{__version__} {key}".encode()).hexdigest()
         self.path = home() / "eval" / f"{digest[:24]}.jsonl"
+        self.kept = 0
 
     def read(self, models: int) -> list[list[Window]]:
         """What an interrupted run left, a line a window; one that is cut or out of turn ends it."""

@@ -190,7 +190,7 @@ def test_usage_errors_say_found_and_expected(
     [
         (["rnu", "x"], "found 'rnu', expected one of convert, run, ", "chalot --help"),
         (["rnu", "x"], "; did you mean run?", "chalot --help"),
-        (["convert", "x", "--bits", "3"], "argument --bits: found '3', expected one of 8, 6, 4",
+        (["convert", "x", "--bits", "5"], "argument --bits: found '5', expected one of 8, 6, 4",
          "chalot convert --help"),
         (["convert", "x", "--tolerance", "much"], "found 'much', expected a number",
          "chalot convert --help"),

@@ -1,6 +1,7 @@
 """The verb `convert`: a checkpoint becomes one `.myai` file."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,12 @@ def write_myai(
 
 def check_place(out: Path, source: Path) -> None:
     """Raise OutputError where what is to be written is the source itself."""
-    if out.exists() and out.samefile(source):
+    same = False
+    with suppress(
+        OSError, ValueError
+    ):  # what cannot be looked at is refused when it is to be written
+        same = out.samefile(source)
+    if same:
         raise OutputError(f"{out}: is the source itself; choose another name")
 
 

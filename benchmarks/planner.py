@@ -123,7 +123,7 @@ def overlap(a: list[int], b: list[int]) -> int:
 
 def uniform(subject: Subject, budget: int) -> dict[str, str] | None:
     """The widest scheme that fits everywhere; what is left widens items from the first on."""
-    ladder = sorted(subject.schemes, key=lambda s: item_bytes(subject.items[0], s))
+    ladder = subject.schemes[::-1]
     fits = [s for s in ladder if subject.bytes({i.name: str(s) for i in subject.items}) <= budget]
     if not fits:
         return None

@@ -143,7 +143,7 @@ def check_place(out: Path, source: Path) -> None:
     same = False
     with suppress(
         OSError, ValueError
-    ):  # what cannot be looked at is refused when it is to be written
+    )::  # refused when it is to be written
         same = out.samefile(source)
     if same:
         raise OutputError(f"{out}: is the source itself; choose another name")

@@ -108,13 +108,15 @@ def exchanges(
     return sorted(found, key=lambda f: (f[0], sorted(f[1].items())))
 
 
-def uniform(items: Sequence[Item], schemes: Sequence[Scheme], budget: int) -> dict[str, str] | None:
-    """The widest scheme that fits for all items; None if none does."""
-    sizes = {str(s): sum(item_bytes(i, s) for i in items) for s in schemes}
-    fits = [name for name, size in sizes.items() if size <= budget]
-    return (
-        dict.fromkeys((i.name for i in items), max(fits, key=lambda n: sizes[n])) if fits else None
-    )
+def uniform(
+    items: Sequence[Item], table: Table, schemes: Sequence[Scheme], budget: int
+) -> dict[str, str] | None:
+    """One scheme for all items, that which is expected to lose least; None if none fits."""
+    fits = [str(s) for s in schemes if sum(item_bytes(i, s) for i in items) <= budget]
+    if not fits:
+        return None
+    best = min(fits, key=lambda name: sum(table[i.name][name] for i in items))
+    return dict.fromkeys((i.name for i in items), best)
 
 
 def improve(
@@ -129,8 +131,8 @@ def improve(
     """Exchange pairs as long as the model's KL on the text falls; the plan and its KL.
 
     It must fall by more than its own standard error over the text's windows: what is not sure here
-    is as likely a loss elsewhere. It begins from the plan or from the widest scheme that fits for
-    all, whichever has the smaller KL.
+    is as likely a loss elsewhere. It begins from the plan or from one scheme for all that fits,
+    whichever has the smaller KL.
     """
     by_name = {item.name: item for item in swaps.items}
 
@@ -142,7 +144,7 @@ def improve(
 
     now, matrices = dict(chosen.schemes), stored(chosen.schemes)
     best, used = np.array(swaps.kl_by_window(matrices)), chosen.bytes
-    same = uniform(swaps.items, schemes, budget)
+    same = uniform(swaps.items, table, schemes, budget)
     if same is not None and same != now:
         other = stored(same)
         found = np.array(swaps.kl_by_window(other))

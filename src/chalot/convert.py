@@ -141,9 +141,7 @@ def write_myai(
 def check_place(out: Path, source: Path) -> None:
     """Raise OutputError where what is to be written is the source itself."""
     same = False
-    with suppress(
-        OSError, ValueError
-    )::  # refused when it is to be written
+    with suppress(OSError, ValueError):  # it is refused when it is to be written
         same = out.samefile(source)
     if same:
         raise OutputError(f"{out}: is the source itself; choose another name")

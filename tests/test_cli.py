@@ -227,3 +227,12 @@ def test_more_threads_than_cores_are_said(demo_file: Path) -> None:
 def test_prompt_over_the_context_is_refused_with_both_numbers(demo_file: Path) -> None:
     done = chalot("run", str(demo_file), "word " * 200, "--context", "64")
     assert done.returncode == 1 and "64" in done.stderr and "--context" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    for words in ((FOLDER, "-o", tmp_path / "\udcff.myai"), (tmp_path / "\udcff",)):
+        done = chalot("convert", *map(str, words), "-q")
+        assert done.returncode == 1
+        assert done.stderr.startswith("chalot: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

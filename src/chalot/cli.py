@@ -154,13 +154,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("chalot: interrupted\n")
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader of stdout has gone: nothing to say, and nobody to say it to
+    except BrokenPipeError:  # who read stdout has gone: nothing to say, and nobody to say it to
         sys.stderr.close()
         return 1
     except OSError as error:  # a name too long, a disk that fails: whatever no room has foreseen
         sys.stderr.write(f"chalot: {str(error)[:300]}\n")
+        return 1
+    except UnicodeEncodeError as error:
+        found = ascii(error.object)[:80]
+        sys.stderr.write(f"chalot: found {found}, expected a name in UTF-8; rename the file\n")
         return 1
     except MemoryError:
         sys.stderr.write("chalot: out of memory; choose a smaller --context or model\n")

@@ -78,6 +78,8 @@ class Unfinished:
 
 def read_text(path: Path) -> str:
     """A text file. Raises FormatError where it is none."""
+    if path.is_char_device():
+        raise FormatError(f"{path}: is a device that never ends; expected a text file")
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:

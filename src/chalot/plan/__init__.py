@@ -48,6 +48,7 @@ PLAN = b'{\n "format"'  # how a plan's file begins: nothing else is written over
 USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl3", "nl2")
 USUAL_LEVELS = ("bf16", "int8", "nl4")  # of methods by blocks
 FIT = "fit"  # as a size: what this machine can run
+MOST_TEXT = 1 << 18  # characters that are looked at: some 2,000 tokens are taken
 Progress = Callable[[str, int, int], None]
 
 
@@ -171,7 +172,7 @@ def ids_of(file: MyaiFile, words: str) -> list[int]:
     from chalot.load import read_model_config
     from chalot.text.tokenizer import from_source
 
-    ids = from_source(file).encode(words)
+    ids = from_source(file).encode(words[:MOST_TEXT])
     vocabulary = read_model_config(file).vocabulary
     if len(ids) < 32:
         raise FormatError(f"the calibration text has {len(ids)} tokens; expected some hundreds")

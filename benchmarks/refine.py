@@ -22,7 +22,7 @@ from chalot.demo import FOLDER, write_twin
 from chalot.errors import SchemeError
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
-from chalot.refining import BUNDLED, Refine
+from chalot.refining import CALIBRATION_TEXT, Refine
 from machine import OthersWork, provenance
 
 METHODS = ("plain", "gptq", "hqq")
@@ -46,7 +46,7 @@ def rows(
         convert(source, folder / "base.myai", "bf16")
         base = Model(folder / "base.myai", context=1024, kv="f32")
         ids = base.tokenizer.encode(held_out.read_text("utf-8"))[: options.windows * 512]
-        text = resources.files("chalot").joinpath(*BUNDLED).read_text("utf-8")
+        text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
         shared = overlap(base.tokenizer.encode(text), ids)
         models = []
         for scheme in options.schemes:

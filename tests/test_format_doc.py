@@ -282,7 +282,7 @@ def test_the_headers_bytes_are_what_the_page_shows() -> None:
 @pytest.mark.parametrize("scheme", ["nl4", "int8"])
 def test_the_weight_is_where_the_page_says(scheme: str) -> None:
     from chalot.quant import codes, packing
-    from chalot.quant.grids import nl4_tables
+    from chalot.quant.grids import named_tables
     from chalot.quant.scheme import SCHEMES
 
     r, k = np.mgrid[0:3, 0:40]
@@ -295,6 +295,6 @@ def test_the_weight_is_where_the_page_says(scheme: str) -> None:
     for at, shown in bytes_said:
         assert extent[int(at) :][: len(bytes.fromhex(shown))].hex(" ") == shown
     weight = re.findall(r"^weight .* (-[\d.]+)$", said, re.MULTILINE)
-    table = nl4_tables() if scheme == "nl4" else None
+    table = named_tables("nl4") if scheme == "nl4" else None
     got = coded(extent, scheme, 3, 40, table)
     assert got[1, 35] == np.float32(weight[0])

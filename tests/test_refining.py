@@ -168,3 +168,12 @@ def test_half_quadratic_keeps_small_weights(name: str) -> None:
     assert (after.sum(axis=1) <= before.sum(axis=1) * 1.01 + 1e-6).all()
     assert after.sum() < before.sum()
     assert [asdict(c)["shape"] for c in (plain, found)] == [(18, 200)] * 2
+
+
+def test_absmean_is_not_refined_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match="leave one of them out"):
+        convert(
+            FOLDER, tmp_path / "x.myai", "attention=ternary", ternary="absmean",
+            refine=Refine.of("gptq"),
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())

@@ -30,13 +30,12 @@ from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
-from chalot.refining import Refining
+from chalot.refining import CALIBRATION_TEXT, Refining
 from chalot.storing import DOCUMENTS, Storing, scheme_of
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what, done, of
 CALIBRATION_TOKENS = 128
-CALIBRATION_TEXT = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class Conversion:
                 writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
-        if self.refining is None and not any(s.is_coded for s in self.balanced.values()):
+        if not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
         if self.refining is not None:

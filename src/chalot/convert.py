@@ -104,7 +104,7 @@ def write_myai(
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
     schemes, refine = how.schemes, how.refine
     work = Conversion(checkpoint, how, open_backend(threads=threads), progress)
-    check_ternary(how.ternary, work.schemes)
+    check_ternary(how.ternary, work.schemes, refine is not None)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(
             f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "

@@ -26,6 +26,7 @@ from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
 from chalot.model.config import ModelConfig
 from chalot.model.layers import TensorSpec
+from chalot.model.transformer import INPUT_OF, LAYER_INPUTS
 from chalot.quant import hqq, packing
 from chalot.quant.codes import Codes, dequantize
 from chalot.quant.refine import DAMPING, Refinement
@@ -33,7 +34,7 @@ from chalot.quant.scheme import PANEL, Scheme
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-BUNDLED = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
+CALIBRATION_TEXT = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
 WINDOWS = {"gptq": 32, "hqq": 4}  # of PAGE tokens, at most
 LEAST = 2  # windows: one to learn from, one to measure with
 HELD = 8  # of so many windows one takes no part
@@ -43,13 +44,6 @@ READ = 1 << 18  # characters of it that are looked at
 READ_AS_ROWS = 0.1  # damping of a tied embedding: what the head's inputs do not excite counts too
 
 HEAD = "head input"
-# what a matrix of a layer is multiplied with
-SLOTS = {
-    **dict.fromkeys(("query", "key", "value"), "attention input"),
-    "output": "attention output",
-    **dict.fromkeys(("gate", "up"), "feed-forward input"),
-    "down": "feed-forward inner",
-}
 
 
 @dataclass(frozen=True)
@@ -71,8 +65,8 @@ class Refine:
             hint = " (folding channels, which awq does, is done always)" if method == "awq" else ""
             raise SchemeError(f"--refine {method}: not known; choose {known}{hint}")
         if path is None:
-            text = resources.files("chalot").joinpath(*BUNDLED).read_text("utf-8")
-            return Refine(method, text, f"chalot/{'/'.join(BUNDLED)}")
+            text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
+            return Refine(method, text, f"chalot/{'/'.join(CALIBRATION_TEXT)}")
         return Refine(method, read_text(Path(path)), str(path))
 
     def __str__(self) -> str:
@@ -188,7 +182,7 @@ class Refining:
         """Take what a window is in each slot; see `calibration.run_layer`."""
         i = self.seen % self.windows
         if i == 0:  # a new layer
-            self.inputs = {slot: Inputs() for slot in dict.fromkeys(SLOTS.values())}
+            self.inputs = {slot: Inputs() for slot in LAYER_INPUTS}
             self.made = None
         for slot, inputs in self.inputs.items():
             inputs.add(slots[slot], i >= self.first_held)
@@ -208,7 +202,7 @@ class Refining:
         `weights` are as they are stored, multiplied by the factors `columns`. Raises WeightError
         for inputs that GPTQ cannot use.
         """
-        slot, scheme = SLOTS.get(spec.name.rsplit(".", 1)[-1], HEAD), self.schemes[spec.name]
+        slot, scheme = INPUT_OF.get(spec.name.rsplit(".", 1)[-1], HEAD), self.schemes[spec.name]
         inputs = self.inputs.get(slot)
         if inputs is None:  # an embedding that is no head is not multiplied with anything
             return data

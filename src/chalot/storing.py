@@ -102,10 +102,15 @@ def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
     return total
 
 
-def check_ternary(ternary: str, schemes: Mapping[str, Scheme]) -> None:
-    """Raise SchemeError for a scale that is not known, or that no matrix would have."""
+def check_ternary(ternary: str, schemes: Mapping[str, Scheme], refined: bool) -> None:
+    """Raise SchemeError for a scale that is not known, that no matrix would have, or is refined."""
     if ternary not in TERNARY:
         raise SchemeError(f"--ternary {ternary}: not known; choose one of: {', '.join(TERNARY)}")
+    if ternary != TERNARY[0] and refined:
+        raise SchemeError(
+            f"--ternary {ternary}: takes the codes of that scale, --refine looks for others; "
+            "leave one of them out"
+        )
     if ternary != TERNARY[0] and not any(s.fit == "ternary" for s in schemes.values()):
         found = ", ".join(sorted({str(s) for s in schemes.values()}))
         raise SchemeError(

@@ -25,6 +25,7 @@ from chalot.kernels.reference import rms_norm
 from chalot.model.calibration import Calibration, Plan, dense, some_rows
 from chalot.model.config import inverse_frequencies
 from chalot.model.layers import TensorSpec, layer_tensors, model_tensors
+from chalot.model.transformer import INPUT_OF
 from chalot.quant import codes, packing
 from chalot.quant.scheme import SCHEMES
 from chalot.table import rows as as_table
@@ -39,12 +40,6 @@ WIDTHS: dict[str, float] = {  # of schemes, whatever their scales take
 }
 BETTER = {8: "int8", 4: "nl4", 2: "nl2", 1: "sign"}  # what chalot has of that width
 TOKENS = 32
-INPUTS = {  # a layer's matrices -> the slot that they read
-    **dict.fromkeys(("query", "key", "value"), "attention input"),
-    "output": "attention output",
-    **dict.fromkeys(("gate", "up"), "feed-forward input"),
-    "down": "feed-forward inner",
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class Validation:
             inputs = states.layer(i, self.read, SCHEMES["f32"])
             plan = unfolding(c, i, self.made, self.source)
             for spec in layer_tensors(c, i):
-                slot = INPUTS.get(spec.name.split(".", 2)[2])
+                slot = INPUT_OF.get(spec.name.split(".", 2)[2])
                 yield self.check(spec, inputs[slot] if slot else None, plan)
         final = next(s for s in self.specs if s.name == "final_norm")
         yield self.check(final, None, none)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.formats.files import open_inside, quoted
+from chalot.formats.files import open_inside, quoted, read_at
 
 LISTING = 4 << 20  # most bytes of the central directory: some 40,000 arrays
 RATIO = 1032  # of deflate, at most: 258 bytes from two bits
@@ -119,17 +119,7 @@ class ZipMembers:
 
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes of the file."""
-        pieces = []
-        while size:
-            try:
-                piece = os.pread(self.file.fileno(), size, offset)
-            except (OSError, ValueError) as error:  # a failing disk; a file closed already
-                raise FormatError(f"{self.path}: cannot be read ({error})") from error
-            if not piece:
-                raise FormatError(f"{self.path}: file ends at {offset}; it was cut while in use")
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return read_at(self.file, self.path, offset, size)
 
     def bytes_of(self, member: Member, offset: int, size: int) -> bytes:
         """`size` bytes of a member's content from `offset` on, fewer at its end."""

@@ -199,7 +199,13 @@ def build_from(
     return b.program(shape, inverse_frequency)
 
 
-LAYER_INPUTS = ("attention input", "attention output", "feed-forward input", "feed-forward inner")
+INPUT_OF = {  # a layer's matrices -> the slot that they are multiplied with
+    **dict.fromkeys(("query", "key", "value"), "attention input"),
+    "output": "attention output",
+    **dict.fromkeys(("gate", "up"), "feed-forward input"),
+    "down": "feed-forward inner",
+}
+LAYER_INPUTS = tuple(dict.fromkeys(INPUT_OF.values()))
 
 
 def build_layer(

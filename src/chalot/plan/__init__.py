@@ -17,7 +17,7 @@ from contextlib import closing
 from importlib import resources
 from pathlib import Path
 
-from chalot.conversion import CALIBRATION_TEXT, Conversion
+from chalot.conversion import Conversion
 from chalot.errors import FormatError, SchemeError
 from chalot.evaluate.report import read_text, uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -39,6 +39,7 @@ from chalot.planfile import VERSION, PlanDocument, as_bytes, fingerprint
 from chalot.quant.entropy import fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
+from chalot.refining import CALIBRATION_TEXT
 from chalot.sources import resolve
 from chalot.storing import Storing, parse_schemes
 

@@ -26,17 +26,12 @@ from chalot.home import home
 from chalot.kernels.program import padded_vector
 from chalot.kernels.reference import rms_norm
 from chalot.model.calibration import ordered_sum, some_rows
+from chalot.model.transformer import INPUT_OF
 from chalot.plan.swap import Floats, Item, Swaps, stored
 from chalot.quant.scheme import SCHEMES, Scheme
 
 NOISE = 1 / 32  # of a row's size: where losses are linear, far above float32's own noise
 Table = dict[str, dict[str, float]]  # item -> scheme -> expected KL or error
-INPUTS = {  # a matrix -> what it is multiplied with
-    **dict.fromkeys(("query", "key", "value"), "attention input"),
-    "output": "attention output",
-    **dict.fromkeys(("gate", "up"), "feed-forward input"),
-    "down": "feed-forward inner",
-}
 
 
 def relative(again: Floats, exact: Floats) -> float:
@@ -50,8 +45,8 @@ def relative(again: Floats, exact: Floats) -> float:
 def inputs_of(swaps: Swaps, item: Item, name: str) -> Floats:
     """(tokens, columns): what a matrix is multiplied with; an embedding as the head."""
     last = name.rsplit(".", 1)[-1]
-    if last in INPUTS:
-        return swaps.inputs[item.layer][INPUTS[last]]
+    if last in INPUT_OF:
+        return swaps.inputs[item.layer][INPUT_OF[last]]
     norm = padded_vector(swaps.weights.vectors["final_norm"])
     return rms_norm(swaps.hidden[-1], norm, swaps.config.norm_epsilon)
 

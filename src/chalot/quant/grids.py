@@ -58,8 +58,3 @@ def named_tables(name: str) -> NDArray[np.int8]:
 def tables_of(scheme: Scheme) -> NDArray[np.int8] | None:
     """(256, 16) int8 tables that this version writes for a scheme; None if it has no levels."""
     return named_tables(scheme.name) if scheme.has_levels else None
-
-
-def nl4_tables() -> NDArray[np.int8]:
-    """(256, 16) int8: the tables of `nl4`."""
-    return named_tables("nl4")

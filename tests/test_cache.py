@@ -115,3 +115,29 @@ def test_the_option(demo_file: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as ended:
         cli.main([*run, "--kv-budget", "lots"])
     assert ended.value.code == 2 and "'lots' is no size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", [PAGE - 1, PAGE, PAGE + 1])
+def test_a_fork_shares_pages_until_it_writes(at: int) -> None:
+    """What one writes, the other does not see; a copy is taken of the page in hand alone."""
+    cache = PageCache(SHAPE, 6 * PAGE)
+    pages = cache.arena.reshape(cache.count, -1)
+    first = Sequence(cache)
+    first.reserve(2 * PAGE)
+    first.length = 2 * PAGE
+    pages[first.pages[0]], pages[first.pages[1]] = 1, 2
+    second = first.fork(at)
+    assert second.pages == first.pages[: -(-at // PAGE)] and len(cache.free) == 4
+    second.reserve(at + 1)
+    second.length = at + 1
+    written = second.pages[at // PAGE]
+    assert written not in first.pages
+    if at % PAGE:  # the positions before are there still
+        assert (pages[written] == 1 + at // PAGE).all()
+    pages[written] = 9
+    assert (pages[first.pages] == [[1], [2]]).all()
+    first.close()
+    second.reserve(2 * PAGE)  # nobody else holds what it has now: no copies
+    assert second.pages[at // PAGE] == written
+    second.close()
+    assert sorted(cache.free) == list(range(6)) and not any(cache.users)

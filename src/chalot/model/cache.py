@@ -1,7 +1,8 @@
 """The paged key/value cache: pages of 256 positions in one reserved region, handed out as needed.
 
 Memory is reserved when the cache is made and taken by the system when a page is first written, so
-a cache for a long context costs only what a conversation fills.
+a cache for a long context costs only what a conversation fills. Sequences with the same beginning
+share its pages; one that goes on in a page that others read too takes a copy of it first.
 """
 
 import mmap
@@ -23,6 +24,9 @@ class Sequence:
 
     def reserve(self, positions: int) -> None:
         """Take pages for that many positions. Raises ContextError when the cache has none left."""
+        last = self.length // PAGE
+        if positions > self.length and self.length % PAGE:
+            self.pages[last] = self.cache.own(self.pages[last])
         while len(self.pages) * PAGE < positions:
             self.pages.append(self.cache.take())
 
@@ -30,8 +34,18 @@ class Sequence:
         """Forget positions from `length` on, and give back pages that hold nothing else."""
         self.length = min(self.length, length)
         keep = -(-self.length // PAGE)
-        self.cache.free.extend(reversed(self.pages[keep:]))
+        for page in reversed(self.pages[keep:]):
+            self.cache.release(page)
         del self.pages[keep:]
+
+    def fork(self, length: int | None = None) -> "Sequence":
+        """A second sequence that begins as this one does, for `length` positions (all), unread."""
+        other = Sequence(self.cache)
+        other.length = self.length if length is None else min(length, self.length)
+        other.pages = self.pages[: -(-other.length // PAGE)]
+        for page in other.pages:
+            self.cache.share(page)
+        return other
 
     def close(self) -> None:
         """Give back all pages."""
@@ -66,6 +80,7 @@ class PageCache:
             self.region.madvise(mmap.MADV_HUGEPAGE)
         self.arena: NDArray[np.uint8] = np.frombuffer(self.region, np.uint8)
         self.free = list(range(self.count - 1, -1, -1))
+        self.users = [0] * self.count  # sequences that hold a page
 
     def take(self) -> int:
         """A free page. Raises ContextError when there is none."""
@@ -74,7 +89,31 @@ class PageCache:
                 f"all {self.count * PAGE} positions of the cache are in use; "
                 "choose a larger --context or --kv-budget, --kv int8, or end a session"
             )
-        return self.free.pop()
+        page = self.free.pop()
+        self.users[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more sequence holds the page."""
+        self.users[page] += 1
+
+    def release(self, page: int) -> None:
+        """A sequence does not need the page any more; without any it is free."""
+        self.users[page] -= 1
+        if not self.users[page]:
+            self.free.append(page)
+
+    def own(self, page: int) -> int:
+        """A page with the same content that nobody else holds, itself where that is so already.
+
+        Raises ContextError when a copy is needed and the cache has no free page.
+        """
+        if self.users[page] == 1:
+            return page
+        copy, size = self.take(), self.shape.page_bytes
+        self.arena[copy * size :][:size] = self.arena[page * size :][:size]
+        self.release(page)
+        return copy
 
     def tables(self, sequences: list[Sequence]) -> NDArray[np.int32]:
         """(sequences, most pages) int32: each sequence's pages, -1 where it has none."""

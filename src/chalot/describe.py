@@ -19,10 +19,10 @@ from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeErro
 from chalot.fitting import Fit, fit
 from chalot.fitting import render as render_fit
 from chalot.formats import hub
-from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.files import quoted
+from chalot.formats.folders import as_computed
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, kept, usual_of

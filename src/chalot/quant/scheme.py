@@ -21,7 +21,7 @@ ROW = 1 << 24  # a segment that is the whole row; matrices have no more columns
 
 
 class Coding(NamedTuple):
-    """How the codes of a block, 16 rows x 128 columns, lie in bytes (quant/packing.py)."""
+    """How the codes of a block, 16 rows x 128 columns, lie in bytes (quant/codings.py)."""
 
     codes: int  # different codes
     block_bytes: int

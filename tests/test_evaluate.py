@@ -1,6 +1,8 @@
 """Measuring: protocols count what they say, figures equal formulas, runs resume, bad input ends."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from chalot.demo import FOLDER
 from chalot.errors import ChalotError, ContextError, FormatError, KernelError
 from chalot.evaluate import PROTOCOLS, compare, log_softmax, report
 from chalot.evaluate.answers import first_difference, read_prompts
+from chalot.formats.scratch import scratch
 
 VOCABULARY = 37
 
@@ -198,3 +201,33 @@ def test_another_models_text_is_refused(demo_file: Path, tmp_path: Path) -> None
             (folder / path.name).write_bytes(content)
     with pytest.raises(FormatError, match="other tokens"):
         report.evaluate(demo_file, FOLDER / "heldout.txt", against=folder, tokens=600)
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from chalot.formats.scratch import scratch
+with scratch(Path(sys.argv[1]), "base-") as made:
+    (made / "base.myai").write_bytes(b"much")
+    print(made.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        words = [sys.executable, "-c", HELD, str(tmp_path)]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        return child, tmp_path / child.stdout.readline().strip()
+
+    killed, left = start()
+    killed.kill()
+    killed.communicate()
+    (tmp_path / "base-file").write_text("no folder: not of our making")
+    assert (left / "base.myai").exists()
+    running, used = start()
+    with scratch(tmp_path, "base-") as mine:
+        assert not left.exists() and (used / "base.myai").exists() and mine.is_dir()
+    running.communicate()  # ends its input
+    assert [p.name for p in tmp_path.iterdir()] == ["base-file"]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from chalot.errors import FormatError
 from chalot.evaluate.protocols import PROTOCOLS, check_count
 from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.scratch import scratch
 from chalot.home import home
 from chalot.load import Model
 from chalot.quant.packing import DENSE
@@ -104,10 +104,8 @@ def uncut(source: str | Path, threads: int | None, balance: str | None = None) -
         yield path
         return
     scheme = next(iter(kinds)) if len(kinds) == 1 else "f32"
-    folder = home() / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix="base-") as made:
-        out = Path(made) / "base.myai"
+    with scratch(home() / "eval", "base-") as made:
+        out = made / "base.myai"
         stored = scheme if scheme in DENSE else "f32"
         convert(path, out, stored, threads=threads, balance=balance)
         yield out

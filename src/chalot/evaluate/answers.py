@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.documents import parse_json
+from chalot.formats.files import read_text
 from chalot.load import Model
 
 MOST_PROMPTS = 10_000
@@ -40,12 +41,8 @@ class Answers:
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line; or JSON lines (.jsonl) with "prompt". Raises FormatError."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read as text ({error})") from None
     prompts = []
-    for n, line in enumerate(lines, start=1):
+    for n, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":

@@ -16,6 +16,7 @@ from chalot.errors import FormatError
 from chalot.evaluate.protocols import PROTOCOLS, check_count
 from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.files import read_text
 from chalot.formats.scratch import scratch
 from chalot.home import home
 from chalot.load import Model
@@ -76,18 +77,6 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
-def read_text(path: Path) -> str:
-    """A text file. Raises FormatError where it is none."""
-    if path.is_char_device():
-        raise FormatError(f"{path}: is a device that never ends; expected a text file")
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start} is not UTF-8; expected text") from None
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 @contextmanager
 def uncut(source: str | Path, threads: int | None, balance: str | None = None) -> Iterator[Path]:
     """A `.myai` of a source's own numbers: itself, or made for as long as this lasts.
@@ -139,7 +128,7 @@ def evaluate(
         raise FormatError(f"protocol {protocol!r} is not known; choose {', '.join(PROTOCOLS)}")
     check_count("--tokens", tokens)
     way = PROTOCOLS[protocol]
-    written = read_text(Path(text).expanduser())
+    written = read_text(Path(text))
     with Model(path, threads=threads) as model:
         ids = model.tokenizer.encode(written)[:tokens]
         said_of = str(way.within(model.context, len(ids)))

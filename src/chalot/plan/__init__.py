@@ -19,8 +19,9 @@ from pathlib import Path
 
 from chalot.conversion import Conversion
 from chalot.errors import FormatError, SchemeError
-from chalot.evaluate.report import read_text, uncut
+from chalot.evaluate.report import uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.formats.files import read_text
 from chalot.formats.myai import MyaiFile
 from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend

@@ -178,6 +178,9 @@ def test_eval_against_the_source(
         (["--text", "."], "cannot be read"),
         ([], "--text FILE"),
         (["--generate", "p.txt"], "--against"),
+        (["--generate", "p.txt", "--against", str(FOLDER)], "cannot be read"),
+        (["--generate", "p.txt", "--max-tokens", "0"], "--max-tokens 0; expected"),
+        (["--tasks", "mine", "--limit", "-1"], "--limit -1; expected"),
     ],
 )
 def test_bad_input_ends_in_one_line(
@@ -186,6 +189,43 @@ def test_bad_input_ends_in_one_line(
     assert cli.main(["eval", str(demo_file), *options]) == 1
     shown = capsys.readouterr().err
     assert said in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text", "t", "--limit", "3"], "--limit, which is of use with --tasks"),
+        (["--text", "t", "--max-tokens", "3"], "--max-tokens"),
+        (["--tasks", "t", "--protocol", "chalot"], "--protocol"),
+        (["--tasks", "t", "--against", "s"], "--against"),
+        (["--text", ""], "--text: found an empty text"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["eval", "nowhere.myai", *options])
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [["--generate", "p.txt", "--against", str(FOLDER)], ["--tasks", "t"]]
+)
+def test_a_missing_extra_is_said_before_anything_is_measured(
+    demo_file: Path,
+    tmp_path: Path,
+    option: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("import os\n")
+    for name in ("rouge_score", "rouge_score.rouge_scorer", "lm_eval", "lm_eval.evaluator"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(report, "evaluate", lambda *_, **__: pytest.fail("measured"))
+    assert cli.main(["eval", str(demo_file), "--text", str(FOLDER / "heldout.txt"), *option]) == 1
+    assert "pip install 'chalot[eval]'" in capsys.readouterr().err
 
 
 def test_another_models_text_is_refused(demo_file: Path, tmp_path: Path) -> None:

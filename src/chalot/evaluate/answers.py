@@ -8,6 +8,7 @@ by sacrebleu: both from the extra `eval`. They measure likeness to the base's te
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.documents import parse_json
@@ -81,6 +82,18 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     )
 
 
+def scorers() -> tuple[Any, Any]:
+    """ROUGE-L of two texts, BLEU of many. Raises UnsupportedError without the extra `eval`."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu import corpus_bleu
+    except ImportError as error:
+        raise UnsupportedError(
+            f"comparing answers needs {error.name}; install it: pip install 'chalot[eval]'"
+        ) from None
+    return RougeScorer(["rougeL"]), corpus_bleu
+
+
 def compare_answers(
     base: Model,
     model: Model,
@@ -89,14 +102,7 @@ def compare_answers(
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Answers:
     """What both write after each prompt. Raises UnsupportedError without the extra `eval`."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu import corpus_bleu
-    except ImportError as error:
-        raise UnsupportedError(
-            f"comparing answers needs {error.name}; install it: pip install 'chalot[eval]'"
-        ) from None
-    scorer = RougeScorer(["rougeL"])
+    scorer, corpus_bleu = scorers()
     out = []
     for done, prompt in enumerate(prompts, start=1):
         a, b = (greedy(m, prompt, max_tokens) for m in (base, model))

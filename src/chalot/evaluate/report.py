@@ -13,7 +13,7 @@ import numpy as np
 from chalot import __version__
 from chalot.convert import convert
 from chalot.errors import FormatError
-from chalot.evaluate.protocols import PROTOCOLS, check_count
+from chalot.evaluate.protocols import PROTOCOLS, check_count, check_protocol
 from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.files import read_text
@@ -124,8 +124,7 @@ def evaluate(
     for a text that is none, ContextError for one of fewer than two tokens, TokenizerError where
     the models read text differently.
     """
-    if protocol not in PROTOCOLS:
-        raise FormatError(f"protocol {protocol!r} is not known; choose {', '.join(PROTOCOLS)}")
+    check_protocol(protocol)
     check_count("--tokens", tokens)
     way = PROTOCOLS[protocol]
     written = read_text(Path(text))

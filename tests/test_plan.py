@@ -286,6 +286,29 @@ def test_an_interrupted_table_is_taken_up_again(
     assert len(asked) == 14 + 13
 
 
+def test_an_edited_table_is_not_believed(
+    folder: Path, tmp_path: Path, text: Path, home: Path
+) -> None:
+    def made() -> dict:
+        options = {"method": "error", "text": text, "exchanges": 0}
+        return plan(folder, tmp_path / "p.json", **options).details["losses"]
+
+    true = made()
+    (kept,) = (home / "plans").iterdir()
+    whole = json.loads(kept.read_text())
+    assert whole["losses"] == true
+    for name, loss in (("nl4", 0.0), ("int8", -1.0), ("nl4", 1e400)):
+        edited = json.loads(kept.read_text())
+        edited["losses"]["embedding"][name] = loss
+        kept.write_text(json.dumps(edited))
+        assert made() == true
+    keeper = losses.Keeper("key")
+    row = dict.fromkeys(("nl4", "int8"), 1.0)
+    keeper.write({"a": row, "b": row | {"nl4": -1.0}, "c": {"nl4": 1.0}})
+    assert keeper.read(["int8", "nl4"]) == {"a": row}
+    assert losses.Keeper("other").read(["int8", "nl4"]) == {}
+
+
 def test_fast_ewq_looks_at_no_weights(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,11 +41,9 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    how = Storing(
-        schemes_for(options.scheme, checkpoint, options.plan),
-        ternary=options.ternary,
-        refine=options.refine,
-    )
+    notes: list[str] = []
+    schemes = schemes_for(options.scheme, checkpoint, options.plan, notes.append)
+    how = Storing(schemes, None, options.ternary, options.refine, notes)
     name, threads = called(options.source), options.threads
     return write_myai(checkpoint, out, how, name, options.command, threads, options.progress)
 

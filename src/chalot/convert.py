@@ -28,6 +28,7 @@ from chalot.storing import (
     planned_bytes,
     schemes_for,
 )
+from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ def convert(
     """
     from chalot.sources import called, resolve
 
+    check_types(
+        source=(source, PATH),
+        out=(out, PATH),
+        scheme=(scheme, MAY_TEXT),
+        threads=(threads, MAY_COUNT),
+        plan=(plan, MAY_PATH),
+        refine=(refine, ("a chalot.refining.Refine or None", (Refine, type(None)))),
+    )
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
     asked += [] if plan is None else ["--plan", str(plan)]
@@ -81,7 +90,9 @@ def convert(
     checkpoint = open_checkpoint(found)
     try:
         notes: list[str] = []
-        schemes = schemes_for(scheme, checkpoint, Path(plan) if plan else None, notes.append)
+        schemes = schemes_for(
+            scheme, checkpoint, None if plan is None else Path(plan), notes.append
+        )
         balanced = parse_schemes(balance) if balance else None
         how = Storing(schemes, balanced, ternary, refine, notes)
         watch = progress or (lambda *_: None)

@@ -33,6 +33,7 @@ from chalot.quant.scheme import SCHEMES
 from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
 from chalot.text.byte_pairs import TABLES
+from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
 USUAL_CONTEXT = 1000  # tokens of a short conversation
 VECTOR = "f32"  # what vectors are stored as
@@ -52,6 +53,12 @@ def describe(
     (default: the current one). Raises FormatError, UnsupportedError, SchemeError, ContextError,
     HubError.
     """
+    check_types(
+        source=(source, PATH),
+        scheme=(scheme, MAY_TEXT),
+        context=(context, MAY_COUNT),
+        folder=(folder, MAY_PATH),
+    )
     path, place = as_path(source), (context, folder)
     if path.is_file() and is_ready(path):
         if scheme is not None:

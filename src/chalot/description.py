@@ -14,6 +14,7 @@ from chalot.memory import Memory, Stored
 from chalot.model.config import ModelConfig
 from chalot.quant.scheme import SCHEMES
 from chalot.table import pairs, rows, size
+from chalot.typed import COUNT, check_types
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Description:
         `kv` is the type of cached keys and values, `whole` whether the file is locked in memory or
         not mapped (--mlock, --no-mmap). Raises ContextError beyond the model's context.
         """
+        check_types(context=(context, COUNT))
         config = msgspec.convert(self.architecture, ModelConfig)
         stored = {
             t.name: Stored(SCHEMES[t.scheme], (t.activation or 8) // 8)

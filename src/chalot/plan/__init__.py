@@ -43,6 +43,7 @@ from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.refining import CALIBRATION_TEXT
 from chalot.sources import resolve
 from chalot.storing import DEFAULT_SCHEME, Storing, parse_schemes
+from chalot.typed import MAY_COUNT, MAY_PATH, PATH, check_types
 
 BY_BLOCK = ("ewq", "fast-ewq")
 METHODS = (*BY_BLOCK, *DEPTHS)
@@ -286,6 +287,13 @@ def plan(
     appears whole or not at all. Raises LimitError for a budget below what is possible, and says
     the least; SchemeError, FormatError, WeightError.
     """
+    check_types(
+        source=(source, PATH),
+        out=(out, PATH),
+        text=(text, MAY_PATH),
+        context=(context, MAY_COUNT),
+        threads=(threads, MAY_COUNT),
+    )
     check_choice(method, variant, x, size, bits, max_kl)
     if exchanges < 0:
         raise FormatError(f"found {exchanges} exchanges; expected 0 or more")

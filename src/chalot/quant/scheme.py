@@ -66,7 +66,7 @@ class Scheme:
     @staticmethod
     def parse(text: str) -> "Scheme":
         """The scheme of that name. Raises SchemeError, which lists the names there are."""
-        scheme = SCHEMES.get(text.strip().lower())
+        scheme = SCHEMES.get(text.strip().lower()) if isinstance(text, str) else None
         if scheme is None:
             raise SchemeError(f"scheme {text!r} is not known; choose one of: {', '.join(SCHEMES)}")
         return scheme

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from chalot import machine
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.sampler import Sampling, SamplingError
+from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
@@ -116,6 +118,7 @@ class Model:
         if context is None:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = context
+        self.kv_budget = kv_budget
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
@@ -255,6 +258,27 @@ class Model:
     def session(self, **options: Any) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
         return OpenSession(self, self.sampling(**options))
+
+    def scheduler(
+        self,
+        slots: int = 16,
+        *,
+        chunk: int = CHUNK,
+        queue: int = 256,
+        kv_budget: int | None = None,
+        prefix_pages: int | None = None,
+    ) -> Scheduler:
+        """Many requests at once, in a cache of their own: a context for each slot.
+
+        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
+        model's, else half of what is free. Raises ContextError where that is no page.
+        """
+        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
+        if budget is None and (free := machine.memory_available()) is not None:
+            budget = max(free // 2, shape.page_bytes)
+        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
+        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
+        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.

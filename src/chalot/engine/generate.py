@@ -138,6 +138,7 @@ class Session:
         self.sampling = sampling
         self.sequence = Sequence(engine.cache)
         self.tokens: list[int] = []
+        self.start = 0  # where the answer begins: behind what was given last
         self.stats = Stats(seed=sampling.seed)
         # the candidates after the last token fed: ids and logits
         self.next: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
@@ -160,13 +161,14 @@ class Session:
             )
         start = time.perf_counter()
         self.tokens += ids
+        self.start = total
         self._feed()
         self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - start
 
     def _feed(self) -> None:
         """Run what is not in the cache yet, a chunk at a time; keep what may come next."""
-        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
         fed = self.sequence.length == len(self.tokens)
         if fed and self.next is not None and self.next[0].size < count:  # sampling has changed
             self.rewind(len(self.tokens))
@@ -186,7 +188,8 @@ class Session:
         self._feed()
         if self.next is None:
             raise ContextError("nothing was read yet; call prefill(ids) with at least one token")
-        token = choose(*self.next, self.tokens, self.sampling, len(self.tokens), self.engine.exp)
+        at, exp = len(self.tokens), self.engine.exp
+        token = choose(*self.next, self.tokens, self.sampling, at, exp, self.start)
         self.tokens.append(token)
         self.stats.new_tokens += 1
         self.stats.native_seconds += self.engine.native_seconds - native
@@ -196,6 +199,7 @@ class Session:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; what the cache holds of them is kept."""
         del self.tokens[length:]
+        self.start = min(self.start, length)
         self.sequence.truncate(max(length - 1, 0))  # the last one is read again for its logits
         self.next = None
 

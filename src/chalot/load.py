@@ -29,7 +29,7 @@ from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
-from chalot.model.transformer import Weights, build, cache_shape
+from chalot.model.transformer import Weights, build, cache_shape, head_input
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -78,6 +78,12 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
+def cache_budget(texts: int, budget: int | None) -> int | None:
+    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
+    free = machine.memory_available()
+    return free // 2 if texts > 1 and budget is None and free is not None else budget
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -93,6 +99,7 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        texts: int = 1,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -102,6 +109,7 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        The cache has room for `texts` of the whole context, as far as memory goes.
         Raises FormatError, ContextError, KernelError, LimitError.
         """
         self.file = MyaiFile(Path(path).expanduser(), mmap)
@@ -127,9 +135,10 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
+        self.head_input = head_input(program)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK, kv_budget),
+            PageCache(shape, texts * self.context + CHUNK, cache_budget(texts, kv_budget)),
             self.config.vocabulary,
             self.context,
             self.backend.exp,

@@ -108,6 +108,7 @@ class Answers:
         self.served, self.job, self.metrics = served, job, metrics
         self.answers = [Answer(served, job, i) for i in range(len(job.requests))]
         self.tickets: list[Ticket] = []
+        self.names: set[tuple[bytes, str]] = set()  # that they can be cancelled by
         self._loop = asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Step | ChalotError]] = asyncio.Queue()
 

@@ -8,6 +8,7 @@ OpenAI: {"error": {"message", "type", "param", "code"}}
 from collections.abc import Mapping
 from typing import Any
 
+from chalot.engine.requests import OutOfPages, QueueFull
 from chalot.errors import ChalotError, ContextError, LimitError
 
 TYPES = {  # status -> OpenAI's type and Anthropic's
@@ -65,6 +66,10 @@ def fault_of(error: BaseException) -> Fault:
     if isinstance(error, Fault):
         return error
     message = " ".join(str(error).split())[:1000]
+    if isinstance(error, QueueFull):
+        return Fault(message, 429, code="queue_full", retry_after=1)
+    if isinstance(error, OutOfPages):
+        return Fault(message, code="out_of_pages")
     if isinstance(error, ContextError):
         return Fault(message, code="context_length_exceeded")
     if isinstance(error, LimitError):

@@ -97,9 +97,7 @@ async def tokenize(exchange: Exchange) -> Any:
         if body.content is None:
             tools = template_tools(body.tools) if body.tools else None
             return tokenizer.encode_chat(template_messages(body.messages or []), tools=tools)
-        if body.add_special:
-            return tokenizer.encode(body.content)
-        return tokenizer.encode_plain(body.content)
+        return tokenizer.encode(body.content, start=body.add_special)
 
     ids = await exchange.prepared(encode)
     out: dict[str, Any] = {"tokens": ids, "count": len(ids)}

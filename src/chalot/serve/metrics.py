@@ -101,6 +101,10 @@ class Metrics:
         """For an answer that begins now."""
         return Clock(self)
 
+    def answered(self, path: str, status: int, start: float) -> None:
+        """An HTTP request got the head of its response."""
+        self.http.labels(path, str(status)).inc()
+
     def began(self, answers: int, tokens: int) -> None:
         """Answers were asked for."""
         self.asked.inc(answers)

@@ -12,7 +12,6 @@ from chalot import machine
 from chalot.engine.generate import CHUNK, Engine, Work
 from chalot.engine.scheduler import Scheduler
 from chalot.engine.worker import Worker
-from chalot.errors import UnsupportedError
 from chalot.load import Model
 from chalot.model.cache import PageCache, Sequence
 from chalot.serve.settings import Settings
@@ -70,6 +69,11 @@ class Served:
         self.worker.stop()
 
     @property
+    def alive(self) -> bool:
+        """Whether the worker computes; it ends for good if something is wrong with chalot."""
+        return self.worker._thread.is_alive()
+
+    @property
     def ends(self) -> frozenset[int]:
         """Ids that end an answer."""
         return self.tokenizer.eos_ids
@@ -107,13 +111,10 @@ class Served:
     def hidden(self, sequence: Sequence, ids: list[int]) -> NDArray[np.float32]:
         """(tokens, hidden): what the head would be multiplied with, after each of some tokens.
 
-        Reads them into the sequence. Raises UnsupportedError for a model without such a slot.
+        Reads them into the sequence.
         """
-        slot = self.model.head_input
-        if slot is None:
-            raise UnsupportedError("this model has no hidden state to embed with")
         self._reader.best([Work(sequence, ids, "all")], 1)
-        return self._reader.runnable.slot(slot, len(ids))
+        return self._reader.runnable.slot(self.model.head_input, len(ids))
 
 
 def normalised_mean(total: NDArray[np.float64]) -> list[float]:

@@ -18,7 +18,9 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="may be given several times"
     )
-    parser.add_argument("--api-key-file", metavar="FILE", help="a key a line; `ps` does not show it")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="a key a line; `ps` does not show it"
+    )
     parser.add_argument(
         "--allow-origin",
         action="append",

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from chalot.load import Model
-from chalot.serve import chat, completions, information
+from chalot.serve import chat, completions, embeddings, information, messages, responses
 from chalot.serve.connection import connection_of
 from chalot.serve.events import as_json
 from chalot.serve.exchange import Handler, Server, endpoint
@@ -37,6 +37,9 @@ TYPES = {  # of the page's files; others are not served
 ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/chat/completions", chat.handle),
     ("POST", "/v1/completions", completions.handle),
+    ("POST", "/v1/responses", responses.handle),
+    ("POST", "/v1/messages", messages.handle),
+    ("POST", "/v1/embeddings", embeddings.handle),
     ("GET", "/v1/models", information.models),
     ("GET", "/v1/models/{name:path}", information.model),
     ("POST", "/v1/cancel/{id}", information.cancel),
@@ -45,6 +48,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("GET", "/health", information.health),
     ("GET", "/ready", information.ready),
     ("GET", "/metrics", information.metrics),
+    ("GET", "/openapi.json", information.description),
 )
 
 
@@ -96,7 +100,7 @@ def make_app(served: Served, page: Path = PAGE) -> Starlette:
     public = {route.path for route in pages}
     middleware = [Middleware(Guard, settings=settings, metrics=server.metrics, public=public)]
     if settings.origins:
-        allowed = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        allowed: Any = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.origins, **allowed))
     return Starlette(
         routes=[*routes, *pages],

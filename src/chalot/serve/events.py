@@ -48,7 +48,8 @@ async def while_connected(receive: Receive, work: "asyncio.Future[Result]") -> R
     """The result of work, which is cancelled when the client leaves. Raises ClientGone then."""
     gone = asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+        waits: set[asyncio.Future[Any]] = {gone, work}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientGone
         return work.result()
@@ -86,7 +87,7 @@ class EventStream:
             while True:
                 if coming is None:
                     coming = asyncio.ensure_future(anext(self.chunks))
-                waits = {gone, coming}
+                waits: set[asyncio.Future[Any]] = {gone, coming}
                 await asyncio.wait(waits, timeout=self.quiet, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return

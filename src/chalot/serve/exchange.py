@@ -26,6 +26,7 @@ Body = TypeVar("Body")
 Result = TypeVar("Result")
 LOG = logging.getLogger("chalot.serve")
 NAMED = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAMED_EVENTS = ("/v1/messages", "/v1/responses")
 GONE = Response(status_code=499)  # nobody reads it
 
 
@@ -39,6 +40,7 @@ class Server:
         self.threads = ThreadPoolExecutor(2, "chalot-text")  # tokenizers, templates, grammars
         self.preparing = 0
         self.running: dict[tuple[bytes, str], Answers] = {}  # namespace, id
+        self.embedding = asyncio.Lock()  # one text at a time
         self.draining = False
 
 
@@ -80,9 +82,7 @@ class Exchange:
         """
         server = self.server
         if server.preparing >= server.settings.queue + server.settings.slots:
-            raise Fault(
-                "the server is busy; try again", 429, code="queue_full", retry_after=1
-            )
+            raise Fault("the server is busy; try again", 429, code="queue_full", retry_after=1)
         server.preparing += 1
         try:
             loop = asyncio.get_running_loop()
@@ -134,14 +134,12 @@ class Exchange:
                     yield chunk
             except Exception as error:
                 fault = noted(error)
-                yield event(fault.body(path), "error" if path == "/v1/messages" else None)
+                yield event(fault.body(path), "error" if path in NAMED_EVENTS else None)
             finally:
                 if isinstance(chunks, AsyncGenerator):
                     await chunks.aclose()
 
-        return EventStream(
-            guarded(), self.server.settings.quiet_seconds, {"x-request-id": self.id}
-        )
+        return EventStream(guarded(), self.server.settings.quiet_seconds, {"x-request-id": self.id})
 
 
 Handler = Callable[[Exchange], Awaitable[Any]]

@@ -6,7 +6,9 @@ there (DNS rebinding); so a Host that does not name this machine is refused.
 
 import hmac
 import time
+from collections.abc import MutableMapping
 from hashlib import blake2b
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
@@ -40,8 +42,8 @@ def key_of(headers: Headers) -> str:
     """The key of a request: OpenAI's way, or Anthropic's."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and key:
-        return key.strip()
-    return headers.get("x-api-key", "")
+        return str(key.strip())
+    return str(headers.get("x-api-key", ""))
 
 
 def known(key: str, keys: tuple[str, ...]) -> bool:
@@ -60,7 +62,7 @@ def namespace_of(key: str) -> bytes:
 class Guard:
     """The outermost application."""
 
-    def __init__(self, app: object, settings: Settings, metrics: Metrics, public: set[str]) -> None:
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics, public: set[str]) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.public = public | set(OPEN)
         self.hosts: set[str] | None = None
@@ -90,18 +92,18 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)  # type: ignore[operator]
+            await self.app(scope, receive, send)
             return
         start = time.perf_counter()
 
-        async def guarded(message: dict[str, object]) -> None:
+        async def guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(raw=list(message.get("headers", [])))  # type: ignore
+                headers = MutableHeaders(raw=list(message.get("headers", [])))
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 message = {**message, "headers": headers.raw}
                 path = scope.get("route_path", "other")
-                self.metrics.answered(path, int(str(message["status"])), start)
+                self.metrics.answered(path, int(message["status"]), start)
             await send(message)
 
         try:
@@ -112,4 +114,4 @@ class Guard:
             response = as_json(fault.body(scope["path"]), fault.status, headers)
             await response(scope, receive, guarded)
             return
-        await self.app(scope, receive, guarded)  # type: ignore[operator]
+        await self.app(scope, receive, guarded)

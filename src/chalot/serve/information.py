@@ -10,6 +10,7 @@ from chalot.serve.events import as_json
 from chalot.serve.exchange import Exchange
 from chalot.serve.faults import Fault
 from chalot.serve.jobs import template_messages, template_tools
+from chalot.serve.openapi import document
 from chalot.serve.shapes import DetokenizeRequest, TokenizeRequest
 
 CREATED = 1_700_000_000  # a model has no date of its own
@@ -74,6 +75,11 @@ async def metrics(exchange: Exchange) -> Any:
     """GET /metrics, for Prometheus."""
     text = exchange.metrics.text()
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def description(_: Exchange) -> Any:
+    """GET /openapi.json"""
+    return as_json(document())
 
 
 async def cancel(exchange: Exchange) -> Any:

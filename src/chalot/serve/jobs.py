@@ -135,11 +135,11 @@ def refuse_cuts(stops: tuple[str, ...], grammar: object) -> None:
 # ---- chat
 
 
-def text_of(content: str | Sequence[Any] | None) -> str | None:
+def text_of(content: str | list[Any] | None) -> str | None:
     """A message's content as one text."""
     if content is None or isinstance(content, str):
         return content
-    return "".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)
+    return "".join([p.refusal if isinstance(p, RefusalPart) else p.text for p in content])
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -161,7 +161,9 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
                     "type": "function",
                     "function": {
                         "name": call.function.name,
-                        "arguments": _arguments(call.function.arguments, number),
+                        "arguments": arguments_of(
+                            call.function.arguments, f"messages[{number}].tool_calls"
+                        ),
                     },
                 }
                 for call in message.tool_calls
@@ -170,11 +172,11 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return out
 
 
-def _arguments(text: str, number: int) -> dict[str, Any]:
+def arguments_of(text: str, where: str) -> dict[str, Any]:
+    """Arguments as templates want them. Raises Fault for what is no JSON object."""
     try:
         return msgspec.json.decode(text or "{}", type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        where = f"messages[{number}].tool_calls"
         raise Fault(
             f"{where}: found arguments {text[:60]!r}, expected a JSON object", param=where
         ) from None
@@ -361,5 +363,3 @@ def job_of_completion(served: Served, body: CompletionRequest, namespace: bytes)
         logprobs=body.logprobs,
         echo=bool(body.echo),
     )
-
-

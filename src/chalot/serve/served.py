@@ -3,7 +3,6 @@
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +100,12 @@ class Served:
         engine = self.model.engine
         cache = PageCache(engine.cache.shape, engine.context + CHUNK)
         return Engine(
-            engine.runnable, cache, engine.vocabulary, engine.context, engine.exp, engine.before_step
+            engine.runnable,
+            cache,
+            engine.vocabulary,
+            engine.context,
+            engine.exp,
+            engine.before_step,
         )
 
     def open_text(self) -> Sequence:
@@ -115,17 +119,3 @@ class Served:
         """
         self._reader.best([Work(sequence, ids, "all")], 1)
         return self._reader.runnable.slot(self.model.head_input, len(ids))
-
-
-def normalised_mean(total: NDArray[np.float64]) -> list[float]:
-    """A sum of hidden states with length 1, its squares summed without error: same everywhere."""
-    import math
-
-    length = math.sqrt(math.fsum((total * total).tolist()))
-    return [x / length for x in total.tolist()] if length else total.tolist()
-
-
-def add_rows(total: NDArray[np.float64], rows: NDArray[Any]) -> None:
-    """total += each row in turn: one order of sums."""
-    for row in rows:
-        total += row

@@ -183,8 +183,6 @@ class ChatRequest(Options, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: Json | None = None  # the same: enable_thinking, ...
 
 
-
-
 class CompletionRequest(Options, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions"""
 
@@ -221,5 +219,3 @@ class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /detokenize: the text of ids."""
 
     tokens: list[TokenId]
-
-

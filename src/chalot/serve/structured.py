@@ -25,7 +25,10 @@ UNENFORCED = (
     "dependentRequired", "dependentSchemas", "maxContains", "minContains", "unevaluatedItems",
     "unevaluatedProperties", "$recursiveRef", "$dynamicRef", "extends", "divisibleBy", "disallow",
 )  # fmt: skip
-STRICT = {"lenient": False}  # over what a schema's own "x-guidance" asks for
+STRICT: Any = {
+    "lenient": False,
+    "whitespace_pattern": r"[ \n]{0,20}",
+}  # over a schema's "x-guidance"
 
 
 class StructureError(ChalotError):
@@ -125,17 +128,16 @@ def schema_grammar(schema: Mapping[str, Any], param: str) -> str:
 
 def format_grammar(wanted: Format | None, param: str = "response_format") -> str | None:
     """llguidance's grammar of a response format; None where any text will do."""
+    made: str | None = None
     if isinstance(wanted, JsonObject):
         return schema_grammar({"type": "object"}, param)
     if isinstance(wanted, JsonSchema):
         return schema_grammar(wanted.json_schema.schema or {"type": "object"}, param)
     if isinstance(wanted, Regex):
-        made: str = llguidance.LLMatcher.grammar_from_regex(wanted.pattern)
-        return made
+        made = llguidance.LLMatcher.grammar_from_regex(wanted.pattern)
     if isinstance(wanted, Grammar):
         made = llguidance.LLMatcher.grammar_from_lark(wanted.grammar)
-        return made
-    return None
+    return made
 
 
 class GrammarMask:

@@ -158,7 +158,9 @@ class CallReader:
 
 def _overlap(text: str, mark: str) -> int:
     """How many characters at the text's end begin the mark."""
-    return next((n for n in range(min(len(mark), len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
+    return next(
+        (n for n in range(min(len(mark), len(text)), 0, -1) if mark.startswith(text[-n:])), 0
+    )
 
 
 # ---- as a grammar
@@ -186,7 +188,7 @@ def call_grammar(
     for number, tool in enumerate(tools):
         name, key = json.dumps(tool.function.name), style.arguments
         before = json.dumps(f'{{"name": {name}, "{key}": ')
-        rules.append(f"call_{number}: {before} arguments_{number} \"}}\"")
+        rules.append(f'call_{number}: {before} arguments_{number} "}}"')
         rules.append(f"arguments_{number}: %json {_schema(tool)}")
     rules.append("call: " + " | ".join(f"call_{n}" for n in range(len(tools))))
     mark = style.marks[0]
@@ -195,8 +197,8 @@ def call_grammar(
     if style.name == "hermes":
         one = f'"\\n" call {end}'
         rules.append(f"calls: {as_token} {one}" + (f' ("\\n" {as_token} {one})*' if many else ""))
-        free = _lazy(mark, specials) + f"with_calls: head {one}" + (
-            f" (head {one})*" if many else ""
+        free = (
+            _lazy(mark, specials) + f"with_calls: head {one}" + (f" (head {one})*" if many else "")
         )
         text = "start: TEXT | with_calls TEXT" if many else "start: TEXT | with_calls"
     elif style.name == "mistral":

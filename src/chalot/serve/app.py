@@ -86,7 +86,7 @@ async def refused(request: Request, error: Exception) -> Response:
 def make_app(served: Served, page: Path = PAGE) -> Starlette:
     """The application around a model. Its lifespan starts and stops the worker."""
     server, settings = Server(served), served.settings
-    routes = [Route(p, endpoint(server, h), methods=[m]) for m, p, h in ROUTES]
+    routes = [Route(p, endpoint(server, p, h), methods=[m]) for m, p, h in ROUTES]
     pages = page_routes(page)
 
     @contextlib.asynccontextmanager

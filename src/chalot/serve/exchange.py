@@ -169,10 +169,11 @@ def noted(error: Exception) -> Fault:
     return fault
 
 
-def endpoint(server: Server, handler: Handler) -> Callable[[Request], Awaitable[Any]]:
+def endpoint(server: Server, path: str, handler: Handler) -> Callable[[Request], Awaitable[Any]]:
     """A route's function: `handler`, with its faults as responses."""
 
     async def answer(request: Request) -> Any:
+        request.scope["route_path"] = path  # for the metrics, which bound their labels
         exchange = Exchange(server, request)
         try:
             response = await handler(exchange)

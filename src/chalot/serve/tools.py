@@ -18,6 +18,7 @@ import msgspec
 
 from chalot.serve.faults import Fault
 from chalot.serve.shapes import Tool
+from chalot.serve.structured import STRICT, check_schema
 
 
 class Call(NamedTuple):
@@ -174,7 +175,8 @@ def _schema(tool: Tool) -> str:
             f"{str(parameters.get('type'))[:40]!r}, expected object",
             param="tools",
         )
-    return json.dumps({**parameters, "type": "object"})
+    check_schema(parameters, "tools")
+    return json.dumps({**parameters, "type": "object", "x-guidance": STRICT})
 
 
 def call_grammar(

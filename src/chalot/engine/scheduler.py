@@ -13,8 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-import numpy as np
-
 from chalot.engine.generate import CHUNK, FEW, Engine, Work
 from chalot.engine.plan import Due, SchedulerStats, shares
 from chalot.engine.prefixes import PrefixCache
@@ -142,7 +140,7 @@ class Scheduler:
         if not 0 <= (request.logprobs or 0) <= engine.vocabulary:
             raise SamplingError(f"logprobs is {request.logprobs}; expected 0 or more")
         for token, number in request.bias.items():
-            if not (0 <= token < engine.vocabulary and np.isfinite(np.float32(number))):
+            if not (0 <= token < engine.vocabulary and -1e30 <= number <= 1e30):
                 raise SamplingError(
                     f"bias of token {token} is {number}; expected a number and ids of 0 to "
                     f"{engine.vocabulary - 1}"
@@ -157,7 +155,7 @@ class Scheduler:
         due = [d for d in self._plan() if self._make_room(d)]
         due = [d for d in due if d.text in self.running]  # a later one may have taken its pages
         if not due:
-            return busy or bool(self.running)
+            return busy or bool(self.running or self.waiting)
         start = time.perf_counter()
         try:
             self._pass(due)
@@ -191,7 +189,7 @@ class Scheduler:
                 text = self.waiting[0]
             self._reuse(text)
             need = text.sequence.missing(len(text.tokens) + 1)
-            promised = sum(t.sequence.missing(len(t.tokens) + 1) + 1 for t in self.running)
+            promised = 1 + sum(t.sequence.missing(len(t.tokens) + 1) for t in self.running)
             room = len(self.engine.cache.free) - promised
             if self.running and need > room and need > room + self.prefixes.evictable():
                 self._give_back(text)
@@ -227,9 +225,10 @@ class Scheduler:
                 continue
             self._reuse(text)
             n = text.sequence.length // PAGE
-            if text.unread > PAGE and n < len(text.keys) and not text.scoring:
-                if text.sequence.length % PAGE == 0 and text.keys[n] in claimed:
-                    continue  # it will find them
+            if n < len(text.keys) and not text.scoring and self.prefixes.most:
+                finds = text.sequence.length % PAGE == 0 and text.unread > PAGE
+                if finds and text.keys[n] in claimed:
+                    continue  # soon it need not be read
                 claimed.add(text.keys[n])
             prompts.append(text)
         parts = shares(prompts, self.chunk, ROWS_BYTES // 4 // self.engine.vocabulary)

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chalot
+from chalot.engine.drafting import TextDrafter
 from chalot.engine.generate import Engine
+from chalot.engine.pacing import StepCosts
 from chalot.engine.plan import shares
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.engine.scheduler import OutOfPages, QueueFull, Request, Scheduler, Step, Ticket
@@ -33,7 +35,8 @@ def demo(demo_file: Path) -> Iterator[Model]:
 
 def scheduler(model: Model, pages: int = 100, **options) -> Scheduler:
     cache = PageCache(model.engine.cache.shape, pages * PAGE)
-    return Scheduler(replace(model.engine, cache=cache), **{"slots": 8, **options})
+    engine = replace(model.engine, cache=cache, costs=StepCosts())
+    return Scheduler(engine, **{"slots": 8, "drafter": None, **options})
 
 
 def ids(seed: int, count: int) -> list[int]:
@@ -63,6 +66,30 @@ def by_session(model: Model, request: Request) -> list[int]:
     with model.session(**options) as session:
         session.prefill(request.ids)
         return [session.step() for _ in range(request.max_tokens)]
+
+
+class Right:
+    """A drafter that knows the answers of requests by their prompts, and now and then is wrong."""
+
+    answers: dict[tuple[int, ...], list[int]] = {}
+
+    def __init__(self, costs: object = None) -> None:
+        self.learnt: list[int] = []
+
+    def propose(self, text, most: int) -> list[int]:
+        answer = self.answers[tuple(text.tokens[: text.start])]
+        at = len(text.tokens) - text.start
+        draft = answer[at : at + min(most, 5)]
+        if len(text.tokens) % 3 == 0 and draft:
+            draft[-1] = (draft[-1] + 1) % VOCABULARY
+        return draft
+
+    def learn(self, kept: int) -> None:
+        self.learnt.append(kept)
+
+    def truncate(self, length: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Even:
@@ -154,6 +181,40 @@ def test_64_requests_get_what_they_get_alone(
     assert bool(stats.prefix_hits) == (options.get("prefix_pages") != 0)
     s.close()
     assert sorted(s.engine.cache.free) == list(range(pages))
+
+
+@pytest.mark.parametrize("pages", [300, 12])
+def test_drafts_change_nothing(
+    demo: Model, expected: list[list[Step]], pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right and wrong drafts, of many texts in one pass, over the ends of pages."""
+    requests = mixed()
+    answers = {
+        tuple(r.ids): [s.token for s in steps] for r, steps in zip(requests, expected, strict=True)
+    }
+    monkeypatch.setattr(Right, "answers", answers)
+    s = scheduler(demo, pages, slots=20, chunk=500, drafter=Right)
+    monkeypatch.setattr(s.drafting, "pays", lambda: True)
+    tickets = [s.submit(r) for r in requests]
+    drain(s)
+    for ticket, steps in zip(tickets, expected, strict=True):
+        assert answer(ticket) == steps
+    stats = s.stats
+    assert stats.accepted > 100 and stats.drafted > stats.accepted + 10
+    s.close()
+    assert sorted(s.engine.cache.free) == list(range(pages))
+
+
+def test_a_text_that_repeats_itself_drafts(demo: Model) -> None:
+    s = scheduler(demo, drafter=TextDrafter)
+    s.engine.costs.one = 1.0  # measured times would make this test depend on the machine
+    s.engine.costs.relative = {2: 1.01, 17: 1.1}
+    s.engine.costs.note = lambda tokens, seconds: None  # type: ignore[method-assign]
+    request = Request(ids(1, 7) * 9, GREEDY, 60)
+    ticket = s.submit(request)
+    drain(s)
+    assert [x.token for x in answer(ticket)] == by_session(demo, request)
+    assert s.stats.drafted >= s.stats.accepted > 0
 
 
 def test_texts_that_gave_up_their_pages_go_on_as_if_nothing_was(demo: Model) -> None:

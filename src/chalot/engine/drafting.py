@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.engine.pacing import MOST, Pace, StepCosts
+from chalot.engine.pacing import MOST, Costs, Pace
 from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
@@ -99,7 +99,7 @@ class TextDrafter:
     latest of those wins. Takes about a microsecond a token, and forgets exactly what it learnt last.
     """
 
-    def __init__(self, costs: StepCosts, most: int = MOST) -> None:
+    def __init__(self, costs: Costs, most: int = MOST) -> None:
         self.paces = [Pace(costs, belief, most) for belief in BELIEFS]
         self.tokens: list[int] = []
         # level -> ending -> the place behind it that came last; place -> the one before with its ending

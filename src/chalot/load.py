@@ -364,10 +364,10 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         with self.model.lock:
             super().prefill(list(ids))
 
-    def step(self) -> int:
+    def step(self, most: int | None = None) -> int:
         """See Session."""
         with self.model.lock:
-            return super().step()
+            return super().step(most)
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 import numpy as np
+from numpy.typing import NDArray
 
+from chalot.engine.drafting import Drafter, TextDrafter
 from chalot.engine.generate import CHUNK, FEW, Engine, Work
-from chalot.engine.plan import Due, SchedulerStats, shares
+from chalot.engine.pacing import Costs
+from chalot.engine.plan import Due, SchedulerStats, SharedCosts, check, no_pages, shares
 from chalot.engine.prefixes import PrefixCache
 from chalot.engine.requests import (
     NO_TOKEN,
@@ -30,7 +33,7 @@ from chalot.engine.requests import (
 )
 from chalot.engine.sampler import SamplingError
 from chalot.engine.text import Floats, Text, few_of
-from chalot.errors import ChalotError, ContextError
+from chalot.errors import ChalotError
 from chalot.kernels.program import PAGE
 
 __all__ = [
@@ -45,6 +48,9 @@ __all__ = [
     "Step",
     "Ticket",
 ]
+NO_ROWS = np.zeros((0, 0), np.float32)
+NO_BEST = np.zeros((0, 0), np.int32), NO_ROWS
+Ids = NDArray[np.int32]
 ROWS_BYTES = 64 << 20  # of logits that one pass may give for log-probabilities of prompts
 
 
@@ -62,6 +68,7 @@ class Scheduler:
         chunk: int = CHUNK,
         queue: int = 256,
         prefix_pages: int | None = None,
+        drafter: Callable[[Costs], Drafter] | None = TextDrafter,
     ) -> None:
         if min(slots, chunk) < 1 or queue < 0:
             raise SamplingError(f"found {slots} slots, chunk {chunk}, queue {queue}; expected more")
@@ -71,6 +78,8 @@ class Scheduler:
         self.prefixes = PrefixCache(cache, cache.count if prefix_pages is None else prefix_pages)
         self.running: list[Text] = []  # oldest first
         self.waiting: deque[Text] = deque()
+        self.new_drafter = drafter
+        self.drafting = SharedCosts(engine.costs)
         self.lock = threading.Lock()  # over `waiting`; the rest is the running thread's
         self.woken: Callable[[], None] = lambda: None  # called when there is something to do
         self._stats = SchedulerStats(pages=cache.count)
@@ -88,10 +97,11 @@ class Scheduler:
         Raises QueueFull, ContextError for a prompt that does not fit or has other ids than the
         model, OutOfPages for one that the whole cache cannot hold, SamplingError.
         """
-        self._check(request)
+        check(request, self.engine)
         steps: SimpleQueue[Step | ChalotError] = SimpleQueue()
         ticket = Ticket(request, on_step or steps.put, on_error or steps.put, steps)
-        text = Text(ticket, self.engine.cache, self.engine.context)
+        drafter = None if self.new_drafter is None else self.new_drafter(self.drafting)
+        text = Text(ticket, self.engine.cache, self.engine.context, drafter)
         with self.lock:
             if len(self.waiting) >= self.queue + max(0, self.slots - len(self.running)):
                 raise QueueFull(
@@ -120,34 +130,6 @@ class Scheduler:
             }
         )
 
-    def _check(self, request: Request) -> None:
-        ids, engine = request.ids, self.engine
-        if not ids:
-            raise ContextError("the prompt is empty; expected at least one token")
-        if not all(0 <= i < engine.vocabulary for i in ids):
-            raise ContextError(
-                f"token ids must be 0 to {engine.vocabulary - 1}, found {min(ids)} to {max(ids)}; "
-                "were they made with another tokenizer?"
-            )
-        need = len(ids) + (request.max_tokens > 0)
-        if need > engine.context:
-            raise ContextError(
-                f"the prompt and one new token need {need} tokens, the context holds "
-                f"{engine.context}; shorten it or choose a larger --context"
-            )
-        if -(-len(ids) // PAGE) > engine.cache.count:
-            raise OutOfPages(_no_pages(len(ids), engine.cache.count))
-        if request.max_tokens < 0:
-            raise SamplingError(f"max_tokens is {request.max_tokens}; expected 0 or more")
-        if not 0 <= (request.logprobs or 0) <= engine.vocabulary:
-            raise SamplingError(f"logprobs is {request.logprobs}; expected 0 or more")
-        for token, number in request.bias.items():
-            if not (0 <= token < engine.vocabulary and np.isfinite(np.float32(number))):
-                raise SamplingError(
-                    f"bias of token {token} is {number}; expected a number and ids of 0 to "
-                    f"{engine.vocabulary - 1}"
-                )
-
     # ---- from the thread that runs
 
     def run_once(self) -> bool:
@@ -157,7 +139,7 @@ class Scheduler:
         due = [d for d in self._plan() if self._make_room(d)]
         due = [d for d in due if d.text in self.running]  # a later one may have taken its pages
         if not due:
-            return busy or bool(self.running)
+            return busy or bool(self.running or self.waiting)
         start = time.perf_counter()
         try:
             self._pass(due)
@@ -179,7 +161,7 @@ class Scheduler:
         for text in gone:
             self._stats.cancelled += 1
             self._leave(text)
-            self._tell(text, Step(NO_TOKEN, finished="cancelled"))
+            text.ticket.on_step(Step(NO_TOKEN, finished="cancelled"))
         return bool(gone)
 
     def _admit(self) -> None:
@@ -191,7 +173,7 @@ class Scheduler:
                 text = self.waiting[0]
             self._reuse(text)
             need = text.sequence.missing(len(text.tokens) + 1)
-            promised = sum(t.sequence.missing(len(t.tokens) + 1) + 1 for t in self.running)
+            promised = 1 + sum(t.sequence.missing(len(t.tokens) + 1) for t in self.running)
             room = len(self.engine.cache.free) - promised
             if self.running and need > room and need > room + self.prefixes.evictable():
                 self._give_back(text)
@@ -227,9 +209,10 @@ class Scheduler:
                 continue
             self._reuse(text)
             n = text.sequence.length // PAGE
-            if text.unread > PAGE and n < len(text.keys) and not text.scoring:
-                if text.sequence.length % PAGE == 0 and text.keys[n] in claimed:
-                    continue  # it will find them
+            if n < len(text.keys) and not text.scoring and self.prefixes.most:
+                finds = text.sequence.length % PAGE == 0 and text.unread > PAGE
+                if finds and text.keys[n] in claimed:
+                    continue  # soon it need not be read
                 claimed.add(text.keys[n])
             prompts.append(text)
         parts = shares(prompts, self.chunk, ROWS_BYTES // 4 // self.engine.vocabulary)
@@ -252,7 +235,7 @@ class Scheduler:
                 continue
             youngest = self.running[-1]
             if youngest is text and len(self.running) == 1:
-                self._fail(text, OutOfPages(_no_pages(end, cache.count)))
+                self._fail(text, OutOfPages(no_pages(end, cache.count)))
                 return False
             self._preempt(youngest)
             if youngest is text:
@@ -273,53 +256,78 @@ class Scheduler:
         text.kept = text.found = 0
 
     def _pass(self, due: list[Due]) -> None:
-        engine, vocabulary = self.engine, self.engine.vocabulary
+        engine, start = self.engine, time.perf_counter()
+        self._draft(due)
         work = [
             Work(
                 d.text.sequence,
-                d.text.tokens[d.text.sequence.length :][: d.tokens],
+                d.text.tokens[d.text.sequence.length :][: d.tokens] + d.draft,
                 d.wanted,
             )
             for d in due
         ]
         ending = [d for d in due if d.wanted != "none"]
-        count = max((d.text.count(vocabulary) for d in ending), default=1)
-        whole = count > FEW or any(d.text.needs_row() or d.wanted == "all" for d in ending)
-        rows: Floats | None = None
-        if whole:
-            rows = engine.step(work)
-        else:
-            best_ids, best_logits = engine.best(work, count)
-        self._stats.read_tokens += sum(d.tokens for d in due)
+        counts = {d.text: d.text.count(engine.vocabulary, d.draft) for d in ending}
+        few = max(counts.values(), default=1)
+        whole = few > FEW or any(d.text.needs_row() or d.text.scoring for d in ending)
+        rows = engine.step(work) if whole else NO_ROWS
+        best_ids, best_logits = NO_BEST if whole else engine.best(work, few)
+        tokens = sum(d.tokens + len(d.draft) for d in due)
+        self._stats.read_tokens += tokens
         at = 0
         for d in due:
-            text, rows_here = d.text, d.tokens if d.wanted == "all" else int(d.wanted == "last")
-            mine = slice(at, at + rows_here)
-            at += rows_here
-            try:
-                if rows is not None and d.wanted == "all":
-                    text.score(rows[mine], engine.exp)
-                self._keep(text)
-                if text.unread or not rows_here:
-                    continue
-                if len(text.tokens) == text.start:  # before the first step
-                    text.ticket.cached_tokens = text.found
-                own = text.count(vocabulary)
-                if rows is None:
-                    few = best_ids[mine][-1][:own], best_logits[mine][-1][:own]
-                    step = text.advance(few, None, engine.exp)
-                elif text.needs_row():
-                    step = text.advance(None, rows[mine][-1], engine.exp)
-                else:
-                    step = text.advance(few_of(rows[mine][-1], own), None, engine.exp)
-            except ChalotError as error:
-                self._fail(text, error)
-                continue
+            here = slice(at, at + d.rows)
+            at += d.rows
+            self._end(d, rows[here], best_ids[here], best_logits[here], counts.get(d.text, 0))
+        if all(d.tokens == 1 for d in due):  # nothing but decoding
+            engine.costs.note(tokens, time.perf_counter() - start)
+
+    def _draft(self, due: list[Due]) -> None:
+        """Let texts that are being answered draft, as far as it pays beside the others."""
+        if self.new_drafter is None:
+            return
+        self.drafting.texts = len(due)
+        if any(d.tokens > 1 for d in due) or not self.drafting.pays():
+            return  # (beside a prompt every token costs its full price)
+        for d in due:
+            d.draft = d.text.propose()
+            d.wanted = "all" if d.draft else d.wanted
+            self._stats.drafted += len(d.draft)
+
+    def _end(self, due: Due, rows: Floats, best_ids: Ids, best_logits: Floats, count: int) -> None:
+        """Take what a pass has given one of its texts, and tell."""
+        text, exp = due.text, self.engine.exp
+        try:
+            if text.scoring:
+                text.score(rows, exp)
+            self._keep(text)
+            if due.wanted == "none" or text.unread > 0:
+                return
+            if len(text.tokens) == text.start:  # before the first step
+                text.ticket.cached_tokens = text.found
+            if not text.request.max_tokens:
+                steps = [text.nothing_more()]
+            elif text.needs_row():
+                steps = [text.from_row(rows[-1], exp)]
+            else:
+                rows = rows if due.draft else rows[-1:]
+                steps = text.from_best(
+                    due.draft,
+                    lambda n: (
+                        few_of(rows[n], count) if len(rows) else (best_ids[n], best_logits[n])
+                    ),
+                    exp,
+                )
+        except ChalotError as error:
+            self._fail(text, error)
+            return
+        self._stats.accepted += len(steps) - 1
+        for step in steps:
             self._count(text, step)
             if step.finished:
                 self._stats.finished += 1
                 self._leave(text)
-            self._tell(text, step)
+            text.ticket.on_step(step)
 
     def _count(self, text: Text, step: Step) -> None:
         self._stats.new_tokens += step.token != NO_TOKEN
@@ -329,7 +337,7 @@ class Scheduler:
 
     def _keep(self, text: Text) -> None:
         """Offer the pages that a text has filled to others that begin alike."""
-        full = text.sequence.length // PAGE
+        full = min(text.sequence.length, len(text.tokens)) // PAGE  # a draft is not known yet
         if full > text.kept:
             self.prefixes.extend(text.keys, text.tokens, text.request.namespace)
             for n in range(text.kept, full):
@@ -343,14 +351,13 @@ class Scheduler:
             self.running.remove(text)
         self._give_back(text)
         text.ticket.done = True
+        if text.drafter is not None:
+            text.drafter.close()
 
     def _fail(self, text: Text, error: ChalotError) -> None:
         self._stats.failed += 1
         self._leave(text)
         text.ticket.on_error(error)
-
-    def _tell(self, text: Text, step: Step) -> None:
-        text.ticket.on_step(step)
 
     def close(self) -> None:
         """End all requests, and give back what the prefix cache holds."""
@@ -358,10 +365,3 @@ class Scheduler:
             text.ticket.cancelled = True
         self._drop_cancelled()
         self.prefixes.clear()
-
-
-def _no_pages(tokens: int, pages: int) -> str:
-    return (
-        f"{tokens} tokens need {-(-tokens // PAGE)} pages of the cache, which has {pages}; "
-        "shorten the text or choose a larger --kv-budget"
-    )

@@ -1,11 +1,15 @@
 """A request on its way: which of its tokens are in the cache, and what was reported of them."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.engine.drafting import Drafter, most_wanted, verified
 from chalot.engine.likelihood import Candidates, Likelihood, best_among, candidates
-from chalot.engine.requests import PromptToken, Step, Ticket
-from chalot.engine.sampler import Exp, choose, wanted
+from chalot.engine.requests import NO_TOKEN, PromptToken, Step, Ticket
+from chalot.engine.sampler import Exp, Sampling, choose, wanted
+from chalot.kernels.program import PAGE
 from chalot.model.cache import PageCache, Sequence
 
 Floats = NDArray[np.float32]
@@ -14,8 +18,11 @@ Floats = NDArray[np.float32]
 class Text:
     """The tokens of one request, prompt and answer, and its place in the cache."""
 
-    def __init__(self, ticket: Ticket, cache: PageCache, context: int) -> None:
+    def __init__(
+        self, ticket: Ticket, cache: PageCache, context: int, drafter: Drafter | None = None
+    ) -> None:
         request = ticket.request
+        self.drafter = drafter
         self.ticket = ticket
         self.request = request
         self.tokens = list(request.ids)
@@ -29,6 +36,11 @@ class Text:
         self.let_in = False  # once at least
 
     @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
+        return self.request.sampling
+
+    @property
     def unread(self) -> int:
         """Tokens that the model has not read."""
         return len(self.tokens) - self.sequence.length
@@ -38,9 +50,18 @@ class Text:
         """Whether log-probabilities of its prompt are still to be found."""
         return self.request.prompt_logprobs and len(self.prompt) < self.start
 
-    def count(self, vocabulary: int) -> int:
-        """Candidates that its next choice needs to see."""
-        return wanted(self.tokens, self.request.sampling, vocabulary, self.start)
+    def count(self, vocabulary: int, draft: list[int]) -> int:
+        """Candidates that its next choice needs to see, and those that check a draft."""
+        if draft:
+            return most_wanted(self, draft, vocabulary)
+        return wanted(self.tokens, self.sampling, vocabulary, self.start)
+
+    def propose(self) -> list[int]:
+        """A draft of what follows, within the pages that it has and what may still come."""
+        if self.drafter is None or self.unread != 1 or self.needs_row():
+            return []
+        room = min(len(self.sequence.pages) * PAGE, self.end - 1) - len(self.tokens)
+        return self.drafter.propose(self, room) if room > 0 else []
 
     def needs_row(self) -> bool:
         """Whether its next choice needs all logits rather than the best few."""
@@ -59,34 +80,62 @@ class Text:
             top = said.top(self.request.logprobs or 0)
             self.prompt.append(PromptToken(token, said.of(token), top))
 
-    def advance(self, best: Candidates | None, row: Floats | None, exp: Exp) -> Step:
-        """Choose the next token, from the best candidates or the whole row of logits.
+    def from_row(self, row: Floats, exp: Exp) -> Step:
+        """Choose the next token, from the whole row of logits.
 
         Raises KernelError where logits are not finite, and what the mask raises.
         """
-        r, answer = self.request, len(self.tokens) - self.start
-        prompt = self.prompt if r.prompt_logprobs and not answer else None
-        if not r.max_tokens:
-            return Step(-1, prompt=prompt, finished="length")
-        if row is not None:
-            bits = None if r.mask is None else r.mask.allowed(self.tokens[self.start :])
-            count = self.count(len(row))
-            best = candidates(row, count, bits, r.bias)
-        assert best is not None
-        sampling, position = r.sampling, len(self.tokens)
-        token = choose(*best, self.tokens, sampling, position, exp, self.start)
-        logprob, top = None, []
-        if r.logprobs is not None and row is not None:
-            said = Likelihood(row, exp)
-            logprob, top = said.of(token), said.top(r.logprobs)
+        r, answer = self.request, self.tokens[self.start :]
+        bits = None if r.mask is None else r.mask.allowed(answer)
+        best = candidates(row, self.count(len(row), []), bits, r.bias)
+        at = len(self.tokens)
+        token = choose(*best, self.tokens, self.sampling, at, exp, self.start)
+        if r.logprobs is None:
+            return self._step(token)
+        said = Likelihood(row, exp)
+        return self._step(token, said.of(token), said.top(r.logprobs))
+
+    def from_best(
+        self, draft: list[int], best: Callable[[int], Candidates], exp: Exp
+    ) -> list[Step]:
+        """Choose the next token, and those behind it that were drafted rightly, by the best few.
+
+        Raises KernelError where logits are not finite.
+        """
+        if not draft:
+            at = len(self.tokens)
+            return [self._step(choose(*best(0), self.tokens, self.sampling, at, exp, self.start))]
+        found = verified(self, draft, best, exp)
+        if self.drafter is not None:
+            self.drafter.learn(len(found) - 1)
+        steps: list[Step] = []
+        for token in found:
+            steps.append(self._step(token))
+            if steps[-1].finished:
+                break
+        self.sequence.truncate(len(self.tokens) - 1)
+        return steps
+
+    def nothing_more(self) -> Step:
+        """The step of a request that asked for no token."""
+        return Step(NO_TOKEN, prompt=self._prompt(), finished="length")
+
+    def _prompt(self) -> list[PromptToken] | None:
+        first = len(self.tokens) == self.start
+        return self.prompt if self.request.prompt_logprobs and first else None
+
+    def _step(
+        self, token: int, logprob: float | None = None, top: list[tuple[int, float]] | None = None
+    ) -> Step:
+        prompt = self._prompt()
         self.tokens.append(token)
-        finished = "stop" if token in r.ends else "length" if len(self.tokens) >= self.end else None
-        return Step(token, logprob, top, prompt, finished)
+        full = "length" if len(self.tokens) >= self.end else None
+        finished = "stop" if token in self.request.ends else full
+        return Step(token, logprob, top or [], prompt, finished)
 
 
 def few_of(row: Floats, count: int) -> Candidates:
     """The best candidates of a row, as the native pass gives them."""
-    ids, logits = best_among(None, row, count)
     if not np.isfinite(row).all():
-        ids = np.full(1, -1, np.int32)
-    return ids, logits
+        return np.full(1, -1, np.int32), row[:1]
+    return best_among(None, row, count)

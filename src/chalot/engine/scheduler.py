@@ -359,6 +359,14 @@ class Scheduler:
         self._leave(text)
         text.ticket.on_error(error)
 
+    def fail_all(self, error: ChalotError) -> None:
+        """End all requests with an error."""
+        with self.lock:
+            texts = [*self.waiting, *self.running]
+            self.waiting.clear()
+        for text in texts:
+            self._fail(text, error)
+
     def close(self) -> None:
         """End all requests, and give back what the prefix cache holds."""
         for text in [*self.waiting, *self.running]:

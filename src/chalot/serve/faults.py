@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from chalot.engine.requests import OutOfPages, QueueFull
-from chalot.errors import ChalotError, ContextError, LimitError
+from chalot.errors import ChalotError, ContextError, FormatError, KernelError, LimitError
 
 TYPES = {  # status -> OpenAI's type and Anthropic's
     400: ("invalid_request_error", "invalid_request_error"),
@@ -74,6 +74,8 @@ def fault_of(error: BaseException) -> Fault:
         return Fault(message, code="context_length_exceeded")
     if isinstance(error, LimitError):
         return Fault(message, 503, code="out_of_memory", retry_after=1)
+    if isinstance(error, (KernelError, FormatError)):  # of the model's file or the machine
+        return Fault(message, 500, code="internal_error")
     if isinstance(error, ChalotError):
         return Fault(message)
     return Fault("the server failed; its log has the kind of error", 500, code="internal_error")

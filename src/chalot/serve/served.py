@@ -70,7 +70,7 @@ class Served:
     @property
     def alive(self) -> bool:
         """Whether the worker computes; it ends for good if something is wrong with chalot."""
-        return self.worker._thread.is_alive()
+        return self.worker.alive
 
     @property
     def ends(self) -> frozenset[int]:

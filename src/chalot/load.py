@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from chalot import machine
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.sampler import Sampling, SamplingError
+from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
@@ -27,7 +29,7 @@ from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
-from chalot.model.transformer import Weights, build, cache_shape
+from chalot.model.transformer import Weights, build, cache_shape, head_input
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
@@ -77,6 +79,12 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
+def cache_budget(texts: int, budget: int | None) -> int | None:
+    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
+    free = machine.memory_available()
+    return free // 2 if texts > 1 and budget is None and free is not None else budget
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -92,6 +100,7 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        texts: int = 1,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -101,6 +110,7 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        The cache has room for `texts` of the whole context, as far as memory goes.
         Raises FormatError, ContextError, KernelError, LimitError.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
@@ -119,6 +129,7 @@ class Model:
         if context is None:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = context
+        self.kv_budget = kv_budget
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
@@ -127,9 +138,10 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
+        self.head_input = head_input(program)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK, kv_budget),
+            PageCache(shape, texts * self.context + CHUNK, cache_budget(texts, kv_budget)),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
@@ -259,6 +271,27 @@ class Model:
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
         return OpenSession(self, self.sampling(**options))
 
+    def scheduler(
+        self,
+        slots: int = 16,
+        *,
+        chunk: int = CHUNK,
+        queue: int = 256,
+        kv_budget: int | None = None,
+        prefix_pages: int | None = None,
+    ) -> Scheduler:
+        """Many requests at once, in a cache of their own: a context for each slot.
+
+        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
+        model's, else half of what is free. Raises ContextError where that is no page.
+        """
+        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
+        if budget is None and (free := machine.memory_available()) is not None:
+            budget = max(free // 2, shape.page_bytes)
+        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
+        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
+        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
+
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
 
@@ -334,10 +367,10 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         with self.model.lock:
             super().prefill(list(ids))
 
-    def step(self) -> int:
+    def step(self, most: int | None = None) -> int:
         """See Session."""
         with self.model.lock:
-            return super().step()
+            return super().step(most)
 
     def __exit__(self, *_: object) -> None:
         self.close()

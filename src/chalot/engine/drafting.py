@@ -140,7 +140,7 @@ class TextDrafter:
         place, same = self.match()
         if same < LEVELS[-1]:
             return []
-        pace = self.paces[same.bit_length() - LEVELS[-1]]
+        pace = self.paces[same.bit_length() - LEVELS[-1].bit_length()]
         count = pace.length(most)
         draft = self.tokens[place : place + count]
         while draft and len(draft) < count:  # the match reaches into the draft: it goes round

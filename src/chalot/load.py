@@ -32,6 +32,7 @@ from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape
+from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -113,6 +114,8 @@ class Model:
         Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
         draft model with other ids.
         """
+        counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)

@@ -17,14 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
+from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
+from chalot.engine.drafting import Drafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import byte_pairs, open_backend
+from chalot.kernels.backend import Backend, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
@@ -101,6 +104,9 @@ class Model:
         mmap: bool = True,
         mlock: bool = False,
         texts: int = 1,
+        draft: Draft = True,
+        draft_tokens: int = MOST,
+        backend: Backend | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -111,7 +117,11 @@ class Model:
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         The cache has room for `texts` of the whole context, as far as memory goes.
-        Raises FormatError, ContextError, KernelError, LimitError.
+        Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
+        model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
+        answer depends on it. `backend`: kernels that are open already, for their threads.
+        Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
+        draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
@@ -134,7 +144,7 @@ class Model:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
             )
-        self.backend = open_backend(isa, threads)
+        self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
@@ -146,11 +156,14 @@ class Model:
             self.context,
             self.backend.exp,
             self.file.check_length,
+            costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
+        self._talk_drafting: tuple[Draft, int] | None = None
+        self.drafters = Drafters(self.engine, self._draft_model, draft, draft_tokens)
 
     # ---- text
 
@@ -196,7 +209,8 @@ class Model:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
-        choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
+        choice; draft and draft_tokens as for the model. Ends at an end-of-text token, a stop
+        string, `max_tokens`, or the context's end.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         with self.session(**options) as session:
@@ -217,8 +231,8 @@ class Model:
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
         room = self.context - len(session.tokens)
-        for _ in range(room if max_tokens is None else min(max_tokens, room)):
-            token = session.step()
+        for left in range(room if max_tokens is None else min(max_tokens, room), 0, -1):
+            token = session.step(left)
             if token in ends:
                 break
             piece = text.push(token)
@@ -240,6 +254,8 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        draft: Draft | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """The answer to a conversation by the model's own template; what the cache holds is reused.
@@ -249,8 +265,11 @@ class Model:
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             sampling = self.sampling(**options)
-            session = self._talk or Session(self.engine, sampling)
-            self._talk = session
+            session = self._talk = self._talk or Session(self.engine, sampling)
+            drafting = self.drafters.chosen(draft, draft_tokens)
+            if drafting != self._talk_drafting:
+                session.use(self.drafters.make(*drafting))
+                self._talk_drafting = drafting
             session.sampling = sampling
             session.stats = Stats(seed=sampling.seed)
             same = 0
@@ -267,9 +286,19 @@ class Model:
 
     # ---- ids
 
-    def session(self, **options: Any) -> "OpenSession":
+    def session(
+        self, *, draft: Draft | None = None, draft_tokens: int | None = None, **options: Any
+    ) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        return OpenSession(self, self.sampling(**options))
+        drafter = self.drafters.make(*self.drafters.chosen(draft, draft_tokens))
+        return OpenSession(self, self.sampling(**options), drafter)
+
+    def _draft_model(self, path: Path) -> "Model":
+        """A small model with the same ids, on the same threads. Raises TokenizerError."""
+        kv = self.engine.cache.shape.kind
+        small = Model(path, kv=kv, draft=False, backend=self.backend)
+        check_same_ids(self, small)
+        return small
 
     def scheduler(
         self,
@@ -346,6 +375,8 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
+        self.drafters.close()
+        keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 
     def __enter__(self) -> "Model":
@@ -358,8 +389,8 @@ class Model:
 class OpenSession(Session, AbstractContextManager["OpenSession"]):
     """A session that locks its model for each call and gives its pages back at the block's end."""
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
-        super().__init__(model.engine, sampling)
+    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
+        super().__init__(model.engine, sampling, drafter)
         self.model = model
 
     def prefill(self, ids: Iterable[int]) -> None:

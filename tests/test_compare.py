@@ -13,6 +13,7 @@ from chalot.charts import Point, scatter, strips
 from chalot.compare import Form, named
 from chalot.compare.page import markdown, page, parted
 from chalot.demo import FOLDER
+from chalot.errors import OutputError
 from chalot.evaluate import Quality
 from chalot.evaluate.report import evaluate
 from chalot.plan import plan
@@ -172,6 +173,29 @@ def test_no_two_forms_of_one_name() -> None:
     found = named(files, ["int8"])
     assert list(found) == ["x", "x (2)", "int8 (2)", "source (2)", "int8"]
     assert list(found.values()) == [*files, None]
+
+
+def test_a_form_that_would_replace_an_input_is_refused(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "convert", lambda *_, **__: pytest.fail("converted"))
+    mine = tmp_path / "source-int8.myai"
+    mine.write_bytes(made["file"].read_bytes())
+    forms = named([mine], ["int8"])
+    with pytest.raises(OutputError, match="is one of the models to compare.*--folder"):
+        verb.make(made["source"], forms, tmp_path, 1, lambda *_: None)
+    assert mine.read_bytes() == made["file"].read_bytes()
+
+
+def test_two_plans_of_one_stem_are_two_files(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(verb, "convert", lambda _, out, **__: written.append(out))
+    forms = named([tmp_path / "a" / "p.json", tmp_path / "b" / "p.json"], [])
+    found = verb.make(made["source"], forms, tmp_path, 1, lambda *_: None)
+    assert list(found) == ["p", "p (2)"] and written == list(found.values())
+    assert len({path.name for path in written}) == 2
 
 
 def test_pictures_of_strange_numbers() -> None:

@@ -27,6 +27,7 @@ from chalot.storing import (
     parse_schemes,
     planned_bytes,
     schemes_for,
+    with_regions,
 )
 
 
@@ -56,6 +57,7 @@ def convert(
     balance: str | None = None,
     ternary: str = TERNARY[0],
     refine: Refine | None = None,
+    regions: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -65,8 +67,9 @@ def convert(
     are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
     tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
-    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. Peak memory is
-    that of a layer and its largest tensor (chalot.fitting). The file appears whole or not at all.
+    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
+    the layers ("shallow=0-5,deep=6-17,fact=18-23"). Peak memory is that of a layer and its largest
+    tensor (chalot.fitting). The file appears whole or not at all.
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
@@ -81,10 +84,11 @@ def convert(
     checkpoint = open_checkpoint(found)
     try:
         how = Storing(
-            schemes_for(scheme, checkpoint, None if plan is None else Path(plan)),
+            schemes_for(scheme, checkpoint, None if plan is None else Path(plan), regions),
             parse_schemes(balance) if balance else None,
             ternary,
             refine,
+            regions,
         )
         watch = progress or (lambda *_: None)
         return write_myai(checkpoint, Path(out), how, name, said, threads, watch)
@@ -104,6 +108,7 @@ def write_myai(
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
     schemes, refine = how.schemes, how.refine
     work = Conversion(checkpoint, how, open_backend(threads=threads), progress)
+    work.config = with_regions(work.config, how.regions, checkpoint)
     check_ternary(how.ternary, work.schemes, refine is not None)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(

@@ -35,6 +35,7 @@ from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
+from chalot.region_bytes import RegionReport, region_reports, region_table
 from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
 from chalot.table import pairs, rows, size
@@ -116,6 +117,7 @@ class Description:
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
     scheme: str | None = None  # by which what is no .myai file yet is judged
+    regions: tuple[RegionReport, ...] = ()
     fit: Fit | None = None  # of such a source: every scheme, and the best
 
     def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
@@ -314,6 +316,7 @@ def _description(
         tuple(tensors),
         kernels,
         machine.memory_available(),
+        regions=region_reports(config, tensors),
     )
 
 
@@ -338,7 +341,8 @@ def _names(names: Iterable[str]) -> str:
 
 def render(report: Description, verbose: bool = False) -> str:
     """The report as text; with `verbose` every tensor."""
-    parts = [_facts(report), _kind_table(report), _memory_table(report)]
+    tables = (_kind_table(report), region_table(report.regions), _memory_table(report))
+    parts = [_facts(report), *tables]
     if report.fit is not None:
         parts.append(render_fit(report.fit))
     if verbose:

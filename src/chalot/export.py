@@ -35,6 +35,7 @@ class Options:
     tokenizer: bool = True  # of gguf: whether the file has one
     ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
     refine: Refine | None = None  # of myai
+    regions: str | None = None  # of myai: its layers by name
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -42,9 +43,10 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     from chalot.sources import called
 
     how = Storing(
-        schemes_for(options.scheme, checkpoint, options.plan),
+        schemes_for(options.scheme, checkpoint, options.plan, options.regions),
         ternary=options.ternary,
         refine=options.refine,
+        regions=options.regions,
     )
     name, threads = called(options.source), options.threads
     return write_myai(checkpoint, out, how, name, options.command, threads, options.progress)
@@ -84,7 +86,9 @@ class Target(NamedTuple):
 
 TARGETS = {
     "myai": Target(
-        to_myai, ".myai", ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine")
+        to_myai,
+        ".myai",
+        ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions"),
     ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
@@ -151,6 +155,7 @@ def export(
     progress: Progress | None = None,
     command: str | None = None,
     refine: Refine | None = None,
+    regions: str | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
@@ -164,7 +169,7 @@ def export(
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
-    given["refine"] = refine is not None
+    given |= {"refine": refine is not None, "regions": regions}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     options = Options(
         str(source),
@@ -178,6 +183,7 @@ def export(
         tokenizer,
         ternary,
         refine,
+        regions,
     )
     found = resolve(source, progress)
     check_place(Path(out), found)

@@ -15,7 +15,7 @@ from chalot.errors import FormatError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.model.config import ModelConfig
-from chalot.model.layers import model_tensors
+from chalot.model.layers import layer_tensors, model_tensors
 from chalot.quant.scheme import SCHEMES, Scheme
 
 VERSION = 1
@@ -24,7 +24,10 @@ SIMPLE = {"raw": "bf16", "8-bit": "int8", "4-bit": "nl4", "2-bit": "nl2", "1.58-
 
 
 class PlanDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See module. `tensors` goes from chalot's names to schemes; losses are nats a token."""
+    """See module. `tensors` goes from chalot's names to schemes; losses are nats a token.
+
+    A name may also be a region of the model, "deep", or "deep.ffn": all its matrices of that kind.
+    """
 
     format: int
     source: str
@@ -117,17 +120,32 @@ def planned_schemes(
 ) -> dict[str, Scheme]:
     """The schemes of the matrices that it names. Raises FormatError for another model's plan."""
     known = {s.name for s in model_tensors(config) if s.kind != "vector"}
-    if plan.tensors.keys() - known or (
+    found: dict[str, Scheme] = {}
+    for name, scheme in plan.tensors.items():  # of all of a region first: names go over them
+        found |= dict.fromkeys(in_region(name, config), SCHEMES[scheme])
+    found |= {name: SCHEMES[s] for name, s in plan.tensors.items() if name in known}
+    if any(name not in known and not in_region(name, config) for name in plan.tensors) or (
         plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)
     ):
         raise FormatError(
             f"the plan was made for {plan.source or 'another model'}, and {checkpoint.path} is not "
             "that; make one for it with `chalot plan`"
         )
-    found = {name: SCHEMES[scheme] for name, scheme in plan.tensors.items()}
     if "embedding" in found:
         found.setdefault("head", found["embedding"])  # a tied head has no other
     return found
+
+
+def in_region(name: str, config: ModelConfig) -> list[str]:
+    """The matrices that "REGION" or "REGION.KIND" stands for, as "deep" or "deep.ffn"."""
+    region, _, kind = name.partition(".")
+    layers = next((r.layers for r in config.regions if r.name == region), range(0))
+    return [
+        spec.name
+        for layer in layers
+        for spec in layer_tensors(config, layer)
+        if spec.kind != "vector" and kind in ("", spec.kind)
+    ]
 
 
 def as_bytes(plan: PlanDocument, simple: bool = False) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
+from chalot.model.regions import Region, Regions, check_regions, default_regions
 from chalot.model.rope import RopeScaling, frequencies, read_rope
 from chalot.model.settings import (
     LARGEST,
@@ -62,6 +63,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     score_cap: float = 0.0  # attention's scores become cap * tanh(score / cap); 0: they stay
     logit_cap: float = 0.0
     windows: tuple[int, ...] = ()  # positions that a query of a layer sees; 0: all; (): all layers
+    named_regions: tuple[Region, ...] = ()  # (): see `regions`
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary")
@@ -86,8 +88,15 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError(f"windows: expected 0 to {LARGEST} positions")
         if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; expected more than 1 with yarn")
+        if self.named_regions:
+            check_regions(self.named_regions, self.layers)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+    @property
+    def regions(self) -> Regions:
+        """The layers by name, in order: those of the file, or the usual ones."""
+        return self.named_regions or default_regions(self.layers)
 
     def window(self, layer: int) -> int:
         """Positions that a query sees in that layer, its own included; 0: all."""

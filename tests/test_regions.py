@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chalot import cli
 from chalot.convert import convert
 from chalot.describe import describe
-from chalot.errors import FormatError, SchemeError
+from chalot.errors import FormatError, RegionError
 from chalot.formats.myai import MyaiFile
 from chalot.load import read_model_config
 from chalot.model.config import ModelConfig
@@ -52,7 +52,7 @@ def test_regions_of_24_layers() -> None:
 )
 def test_regions_that_do_not_fit_are_refused(text: str, said: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", **FIVE)
-    with pytest.raises(SchemeError, match=said):
+    with pytest.raises(RegionError, match=said):
         convert(source, tmp_path / "x.myai", regions=text)
     assert not (tmp_path / "x.myai").exists()
 

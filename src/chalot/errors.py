@@ -7,6 +7,7 @@ ChalotError
 |- WeightError        NaN or Inf among weights, named by tensor
 |- TokenizerError     a tokenizer or chat template that is missing, broken or changed by conversion
 |- ContextError       more tokens than the context holds
+|- RegionError        a region of layers that the model does not have
 |- LimitError         memory, disk or time would not suffice
 |- OutputError        the output cannot be written, or another process is writing it
 |- KernelError        no kernel can run here, or a computation went wrong
@@ -44,6 +45,10 @@ class TokenizerError(ChalotError):
 
 class ContextError(ChalotError, ValueError):
     """More tokens than the context holds."""
+
+
+class RegionError(ChalotError, ValueError):
+    """A region of layers that the model does not have, or that does not fit it."""
 
 
 class LimitError(ChalotError):

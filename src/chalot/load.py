@@ -6,7 +6,7 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import byte_pairs, open_backend
+from chalot.kernels.backend import Runnable, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
+from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import Weights, build, cache_shape
+from chalot.residence import Residence
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -52,8 +54,16 @@ def read_model_config(file: MyaiFile) -> ModelConfig:
     return config
 
 
-def read_weights(file: MyaiFile, config: ModelConfig, activations: int | None) -> Weights:
-    """All tensors as views of the file. `activations` forces their bits, of dense matrices too."""
+def read_weights(
+    file: MyaiFile,
+    config: ModelConfig,
+    activations: int | None,
+    looked_at: Callable[[str], None] = lambda _: None,
+) -> Weights:
+    """All tensors as views of the file. `activations` forces their bits, of dense matrices too.
+
+    `looked_at` is told each tensor's name when its numbers were checked.
+    """
     matrices, vectors, planes = {}, {}, {}
     for spec in model_tensors(config):
         if spec.kind == "vector":
@@ -64,6 +74,7 @@ def read_weights(file: MyaiFile, config: ModelConfig, activations: int | None) -
                 planes[spec.name] = activations // 8
             elif matrices[spec.name].scheme.is_coded:
                 planes[spec.name] = file.manifest.tensors[spec.name].activation // 8
+        looked_at(spec.name)
     return Weights(matrices, vectors, planes)
 
 
@@ -91,6 +102,8 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        keep: Iterable[str] = (),
+        budget: int | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -100,14 +113,19 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
-        Raises FormatError, ContextError, KernelError, LimitError.
+        `keep` names regions of layers that are locked in memory, `budget` is the most bytes of
+        weights there: the rest is read again in each forward pass (chalot.residence).
+        Raises FormatError, ContextError, KernelError, LimitError, RegionError.
         """
         self.file = MyaiFile(Path(path).expanduser(), mmap)
+        self.config = read_model_config(self.file)
+        if mlock and budget is not None:
+            raise LimitError("--mlock keeps the whole file in memory, --budget does not; give one")
+        self.residence = Residence(self.file, self.config, keep, budget)
         if mlock:
             lock(self.file)
-        elif mmap:
+        elif mmap and self.residence.stream is None:
             read_ahead(self.file)
-        self.config = read_model_config(self.file)
         if kv not in CACHE_TYPES:
             raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
         if activations not in (None, 8, 16):
@@ -122,10 +140,11 @@ class Model:
             )
         self.backend = open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
-        weights = read_weights(self.file, self.config, activations)
-        program = build(self.config, weights, frequencies, kv)
+        looked_at = self.residence.looked_at
+        weights = read_weights(self.file, self.config, activations, looked_at)
+        self.maker = Maker(self.config, weights, frequencies, shape, self.backend)
         self.engine = Engine(
-            self.backend.compile(program),
+            self._runnable(kv),
             PageCache(shape, self.context + CHUNK, kv_budget),
             self.config.vocabulary,
             self.context,
@@ -136,6 +155,16 @@ class Model:
         self.lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
+
+    def _runnable(self, kv: str) -> Runnable:
+        """The model as one program; in pieces where not all of it stays in memory."""
+        made = self.maker
+        if self.residence.stream is None:
+            program = build(made.config, made.weights, made.inverse_frequency, kv)
+            return self.backend.compile(program)
+        pieces = Pieces(made, self.residence.borders)
+        pieces.before = self.residence.before_piece(p.layers for p in pieces.pieces)
+        return pieces
 
     # ---- text
 
@@ -310,6 +339,7 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
+        self.residence.close()
         self.file.close()
 
     def __enter__(self) -> "Model":

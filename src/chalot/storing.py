@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from chalot.checking import read_config
-from chalot.errors import FormatError, SchemeError
+from chalot.errors import FormatError, RegionError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.myai import HEADER
 from chalot.formats.myai_source import MyaiSource
@@ -76,7 +76,7 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
 def with_regions(config: ModelConfig, asked: str | None, checkpoint: Checkpoint) -> ModelConfig:
     """The model with the regions that were asked for, else with those that its source has.
 
-    Raises SchemeError where they do not fit the model.
+    Raises RegionError where they do not fit the model.
     """
     try:
         if asked is not None:
@@ -92,7 +92,7 @@ def with_regions(config: ModelConfig, asked: str | None, checkpoint: Checkpoint)
     except msgspec.ValidationError as error:
         raise FormatError(f"{checkpoint.path}: regions: {str(error)[:300]}") from None
     except ValueError as error:
-        raise SchemeError(f"--regions: {error}") from None
+        raise RegionError(f"--regions: {error}") from None
     return msgspec.structs.replace(config, named_regions=found)
 
 

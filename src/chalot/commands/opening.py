@@ -28,6 +28,28 @@ def size(text: str) -> int:
         raise ArgumentTypeError(str(error)) from None
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def residency_said(model: Any) -> str | None:
+    """What keeping and a budget came to, as a line; None where nobody asked."""
+    from chalot.table import size as shown
+
+    found = model.residence.report()
+    if not found.kept and found.budget is None:
+        return None
+    kept = f"{','.join(found.kept)} kept ({shown(found.kept_bytes)}); " if found.kept else ""
+    peak = found.peak_resident_bytes
+    most = "" if peak is None else f" (at most {shown(peak)})"
+    return (
+        f"{kept}at most {shown(found.weights_bytes)} of weights in memory, "
+        f"{shown(found.streamed_bytes)} read for each pass; waited {found.waited_seconds:.2f} s; "
+        f"{found.major_faults} page faults; the process has {shown(found.resident_bytes)}{most}"
+    )
+
+
 def cache_type(parser: ArgumentParser, default: str | None) -> None:
     """--kv"""
     kinds = ("int8", "f16", "f32")
@@ -45,6 +67,11 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
+    parser.add_argument(
+        "--keep", type=names, default=(), metavar="REGION,...", help="keep regions in memory"
+    )
+    text = "most bytes of weights in memory, as 200MB; the rest is read again for each token"
+    parser.add_argument("--budget", type=size, metavar="SIZE", help=text)
     cache_type(parser, "int8")
     parser.add_argument(
         "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 512MB"
@@ -73,5 +100,5 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
+    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "keep", "budget")
     return load(path, **{name: getattr(arguments, name) for name in options})

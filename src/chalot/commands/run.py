@@ -4,7 +4,13 @@ import sys
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.opening import MODEL, open_model, sampling_arguments, sampling_of
+from chalot.commands.opening import (
+    MODEL,
+    open_model,
+    residency_said,
+    sampling_arguments,
+    sampling_of,
+)
 from chalot.commands.output import as_json, say
 from chalot.errors import FormatError
 
@@ -48,7 +54,8 @@ def main(arguments: Arguments) -> int:
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             said = sampling_of(arguments) | {"seed": stats.seed}
-            print(as_json(answer | {"options": said, "stats": stats}))
+            more = {"residency": model.residence.report()} if residency_said(model) else {}
+            print(as_json(answer | {"options": said, "stats": stats} | more))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):
@@ -59,4 +66,7 @@ def main(arguments: Arguments) -> int:
                 f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s, "
                 f"{model.backend.name} on {model.backend.threads} threads"
             )
+            residency = residency_said(model)
+            if residency:
+                say(residency)
     return 0

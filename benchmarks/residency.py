@@ -17,10 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from chalot.table import parse_size, size
 from machine import HERE, OthersWork, describe_machine, provenance
 from paging import evict, limited
-
-from chalot.table import parse_size, size
 
 INSIDE = """
 import json, os, sys, time

@@ -1,4 +1,4 @@
-"""Regions that stay in memory, and a budget that the rest passes through: the same bits, less room."""
+"""Regions that stay in memory, and a budget that the rest passes through: the same bits."""
 
 import json
 import sys

@@ -9,6 +9,7 @@ ChalotError
 |- ContextError       more tokens than the context holds
 |- RegionError        a region of layers that the model does not have
 |- LimitError         memory, disk or time would not suffice
+|- WrongTypeError     an argument of another Python type than a function takes
 |- OutputError        the output cannot be written, or another process is writing it
 |- KernelError        no kernel can run here, or a computation went wrong
 `- HubError           the model hub refused or did not answer
@@ -53,6 +54,10 @@ class RegionError(ChalotError, ValueError):
 
 class LimitError(ChalotError):
     """Memory, disk or time would not suffice."""
+
+
+class WrongTypeError(ChalotError, TypeError):
+    """An argument of another Python type than a function takes."""
 
 
 class OutputError(ChalotError):

@@ -30,6 +30,7 @@ from chalot.model.layers import model_tensors
 from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import Weights, build, cache_shape
 from chalot.residence import Residence
+from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -117,6 +118,8 @@ class Model:
         weights there: the rest is read again in each forward pass (chalot.residence).
         Raises FormatError, ContextError, KernelError, LimitError, RegionError.
         """
+        counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
         if mlock and budget is not None:

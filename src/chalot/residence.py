@@ -100,12 +100,12 @@ class Residence:
         """A tensor has been checked: what passes through memory leaves it again."""
         if self.stream is None:
             return
-        parts = name.split(".")
-        unit = int(parts[1]) if parts[0] == "layers" else self.config.layers
-        is_head = name == head_name(self.config)
-        if (parts[0] == "layers" or is_head) and unit in self.stream.plan.streamed:
-            self.stream.drop(self._runs([name]))
-        elif name == "embedding" and not is_head:  # its rows are read by token
+        units: dict[str, int | None] = {"embedding": None, head_name(self.config): len(self.layers)}
+        units |= {f"layers.{i}.": i for i in self.layers}
+        begin = ".".join(name.split(".")[:2]) + "." if name.startswith("layers.") else name
+        unit = units.get(begin)
+        # an embedding that is no head: its rows are read by token
+        if unit in self.stream.plan.streamed or (begin in units and unit is None):
             self.stream.drop(self._runs([name]))
 
     def report(self) -> Resident:

@@ -28,9 +28,12 @@ def size(text: str) -> int:
         raise ArgumentTypeError(str(error)) from None
 
 
-def names(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def names(text: str) -> list[str]:
+    """Names, with commas between."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise ArgumentTypeError(f"found {text!r:.40}, expected names with commas between: nl4,int8")
+    return found
 
 
 def residency_said(model: Any) -> str | None:

@@ -120,7 +120,7 @@ def test_a_plan_may_speak_of_regions(tmp_path: Path) -> None:
     assert schemes["layers.2.up"] == "nl2"
     assert schemes["layers.3.down"] == "nl4", "a tensor's own name goes over its region's"
     assert schemes["layers.3.query"] == "bf16"
-    with pytest.raises(FormatError, match="another model"):
+    with pytest.raises(FormatError, match="names 'back.ffn', which is no matrix"):
         convert(source, tmp_path / "y.myai", plan=file)  # whose regions have other names
 
 

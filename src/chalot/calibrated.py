@@ -10,7 +10,7 @@ it was made on, and decide only whether drafting is on.
 import hashlib
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -136,8 +136,8 @@ def read(path: Path, config: ModelConfig, digest: str) -> tuple[Calibration, Mat
         raise FormatError(f"{path}: {quoted(str(error), 300)}; {remedy}") from None
     if found.model != digest:
         raise FormatError(
-            f"{path}: was made for another file ({quoted(found.model[:16])}...) than the one beside "
-            f"it ({digest[:16]}...); {remedy}"
+            f"{path}: was made for another file ({quoted(found.model[:16])}...) than the one that "
+            f"it lies beside ({digest[:16]}...); {remedy}"
         )
     wrong = next(problems(found, config), None)
     if wrong:
@@ -165,7 +165,7 @@ def finite_scales(matrix: Matrix) -> bool:
     return all(np.isfinite(s).all() for s in scales)
 
 
-def problems(found: Calibration, config: ModelConfig) -> Iterable[str]:
+def problems(found: Calibration, config: ModelConfig) -> Iterator[str]:
     """What does not fit the model, or itself."""
     tokens, layers = found.short.tokens, range(1, config.layers)
     if found.short.scheme not in SCHEMES or found.short.planes not in (0, 1, 2):

@@ -20,6 +20,7 @@ from chalot.drafts import check_same_ids, keep_costs, read_costs
 from chalot.engine.draft_model import ModelDrafter
 from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.layer_draft import LayerDrafter
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
@@ -33,6 +34,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import Weights, build, cache_shape
+from chalot.reflexes import Margin, Reflexes
 from chalot.residence import Residence
 from chalot.typed import MAY_COUNT, PATH, check_types
 
@@ -109,6 +111,8 @@ class Model:
         mlock: bool = False,
         keep: Iterable[str] = (),
         budget: int | None = None,
+        early_exit: Margin = None,
+        calibration: bool = True,
         draft: bool | str | Path = True,
         draft_tokens: int = MOST,
         backend: Backend | None = None,
@@ -126,6 +130,8 @@ class Model:
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
+        `early_exit` lets tokens skip layers, by a margin of logits or "auto"; it changes texts, and
+        needs a calibration, which without `calibration` is not read (chalot.reflexes).
         Raises FormatError, ContextError, KernelError, LimitError, RegionError, TokenizerError for
         a draft model with other ids.
         """
@@ -157,6 +163,8 @@ class Model:
         looked_at = self.residence.looked_at
         weights = read_weights(self.file, self.config, activations, looked_at)
         self.maker = Maker(self.config, weights, frequencies, shape, self.backend)
+        streams = self.residence.stream is not None
+        self.reflexes = Reflexes(self.file, self.maker, calibration, early_exit, streams)
         self.engine = Engine(
             self._runnable(kv),
             PageCache(shape, self.context + CHUNK, kv_budget),
@@ -168,6 +176,7 @@ class Model:
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
+        self.shallow = None if draft is False or streams else self.reflexes.shallow(self.engine)
         self._small: dict[Path, Model] = {}  # draft models
         self.drafting = draft, draft_tokens
         self.drafter(*self.drafting)  # refuses what cannot be
@@ -178,6 +187,8 @@ class Model:
     def _runnable(self, kv: str) -> Runnable:
         """The model as one program; in pieces where not all of it stays in memory."""
         made = self.maker
+        if self.reflexes.exit is not None:
+            return self.reflexes.exit
         if self.residence.stream is None:
             program = build(made.config, made.weights, made.inverse_frequency, kv)
             return self.backend.compile(program)
@@ -286,7 +297,7 @@ class Model:
         with self.lock:
             sampling = self.sampling(**options)
             drafting = self._or_default(draft, draft_tokens)
-            session = self._talk or Session(self.engine, sampling, self.drafter(*drafting))
+            session = self._talk or OpenSession(self, sampling, self.drafter(*drafting))
             if drafting != self._talk_drafting and self._talk:
                 if session.drafter is not None:
                     session.drafter.close()
@@ -334,6 +345,8 @@ class Model:
         if not most or draft is False:
             return None
         from_text = TextDrafter(self.engine.costs, most)
+        if draft is True and self.shallow is not None:
+            return Several([from_text, LayerDrafter(self.shallow, self.engine.costs, most)])
         if draft is True:
             return from_text
         path = Path(draft).expanduser()
@@ -386,6 +399,7 @@ class Model:
                 wanted = "none" if at < first else "all"
                 end = min(first, at + CHUNK) if at < first else min(at + size, len(tokens))
                 with self.lock:
+                    self.reflexes.set_margin()
                     got = self.engine.step([Work(sequence, tokens[at:end], wanted)])
                 at = end
                 if len(got):
@@ -419,15 +433,19 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
     def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
         super().__init__(model.engine, sampling, drafter)
         self.model = model
+        self.margin: float | None = None  # of early exit, where a supervisor sets it
 
     def prefill(self, ids: Iterable[int]) -> None:
         """See Session."""
         with self.model.lock:
+            self.model.reflexes.set_margin(self.margin)
             super().prefill(list(ids))
+            self.margin = self.model.reflexes.margin_of_prompt()
 
     def step(self, most: int | None = None) -> int:
         """See Session."""
         with self.model.lock:
+            self.model.reflexes.set_margin(self.margin)
             return super().step(most)
 
     def __exit__(self, *_: object) -> None:

@@ -36,6 +36,23 @@ def names(text: str) -> list[str]:
     return found
 
 
+def margin(text: str) -> float | str:
+    """A margin of early exit; its range is the model's to check."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"found {text!r:.40}, expected a number or auto") from None
+
+
+def exits_said(model: Any) -> str | None:
+    """What left early, as a line; None where nobody asked."""
+    found = model.reflexes.report()
+    if found is None:
+        return None
+    where = ", ".join(f"{n} behind {layers} layers" for layers, n in found.left.items())
+    return f"early exit by {found.margin:g}: of {found.tokens} tokens {where} (answers change)"
+
+
 def residency_said(model: Any) -> str | None:
     """What keeping and a budget came to, as a line; None where nobody asked."""
     from chalot.table import size as shown
@@ -76,6 +93,8 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     text = "most bytes of weights in memory, as 200MB; the rest is read again for each token"
     parser.add_argument("--budget", type=size, metavar="SIZE", help=text)
     drafting_arguments(parser)
+    text = "skip layers where the best token leads by so much (logits), or auto; changes answers"
+    parser.add_argument("--early-exit", metavar="MARGIN", type=margin, help=text)
     cache_type(parser, "int8")
     parser.add_argument(
         "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 512MB"
@@ -117,7 +136,7 @@ def open_model(arguments: Arguments) -> Any:
 
     path = converted(arguments.model, arguments)
     names = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")
-    options = {name: getattr(arguments, name) for name in (*names, "keep", "budget")}
+    options = {name: getattr(arguments, name) for name in (*names, "keep", "budget", "early_exit")}
     if isinstance(arguments.draft, str):
         options["draft"] = converted(arguments.draft, arguments)
     return load(path, **options)

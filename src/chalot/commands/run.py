@@ -6,6 +6,7 @@ from argparse import Namespace as Arguments
 
 from chalot.commands.opening import (
     MODEL,
+    exits_said,
     open_model,
     residency_said,
     sampling_arguments,
@@ -55,6 +56,8 @@ def main(arguments: Arguments) -> int:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             said = sampling_of(arguments) | {"seed": stats.seed}
             more = {"residency": model.residence.report()} if residency_said(model) else {}
+            if exits_said(model):
+                more["early_exit"] = model.reflexes.report()
             print(as_json(answer | {"options": said, "stats": stats} | more))
             return 0
         sys.stdout.write("\n")
@@ -66,7 +69,6 @@ def main(arguments: Arguments) -> int:
                 f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
                 f"{model.backend.name} on {model.backend.threads} threads"
             )
-            residency = residency_said(model)
-            if residency:
-                say(residency)
+            for line in filter(None, (residency_said(model), exits_said(model))):
+                say(line)
     return 0

@@ -10,15 +10,18 @@ it was made on, and decide only whether drafting is on.
 import hashlib
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from chalot.errors import FormatError
 from chalot.formats.documents import parse_json
-from chalot.formats.files import quoted, whole_file
+from chalot.formats.files import quoted
+from chalot.formats.new_file import NewFile
 from chalot.model.config import ModelConfig
 from chalot.quant.packing import ALIGNMENT, Layout, Matrix, aligned, stored_bytes
 from chalot.quant.scheme import SCHEMES
@@ -98,18 +101,33 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     supervisor: Supervisor | None = None
 
 
+def is_simple(found: Supervisor, state: NDArray[np.float32]) -> bool:
+    """Whether a prompt is simple; the sum is rounded once, so that every machine says the same."""
+    products = [w * float(s) for w, s in zip(found.weights, state, strict=True)]
+    return math.fsum([*products, found.bias]) > 0
+
+
 def beside(model: Path) -> Path:
     """Where a model's calibration is."""
     return model.with_name(model.name + SUFFIX)
 
 
-def write(path: Path, found: Calibration, head: Matrix) -> None:
-    """Write it, whole or not at all. Raises OutputError."""
-    raw = msgspec.json.encode(found)
-    body = raw + b"\0" * (-len(raw) % ALIGNMENT) + head.data.tobytes()
-    front = FRONT.pack(MAGIC, VERSION, len(raw), hashlib.sha256(body).digest())
-    with whole_file(path, MAGIC) as file:
-        file.write(front.ljust(ALIGNMENT, b"\0") + body)
+@contextmanager
+def new_calibration(path: Path) -> Iterator[Callable[[Calibration, Matrix], None]]:
+    """What writes a calibration and its short head, whole or not at all; its place is checked now.
+
+    Raises OutputError.
+    """
+    with NewFile(path, MAGIC, SUFFIX) as file:
+
+        def write(found: Calibration, head: Matrix) -> None:
+            raw = msgspec.json.encode(found)
+            body = raw + b"\0" * (-len(raw) % ALIGNMENT) + head.data.tobytes()
+            front = FRONT.pack(MAGIC, VERSION, len(raw), hashlib.sha256(body).digest())
+            file.write(front.ljust(ALIGNMENT, b"\0") + body)
+            file.commit()
+
+        yield write
 
 
 def read(path: Path, config: ModelConfig, digest: str) -> tuple[Calibration, Matrix] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from chalot import calibrated
-from chalot.calibrated import MOST_MARGIN, Calibration
+from chalot.calibrated import MOST_MARGIN, Calibration, is_simple
 from chalot.engine.early_exit import EarlyExit
 from chalot.engine.generate import Engine
 from chalot.engine.layer_draft import Shallow
@@ -106,8 +106,6 @@ class Reflexes:
         found = self.found.supervisor
         if found is None or not found.on:
             return None
-        from chalot.calibrate.probe import is_simple
-
         return self.margin * (found.factor if is_simple(found, self.exit.shallow) else 1.0)
 
     def shallow(self, engine: Engine) -> Shallow | None:

@@ -8,7 +8,8 @@ choice of the best among its candidates.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from chalot.calibrated import Calibration, Depth, ShortHead
 from chalot.charts import Point, drawn
 from chalot.errors import ContextError, UnsupportedError
 from chalot.formats.files import read_text
+from chalot.formats.new_file import NewFile
 from chalot.kernels.program import PAGE
 from chalot.load import Model
 from chalot.model.transformer import head_name
@@ -69,7 +71,11 @@ def calibrate(
     )
     path = Path(model).expanduser()
     written = read_text(Path(text))
-    with Model(path, threads=threads, context=None, draft=False, calibration=False) as opened:
+    place = calibrated.beside(path)
+    with (
+        Model(path, threads=threads, draft=False, calibration=False) as opened,
+        calibrated.new_calibration(place) as write,
+    ):
         config = opened.config
         if config.layers < 2:
             raise UnsupportedError(f"{path}: has one layer; there is nothing shallower to look at")
@@ -77,25 +83,11 @@ def calibrate(
         windows = looked_at(ids, TOKENS if tokens is None else tokens)
         heads = short_heads(opened, ids[: len(ids) // 2])
         borders = tuple(r.first for r in config.regions[1:])
-        looked = look(opened.maker, windows, heads, borders[0] if borders else 1, progress)
+        looked = look(opened.maker, windows, heads, borders, progress)
         costs = measure(opened.engine, opened.maker, heads, windows[0][0])
-        found, head = conclude(opened, looked, costs, heads, borders)
-        said = hashlib.sha256(written.encode()).hexdigest()[:16]
-        known = set(found.short.tokens)
-        coverage = sum(i in known for w in windows for i in w) / sum(map(len, windows))
-        backend = opened.backend
-        found = Calibration(
-            **{
-                **{f: getattr(found, f) for f in found.__struct_fields__},
-                "text": f"{Path(text).name} {said}",
-                "machine": f"{backend.name} on {backend.threads} threads",
-                "short": ShortHead(
-                    found.short.scheme, found.short.tokens, found.short.planes, coverage
-                ),
-            }
-        )
-    place = calibrated.beside(path)
-    calibrated.write(place, found, head.matrix)
+        digest = hashlib.sha256(written.encode()).hexdigest()[:16]
+        found, head = conclude(opened, looked, costs, heads, f"{Path(text).name} {digest}")
+        write(found, head.matrix)
     return CalibrateReport(str(path), str(place), found)
 
 
@@ -131,39 +123,54 @@ def short_heads(model: Model, ids: Sequence[int]) -> dict[int, Head]:
 
 
 def conclude(
-    model: Model,
-    looked: Looked,
-    costs: Costs,
-    heads: dict[int, Head],
-    borders: tuple[int, ...],
+    model: Model, looked: Looked, costs: Costs, heads: dict[int, Head], text: str
 ) -> tuple[Calibration, Head]:
     """All choices, and the short head that they take."""
+    config, backend = model.config, model.backend
+    borders = tuple(r.first for r in config.regions[1:])
     draft, size = best_draft(looked, costs)
-    head, full = heads[size], model.config.vocabulary
-    exits = best_exits(looked, costs, borders, head, model.config.layers) if borders else ()
+    head, full = heads[size], config.vocabulary
+    exits = best_exits(looked, costs, borders, head, config.layers) if borders else ()
     supervisor = None
     if exits:
         first = exits[0].layers
         same = looked.tops[full][first - 1] == looked.final
-        supervisor = supervise(looked.shallow, same, looked.windows)
-    both = zip(looked.agreement(full), looked.agreement(size), strict=True)
+        supervisor = supervise(looked.states[first], same, looked.windows)
     assert head.ids is not None
-    planes = model.maker.weights.planes.get(head_name(model.config), 0)
-    short = ShortHead(str(head.matrix.scheme), tuple(head.ids.tolist()), planes, 0.0)
-    depths = tuple(Depth(k, *pair) for k, pair in enumerate(both, 1))
+    scheme, planes = str(head.matrix.scheme), model.maker.weights.planes.get(head_name(config), 0)
+    coverage = float(np.isin(looked.ids, head.ids).mean())
+    both = zip(looked.agreement(full), looked.agreement(size), strict=True)
     found = Calibration(
-        model.file.digest,
-        "",
-        "",
-        len(looked.final),
-        costs.said(),
-        depths,
-        short,
-        draft,
-        exits,
-        supervisor,
+        model=model.file.digest,
+        text=text,
+        machine=f"{backend.name} on {backend.threads} threads",
+        tokens=len(looked.final),
+        seconds=costs.said(),
+        depths=tuple(Depth(k, *pair) for k, pair in enumerate(both, 1)),
+        short=ShortHead(scheme, tuple(head.ids.tolist()), planes, coverage),
+        draft=draft,
+        exits=exits,
+        supervisor=supervisor,
     )
     return found, head
+
+
+@contextmanager
+def new_picture(path: str | None) -> Iterator[Callable[[Calibration], None]]:
+    """What draws agreement by depth to a file, whose place is checked now; to none without a path.
+
+    Whole or not at all; over another .svg only. Raises OutputError.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    with NewFile(Path(path).expanduser(), b"<svg", ".svg") as file:
+
+        def draw(found: Calibration) -> None:
+            file.write(picture(found).encode())
+            file.commit()
+
+        yield draw
 
 
 def picture(found: Calibration) -> str:

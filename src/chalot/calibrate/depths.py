@@ -43,7 +43,8 @@ class Looked:
     final: Ints  # best token behind all layers
     tops: dict[int, Ints]  # by the size of the head: best token behind 1, 2, ... layers
     leads: dict[int, Floats]  # of short heads: how far the best logit is ahead of the second
-    shallow: Floats  # (tokens, hidden) behind the first border
+    ids: Ints  # the text
+    states: dict[int, Floats]  # (tokens, hidden) behind so many layers, at borders
 
     def agreement(self, size: int) -> list[float]:
         """By depth, the share of tokens whose best is that of full depth."""
@@ -69,10 +70,10 @@ def look(
     maker: Maker,
     windows: Sequence[Sequence[int]],
     heads: Mapping[int, Head],
-    border: int,
+    borders: Sequence[int],
     progress: Callable[[int, int], None],
 ) -> Looked:
-    """Run the windows, of PAGE tokens at most. `border` is where shallow states are kept."""
+    """Run the windows, of PAGE tokens at most. States are kept at the borders."""
     config = maker.config
     given = Handover(config.hidden)
     layers = [maker.piece(range(i, i + 1), given if i else None) for i in range(config.layers)]
@@ -86,7 +87,7 @@ def look(
     found: dict[int, list[list[Ints]]] = {size: [] for size in (full, *few)}
     leads: dict[int, list[list[Floats]]] = {size: [] for size in few}
     final: list[Ints] = []
-    shallow: list[Floats] = []
+    kept: dict[int, list[Floats]] = {b: [] for b in borders}
     for number, tokens in enumerate(windows):
         place, rows = Place(cache), np.arange(len(tokens), dtype=np.int32)
         place.reserve(len(tokens))
@@ -107,8 +108,8 @@ def look(
                 known = heads[size].ids
                 tops[size].append(two[:, 0] if known is None else known[two[:, 0]])
                 ahead[size].append(logits[:, 0] - logits[:, 1])
-            if i + 1 == border:
-                shallow.append(states.copy())
+            if i + 1 in kept:
+                kept[i + 1].append(states.copy())
         for size in found:
             found[size].append(tops[size])
         for size in few:
@@ -120,5 +121,6 @@ def look(
         np.concatenate(final),
         {size: np.concatenate(some, axis=1) for size, some in found.items()},
         {size: np.concatenate(some, axis=1) for size, some in leads.items()},
-        np.concatenate(shallow),
+        np.concatenate([np.array(w, np.int32) for w in windows]),
+        {b: np.concatenate(some) for b, some in kept.items()},
     )

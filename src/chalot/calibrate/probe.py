@@ -103,9 +103,3 @@ def supervise(
 def predicted(x: Floats, weights: Floats, bias: float) -> Floats:
     """Above 0: simple."""
     return np.asarray(x @ weights + bias)
-
-
-def is_simple(found: Supervisor, state: NDArray[np.float32]) -> bool:
-    """Whether a prompt is simple; the sum is rounded once, so that every machine says the same."""
-    products = [w * float(s) for w, s in zip(found.weights, state, strict=True)]
-    return math.fsum([*products, found.bias]) > 0

@@ -2,7 +2,6 @@
 
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
-from pathlib import Path
 
 from chalot.commands.opening import MODEL, converted
 from chalot.commands.output import as_json, progress
@@ -18,11 +17,10 @@ def arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot.calibrate import calibrate, picture, render
-    from chalot.formats.files import whole_file
+    from chalot.calibrate import calibrate, new_picture, render
 
     path = converted(arguments.model, arguments)
-    with progress(arguments, "looking") as advance:
+    with progress(arguments, "looking") as advance, new_picture(arguments.plot) as draw:
         report = calibrate(
             path,
             arguments.text,
@@ -30,8 +28,6 @@ def main(arguments: Arguments) -> int:
             threads=arguments.threads,
             progress=lambda n, of: advance(f"window {n} of {of}", n, of),
         )
-    if arguments.plot:
-        with whole_file(Path(arguments.plot).expanduser(), b"<svg") as file:
-            file.write(picture(report.found).encode())
+        draw(report.found)
     print(as_json(report) if arguments.json else f"{render(report)}\n{report.path}")
     return 0

@@ -139,7 +139,7 @@ def checked(early_exit: Margin) -> float | None:
     if early_exit == AUTO:
         return 0.0  # until the calibration says it
     try:
-        margin = float(early_exit)
+        margin = math.nan if isinstance(early_exit, bool) else float(early_exit)
     except (TypeError, ValueError):
         margin = math.nan
     if not 0 <= margin <= MOST_MARGIN:

@@ -59,9 +59,10 @@ class Served:
         self._opening = threading.Lock()
 
     def start(self) -> None:
-        """Open the tokenizer, and begin to compute."""
+        """Open the tokenizer, and begin to compute; the second time, nothing."""
         self.tokenizer.encode("ready?")
-        self.worker.start()
+        if not self.worker.alive:
+            self.worker.start()
 
     def stop(self) -> None:
         """End what runs."""

@@ -47,6 +47,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/cancel/{id}", information.cancel),
     ("POST", "/tokenize", information.tokenize),
     ("POST", "/detokenize", information.detokenize),
+    ("GET", "/tokenizer_info", information.tokenizer_info),
     ("GET", "/health", information.health),
     ("GET", "/ready", information.ready),
     ("GET", "/metrics", information.metrics),

@@ -6,9 +6,10 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace as with_changes
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape
 
 if TYPE_CHECKING:
+    from chalot.concurrent import Concurrent
     from chalot.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -222,6 +224,27 @@ class Model:
         """The whole answer; options as for `stream`."""
         return "".join(self.stream(prompt, **options))
 
+    def generate_batch(self, prompts: Iterable[str | Iterable[int]], **options: Any) -> list[str]:
+        """The answers to many prompts, computed together: each is what `generate` gives.
+
+        Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
+        memory of its own, see `scheduler`. The first error ends all answers.
+        """
+        return self._concurrent.generate(list(prompts), **options)
+
+    def astream(self, prompt: str | Iterable[int], **options: Any) -> AsyncGenerator[str, None]:
+        """`stream` for asyncio: `async for piece in model.astream(prompt)`.
+
+        Streams of one time share forward passes; one that nobody iterates any more is cancelled.
+        """
+        return self._concurrent.stream(prompt, **options)
+
+    @cached_property
+    def _concurrent(self) -> "Concurrent":
+        from chalot.concurrent import Concurrent
+
+        return Concurrent(self)
+
     def stream_chat(
         self,
         messages: Messages,
@@ -331,6 +354,8 @@ class Model:
 
     def close(self) -> None:
         """Give back cache, sessions and file."""
+        if "_concurrent" in vars(self):
+            self._concurrent.close()
         if self._talk is not None:
             self._talk.close()
             self._talk = None

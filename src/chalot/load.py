@@ -18,14 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
+from chalot.drafts import check_same_ids, keep_costs, read_costs
+from chalot.engine.draft_model import ModelDrafter
+from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import byte_pairs, open_backend
+from chalot.kernels.backend import Backend, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
@@ -96,6 +100,9 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        draft: bool | str | Path = True,
+        draft_tokens: int = MOST,
+        backend: Backend | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -105,7 +112,11 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
-        Raises FormatError, ContextError, KernelError, LimitError.
+        Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
+        model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
+        answer depends on it. `backend`: kernels that are open already, for their threads.
+        Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
+        draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
@@ -128,7 +139,7 @@ class Model:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
             )
-        self.backend = open_backend(isa, threads)
+        self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
@@ -139,11 +150,16 @@ class Model:
             self.context,
             self.backend.exp,
             self.file.check_length,
+            costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
+        self._small: dict[Path, Model] = {}  # draft models
+        self.drafting = draft, draft_tokens
+        self.drafter(*self.drafting)  # refuses what cannot be
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
+        self._talk_drafting = self.drafting
 
     # ---- text
 
@@ -189,7 +205,8 @@ class Model:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
-        choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
+        choice; draft and draft_tokens as for the model. Ends at an end-of-text token, a stop
+        string, `max_tokens`, or the context's end.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         with self.session(**options) as session:
@@ -210,8 +227,8 @@ class Model:
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
         room = self.context - len(session.tokens)
-        for _ in range(room if max_tokens is None else min(max_tokens, room)):
-            token = session.step()
+        for left in range(room if max_tokens is None else min(max_tokens, room), 0, -1):
+            token = session.step(left)
             if token in ends:
                 break
             piece = text.push(token)
@@ -254,6 +271,8 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        draft: bool | str | Path | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """The answer to a conversation by the model's own template; what the cache holds is reused.
@@ -263,8 +282,13 @@ class Model:
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             sampling = self.sampling(**options)
-            session = self._talk or Session(self.engine, sampling)
-            self._talk = session
+            drafting = self._or_default(draft, draft_tokens)
+            session = self._talk or Session(self.engine, sampling, self.drafter(*drafting))
+            if drafting != self._talk_drafting and self._talk:
+                if session.drafter is not None:
+                    session.drafter.close()
+                session.drafter = self.drafter(*drafting)
+            self._talk, self._talk_drafting = session, drafting
             session.sampling = sampling
             session.stats = Stats(seed=sampling.seed)
             same = 0
@@ -281,9 +305,42 @@ class Model:
 
     # ---- ids
 
-    def session(self, **options: Any) -> "OpenSession":
+    def session(
+        self,
+        *,
+        draft: bool | str | Path | None = None,
+        draft_tokens: int | None = None,
+        **options: Any,
+    ) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        return OpenSession(self, self.sampling(**options))
+        drafter = self.drafter(*self._or_default(draft, draft_tokens))
+        return OpenSession(self, self.sampling(**options), drafter)
+
+    def _or_default(
+        self, draft: bool | str | Path | None, draft_tokens: int | None
+    ) -> tuple[bool | str | Path, int]:
+        return (
+            self.drafting[0] if draft is None else draft,
+            self.drafting[1] if draft_tokens is None else draft_tokens,
+        )
+
+    def drafter(self, draft: bool | str | Path, most: int) -> Drafter | None:
+        """What drafts a text of its own, at most so many tokens; see `Model`."""
+        if not (isinstance(most, int) and 0 <= most < CHUNK):
+            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
+        if not most or draft is False:
+            return None
+        from_text = TextDrafter(self.engine.costs, most)
+        if draft is True:
+            return from_text
+        path = Path(draft).expanduser()
+        if path not in self._small:
+            kv = self.engine.cache.shape.kind
+            small = Model(path, kv=kv, draft=False, backend=self.backend)
+            check_same_ids(self, small)
+            self._small[path] = small
+        engine, ids = self._small[path].engine, self.config.vocabulary
+        return Several([from_text, ModelDrafter(engine, ids, self.engine.costs, most)])
 
     def scheduler(
         self,
@@ -362,6 +419,10 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
+        for small in self._small.values():
+            small.close()
+        self._small.clear()
+        keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 
     def __enter__(self) -> "Model":
@@ -374,8 +435,8 @@ class Model:
 class OpenSession(Session, AbstractContextManager["OpenSession"]):
     """A session that locks its model for each call and gives its pages back at the block's end."""
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
-        super().__init__(model.engine, sampling)
+    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
+        super().__init__(model.engine, sampling, drafter)
         self.model = model
 
     def prefill(self, ids: Iterable[int]) -> None:

@@ -70,6 +70,11 @@ class Concurrent:
         if max_tokens is not None and max_tokens < 0:
             raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
         model = self.model
+        for name in (
+            "draft",
+            "draft_tokens",
+        ):  # the model's own hold here; no answer depends on them
+            options.pop(name, None)
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         room = max(model.context - len(ids), 0)
         most = room if max_tokens is None else min(max_tokens, room)

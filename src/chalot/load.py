@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace as with_changes
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
-from chalot.model.transformer import Weights, build, cache_shape
+from chalot.model.transformer import Weights, build, cache_shape, head_input
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
@@ -85,6 +85,12 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
+def cache_budget(texts: int, budget: int | None) -> int | None:
+    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
+    free = machine.memory_available()
+    return free // 2 if texts > 1 and budget is None and free is not None else budget
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -103,6 +109,7 @@ class Model:
         draft: bool | str | Path = True,
         draft_tokens: int = MOST,
         backend: Backend | None = None,
+        texts: int = 1,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -112,6 +119,7 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
@@ -143,9 +151,10 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
+        self.head_input = head_input(program)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK, kv_budget),
+            PageCache(shape, texts * self.context + CHUNK, cache_budget(texts, kv_budget)),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
@@ -361,7 +370,15 @@ class Model:
             budget = max(free // 2, shape.page_bytes)
         cache = PageCache(shape, slots * (self.context + CHUNK), budget)
         engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
-        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
+        draft, most = self.drafting
+        return Scheduler(
+            engine,
+            slots=slots,
+            chunk=chunk,
+            queue=queue,
+            prefix_pages=prefix_pages,
+            drafter=partial(TextDrafter, most=most) if draft and most else None,
+        )
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.

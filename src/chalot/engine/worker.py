@@ -1,6 +1,7 @@
 """A thread that runs a scheduler for as long as there is something to do, and sleeps otherwise."""
 
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -8,8 +9,20 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from chalot.engine.scheduler import Scheduler
+from chalot.errors import ChalotError, KernelError, LimitError
 
 Result = TypeVar("Result")
+
+
+def as_chalot_error(error: Exception) -> ChalotError:
+    """What a request is told of an error that nobody has foreseen."""
+    if isinstance(error, ChalotError):
+        return error
+    if isinstance(error, MemoryError):
+        return LimitError("out of memory in mid-pass; fewer slots or a smaller --context help")
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "nowhere"
+    return KernelError(f"the scheduler failed: {type(error).__name__} at {where}; report it")
 
 
 class Worker:
@@ -41,6 +54,11 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def call(self, function: Callable[[], Result]) -> "Future[Result]":
         """Run a function in the worker's thread, between two passes."""
         future: Future[Any] = Future()
@@ -60,7 +78,11 @@ class Worker:
         while not self._stopping:
             self._wake.clear()
             with self.guard:
-                busy = self._run_calls() or self.scheduler.run_once()
+                try:
+                    busy = self._run_calls() or self.scheduler.run_once()
+                except Exception as error:  # a fault of chalot's own: who waits must hear of it
+                    self.scheduler.fail_all(as_chalot_error(error))
+                    busy = True
             if not busy:
                 self._wake.wait()
         with self.guard:

@@ -142,7 +142,7 @@ class Model:
         if context is None:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = context
-        self.kv_budget = kv_budget
+        self.kv, self.kv_budget = kv, kv_budget
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"

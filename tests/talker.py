@@ -18,10 +18,14 @@ class Stats:
     seed: int | None = None
     prefill_tokens_per_second: float = 100.0
     tokens_per_second: float = 10.0
+    drafting: str = ""
 
 
 class Talker:
     """`heard` keeps every call; told to "interrupt", it sends itself a SIGINT after two words."""
+
+    kv = "int8"
+    context = 1024
 
     def __init__(self, template: str | None = "chatml", digest: str = "d1") -> None:
         source = None if template is None else TEMPLATES[template]

@@ -6,9 +6,10 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace as with_changes
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +18,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
+from chalot.drafts import check_same_ids, keep_costs, read_costs
+from chalot.engine.draft_model import ModelDrafter
+from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import byte_pairs, open_backend
+from chalot.kernels.backend import Backend, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape, head_input
+from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
+    from chalot.concurrent import Concurrent
     from chalot.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -99,6 +106,9 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        draft: bool | str | Path = True,
+        draft_tokens: int = MOST,
+        backend: Backend | None = None,
         texts: int = 1,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
@@ -110,8 +120,14 @@ class Model:
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         The cache has room for `texts` of the whole context, as far as memory goes.
-        Raises FormatError, ContextError, KernelError, LimitError.
+        Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
+        model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
+        answer depends on it. `backend`: kernels that are open already, for their threads.
+        Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
+        draft model with other ids.
         """
+        counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)
@@ -126,12 +142,12 @@ class Model:
         if context is None:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = context
-        self.kv_budget = kv_budget
+        self.kv, self.kv_budget = kv, kv_budget
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
             )
-        self.backend = open_backend(isa, threads)
+        self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
@@ -143,11 +159,16 @@ class Model:
             self.context,
             self.backend.exp,
             self.file.check_length,
+            costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
+        self._small: dict[Path, Model] = {}  # draft models
+        self.drafting = draft, draft_tokens
+        self.drafter(*self.drafting)  # refuses what cannot be
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
+        self._talk_drafting = self.drafting
 
     # ---- text
 
@@ -193,7 +214,8 @@ class Model:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
-        choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
+        choice; draft and draft_tokens as for the model. Ends at an end-of-text token, a stop
+        string, `max_tokens`, or the context's end.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         with self.session(**options) as session:
@@ -214,8 +236,8 @@ class Model:
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
         room = self.context - len(session.tokens)
-        for _ in range(room if max_tokens is None else min(max_tokens, room)):
-            token = session.step()
+        for left in range(room if max_tokens is None else min(max_tokens, room), 0, -1):
+            token = session.step(left)
             if token in ends:
                 break
             piece = text.push(token)
@@ -231,12 +253,35 @@ class Model:
         """The whole answer; options as for `stream`."""
         return "".join(self.stream(prompt, **options))
 
+    def generate_batch(self, prompts: Iterable[str | Iterable[int]], **options: Any) -> list[str]:
+        """The answers to many prompts, computed together: each is what `generate` gives.
+
+        Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
+        memory of its own, see `scheduler`. The first error ends all answers.
+        """
+        return self._concurrent.generate(list(prompts), **options)
+
+    def astream(self, prompt: str | Iterable[int], **options: Any) -> AsyncGenerator[str, None]:
+        """`stream` for asyncio: `async for piece in model.astream(prompt)`.
+
+        Streams of one time share forward passes; one that nobody iterates any more is cancelled.
+        """
+        return self._concurrent.stream(prompt, **options)
+
+    @cached_property
+    def _concurrent(self) -> "Concurrent":
+        from chalot.concurrent import Concurrent
+
+        return Concurrent(self)
+
     def stream_chat(
         self,
         messages: Messages,
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        draft: bool | str | Path | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """The answer to a conversation by the model's own template; what the cache holds is reused.
@@ -246,8 +291,13 @@ class Model:
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             sampling = self.sampling(**options)
-            session = self._talk or Session(self.engine, sampling)
-            self._talk = session
+            drafting = self._or_default(draft, draft_tokens)
+            session = self._talk or Session(self.engine, sampling, self.drafter(*drafting))
+            if drafting != self._talk_drafting and self._talk:
+                if session.drafter is not None:
+                    session.drafter.close()
+                session.drafter = self.drafter(*drafting)
+            self._talk, self._talk_drafting = session, drafting
             session.sampling = sampling
             session.stats = Stats(seed=sampling.seed)
             same = 0
@@ -264,9 +314,42 @@ class Model:
 
     # ---- ids
 
-    def session(self, **options: Any) -> "OpenSession":
+    def session(
+        self,
+        *,
+        draft: bool | str | Path | None = None,
+        draft_tokens: int | None = None,
+        **options: Any,
+    ) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        return OpenSession(self, self.sampling(**options))
+        drafter = self.drafter(*self._or_default(draft, draft_tokens))
+        return OpenSession(self, self.sampling(**options), drafter)
+
+    def _or_default(
+        self, draft: bool | str | Path | None, draft_tokens: int | None
+    ) -> tuple[bool | str | Path, int]:
+        return (
+            self.drafting[0] if draft is None else draft,
+            self.drafting[1] if draft_tokens is None else draft_tokens,
+        )
+
+    def drafter(self, draft: bool | str | Path, most: int) -> Drafter | None:
+        """What drafts a text of its own, at most so many tokens; see `Model`."""
+        if not (isinstance(most, int) and 0 <= most < CHUNK):
+            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
+        if not most or draft is False:
+            return None
+        from_text = TextDrafter(self.engine.costs, most)
+        if draft is True:
+            return from_text
+        path = Path(draft).expanduser()
+        if path not in self._small:
+            kv = self.engine.cache.shape.kind
+            small = Model(path, kv=kv, draft=False, backend=self.backend)
+            check_same_ids(self, small)
+            self._small[path] = small
+        engine, ids = self._small[path].engine, self.config.vocabulary
+        return Several([from_text, ModelDrafter(engine, ids, self.engine.costs, most)])
 
     def scheduler(
         self,
@@ -287,7 +370,15 @@ class Model:
             budget = max(free // 2, shape.page_bytes)
         cache = PageCache(shape, slots * (self.context + CHUNK), budget)
         engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
-        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
+        draft, most = self.drafting
+        return Scheduler(
+            engine,
+            slots=slots,
+            chunk=chunk,
+            queue=queue,
+            prefix_pages=prefix_pages,
+            drafter=partial(TextDrafter, most=most) if draft and most else None,
+        )
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
@@ -340,9 +431,15 @@ class Model:
 
     def close(self) -> None:
         """Give back cache, sessions and file."""
+        if "_concurrent" in vars(self):
+            self._concurrent.close()
         if self._talk is not None:
             self._talk.close()
             self._talk = None
+        for small in self._small.values():
+            small.close()
+        self._small.clear()
+        keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 
     def __enter__(self) -> "Model":
@@ -355,8 +452,8 @@ class Model:
 class OpenSession(Session, AbstractContextManager["OpenSession"]):
     """A session that locks its model for each call and gives its pages back at the block's end."""
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
-        super().__init__(model.engine, sampling)
+    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
+        super().__init__(model.engine, sampling, drafter)
         self.model = model
 
     def prefill(self, ids: Iterable[int]) -> None:

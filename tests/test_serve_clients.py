@@ -37,7 +37,7 @@ KEY = "a-key-for-tests"
 @pytest.fixture(scope="module")
 def server(demo_file: Path) -> Iterator[Running]:
     with (
-        chalot.load(demo_file, texts=4) as model,
+        chalot.load(demo_file) as model,
         speaking(model, TEMPLATES["qwen"]),
         Running(model, Settings(name="demo", slots=4, keys=(KEY,))) as running,
     ):

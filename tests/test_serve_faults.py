@@ -43,7 +43,7 @@ LONG = {"prompt": "x = 1\n" * 100, "max_tokens": 400, "temperature": 1.2, "strea
 @pytest.fixture(scope="module")
 def server(demo_file: Path) -> Iterator[Running]:
     """Short deadlines, two slots, and room for two that wait."""
-    with chalot.load(demo_file, texts=2) as model, Running(model, QUICK) as running:
+    with chalot.load(demo_file) as model, Running(model, QUICK) as running:
         yield running
 
 
@@ -233,7 +233,7 @@ def test_no_other_origin_may_call(server: Running) -> None:
 @pytest.fixture(scope="module")
 def locked(demo_file: Path) -> Iterator[Running]:
     settings = replace(QUICK, keys=KEYS, origins=("https://good.example",), hosts=("box.local",))
-    with chalot.load(demo_file, texts=4) as model, Running(model, settings) as running:
+    with chalot.load(demo_file) as model, Running(model, settings) as running:
         yield running
 
 
@@ -391,7 +391,7 @@ def test_an_error_in_a_pass_is_told_to_who_is_in_it(
         raise KernelError("the file was cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.served.model.engine, "before_step", broken)
+        patch.setattr(server.served.scheduler.engine, "before_step", broken)
         found = server.ask(CHAT, {"messages": HELLO})
         assert found.status == 500 and "the file was cut" in found.body["error"]["message"]
         events = server.events(CHAT, {"messages": HELLO})
@@ -420,8 +420,8 @@ def test_a_bug_is_told_without_its_inside(
 
 def test_out_of_pages_is_the_error_of_one_request(demo_file: Path) -> None:
     with chalot.load(demo_file, kv_budget=1_000_000, context=1024) as model:
-        assert model.engine.cache.count in (2, 3)
         with Running(model, Settings(slots=4)) as small:
+            assert small.served.scheduler.engine.cache.count in (2, 3)
             bias = {str(id_): -100 for id_ in small.served.ends}
             found = small.ask(PLAIN, {"prompt": [7] * 1000, "max_tokens": 1})
             assert found.status == 400 and found.body["error"]["code"] == "out_of_pages"
@@ -462,7 +462,7 @@ def test_clients_that_misbehave_all_at_once(demo_file: Path) -> None:
     """The soak: every kind of bad client beside good ones, who get what they get alone."""
     settings = replace(QUICK, slots=6, queue=12, stall_seconds=2)
     rounds, kinds = 8, 0
-    with chalot.load(demo_file, texts=6) as model, Running(model, settings) as server:
+    with chalot.load(demo_file) as model, Running(model, settings) as server:
         endless(server)
         good = {"messages": HELLO, "max_tokens": 16, "temperature": 1.1}
         alone = [server.good(CHAT, {**good, "seed": s})["choices"] for s in range(4)]

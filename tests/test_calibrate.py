@@ -227,7 +227,7 @@ def test_deep_drafts_are_kept(report: CalibrateReport, tmp_path: Path) -> None:
     path = forced(report, tmp_path / "x.myai", layers=5, tokens=4, short=False, kept=0.99)
     with chalot.load(path) as model:
         assert model.shallow is not None
-        drafter = model.drafter(True, 16).drafters[1]  # type: ignore[union-attr]
+        drafter = model.drafters.make(True, 16).drafters[1]  # type: ignore[union-attr]
         drafter.pace.length = lambda most: min(most, 4)
         with model.session(temperature=0) as session:
             session.drafter = drafter

@@ -55,10 +55,12 @@ def main(arguments: Arguments) -> int:
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             said = sampling_of(arguments) | {"seed": stats.seed}
+            kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+            kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
             more = {"residency": model.residence.report()} if residency_said(model) else {}
             if exits_said(model):
                 more["early_exit"] = model.reflexes.report()
-            print(as_json(answer | {"options": said, "stats": stats} | more))
+            print(as_json(answer | {"options": said} | kept | {"stats": stats} | more))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):

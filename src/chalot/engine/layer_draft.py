@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chalot.engine.drafting import Text
 from chalot.engine.generate import Engine, Work
-from chalot.engine.pacing import Pace, StepCosts
+from chalot.engine.pacing import Costs, Pace
 from chalot.engine.sampler import choose, wanted
 from chalot.errors import ContextError, KernelError
 
@@ -34,7 +34,7 @@ class Shallow:
 class LayerDrafter:
     """Guesses of the first layers."""
 
-    def __init__(self, shallow: Shallow, costs: StepCosts, most: int) -> None:
+    def __init__(self, shallow: Shallow, costs: Costs, most: int) -> None:
         """`costs` are the whole model's."""
         self.shallow = shallow
         self.pace = Pace(costs, shallow.kept, min(most, shallow.tokens))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chalot.kernels.backend import Backend, Runnable
 from chalot.kernels.program import Batch, CacheShape, Program
 from chalot.model.config import ModelConfig
-from chalot.model.transformer import Builder, Weights, head_name
+from chalot.model.transformer import Builder, Weights, head_input, head_name
 from chalot.quant.packing import Matrix, aligned
 from chalot.quant.scheme import PANEL, SCHEMES, round_up
 
@@ -52,7 +52,8 @@ class Maker:
         if head:
             b.head(head)
         program = b.program(self.cache, self.inverse_frequency, vocabulary)
-        return self._made(program, layers, b.named["hidden"])
+        found = head_input(program) if head else -1
+        return self._made(program, layers, b.named["hidden"], found)
 
     def fill(self, layers: range, given: Handover) -> "Piece":
         """Keys and values of layers that tokens skip, from the hidden states handed over."""
@@ -70,17 +71,21 @@ class Maker:
             b.embed(hidden, given.matrix, 1.0)
         return b
 
-    def _made(self, program: Program, layers: range, hidden: int) -> "Piece":
-        return Piece(self.backend.compile(program), hidden, layers)
+    def _made(self, program: Program, layers: range, hidden: int, head_input: int = -1) -> "Piece":
+        return Piece(self.backend.compile(program), hidden, layers, head_input)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A compiled run of layers. `hidden` is the slot of the hidden states."""
+    """A compiled run of layers: `hidden` is the slot of the hidden states.
+
+    `head_input` is that of what its head is multiplied with; -1 for a piece without one.
+    """
 
     runnable: Runnable
     hidden: int
     layers: range
+    head_input: int = -1
 
     def states(self, batch: Batch, arena: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(tokens, hidden) behind its layers."""

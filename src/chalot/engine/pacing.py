@@ -9,9 +9,11 @@ tokens for the cost of a pass over k + 1.
 Timing decides how fast a text comes, never what it says.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
+RECENT = 9  # passes of one size whose median counts
 NEWEST = 1 / 8  # least weight of the newest measurement in a running average
 MOST = 16  # drafted tokens in a pass, unless something else is asked for
 FIRST = 8  # at first no draft is longer
@@ -24,26 +26,44 @@ PAUSE = 8, 256  # drafts passed over: at first, and after many trials that faile
 
 @dataclass
 class StepCosts:
-    """Running averages of the time of forward passes: of one token in seconds, of more in that."""
+    """The time of forward passes: of one token in seconds, of more tokens in that.
+
+    Each is the median of the last ones, because others' work makes single ones many times longer.
+    """
 
     one: float | None = None
     relative: dict[int, float] = field(default_factory=dict)  # tokens -> passes of one token
     passes: dict[int, int] = field(default_factory=dict)  # tokens -> passes seen by this process
+    recent: dict[int, deque[float]] = field(default_factory=dict)
+    known: list[float] = field(default_factory=list, compare=False)  # `curve`, made when asked for
 
     def note(self, tokens: int, seconds: float) -> None:
         """A pass over that many tokens, logits of all wanted, has taken so long."""
-        seen = self.passes[tokens] = self.passes.get(tokens, 0) + 1
-        weight = max(NEWEST, 1 / seen)
+        if tokens > 1 and not self.one:
+            return
+        known = [] if tokens == 1 else [self.of(tokens)]  # stands against a first one that is off
+        recent = self.recent.setdefault(tokens, deque(known, RECENT))
+        recent.append(seconds if tokens == 1 else max(seconds / (self.one or 1.0), 1.0))
+        middle = sorted(recent)[(len(recent) - 1) // 2]
+        self.passes[tokens] = self.passes.get(tokens, 0) + 1
         if tokens == 1:
-            old = self.one or seconds
-            self.one = old + weight * (min(seconds, 2 * old) - old)  # others' work is no trend
-        elif self.one:
-            old = self.relative.get(tokens, self.of(tokens))
-            ratio = max(1.0, min(seconds / self.one, 2 * old))
-            self.relative[tokens] = old + weight * (ratio - old)
+            self.one = middle
+        else:
+            self.relative[tokens] = middle
+            self.known = []
 
     def of(self, tokens: int) -> float:
         """What a pass of so many tokens costs, in passes of one."""
+        return self.curve(tokens)[tokens]
+
+    def curve(self, most: int) -> list[float]:
+        """`of` for each number of tokens up to `most` at least; [0] means nothing."""
+        if len(self.known) <= most:
+            self.known = [0.0, *map(self._between, range(1, max(most, MOST + 1) + 1))]
+        return self.known
+
+    def _between(self, tokens: int) -> float:
+        """From the nearest that were measured; beyond the largest, on as to there."""
         if tokens in self.relative:
             return self.relative[tokens]
         below = max((n for n in self.relative if n < tokens), default=1)
@@ -79,19 +99,25 @@ class Pace:
         """Part of the drafted tokens that was kept; those behind a wrong one do not count."""
         return self.kept / self.tried
 
-    def gain(self, count: int) -> float:
-        """Expected tokens for the time of one, with so many drafted."""
-        one = self.costs.one or 1.0
-        tokens = sum(self.share**n for n in range(count + 1))
-        return tokens / (self.costs.of(count + 1) + count * self.draft_seconds / one)
+    def best(self, most: int) -> tuple[int, float]:
+        """The length that gains most, of at most `most`: tokens expected for the time of one."""
+        costs, share, gains = self.costs.curve(most + 1), self.share, (0, 0.0)
+        draft = self.draft_seconds / (self.costs.one or 1.0)
+        tokens = next_one = 1.0
+        for count in range(1, most + 1):
+            next_one *= share
+            tokens += next_one
+            gain = tokens / (costs[count + 1] + count * draft)
+            if gain > gains[1]:
+                gains = count, gain
+        return gains
 
     def length(self, most: int) -> int:
         """Tokens to draft now, of at most so many; 0 while drafting does not pay."""
         if self.costs.one is None:  # a plain pass first, to compare with
             return 0
-        allowed = min(self.limit, most)
-        best = max(range(1, allowed + 1), key=self.gain, default=0)
-        if not best or self.gain(best) >= YIELD:
+        best, gain = self.best(min(self.limit, most))
+        if not best or gain >= YIELD:
             return best
         self.waited += 1
         if self.waited < self.pause:

@@ -32,6 +32,7 @@ SAMPLINGS = {
     "all candidates": Sampling(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=4),
     "rarer": Sampling(temperature=0.5, repetition_penalty=1.3, repetition_window=9, seed=5),
     "more often": Sampling(temperature=0, repetition_penalty=0.8),
+    "less often": Sampling(temperature=0.8, presence_penalty=0.5, frequency_penalty=0.7, seed=7),
     "another choice": Sampling(temperature=0.9, top_k=5, choice=2, seed=6),
 }
 

@@ -9,8 +9,10 @@ tokens for the cost of a pass over k + 1.
 Timing decides how fast a text comes, never what it says.
 """
 
+from bisect import bisect
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
 RECENT = 9  # passes of one size whose median counts
@@ -24,6 +26,17 @@ YIELD = 1.05  # tokens for the time of one, below which drafting pauses
 PAUSE = 8, 256  # drafts passed over: at first, and after many trials that failed
 
 
+class Costs(Protocol):
+    """What passes cost, as a text sees it that drafts."""
+
+    @property
+    def one(self) -> float | None:
+        """Seconds of a pass without drafts; None: not known yet."""
+
+    def of(self, tokens: int) -> float:
+        """What a pass over the last token and a draft costs, in passes without."""
+
+
 @dataclass
 class StepCosts:
     """The time of forward passes: of one token in seconds, of more tokens in that.
@@ -35,7 +48,8 @@ class StepCosts:
     relative: dict[int, float] = field(default_factory=dict)  # tokens -> passes of one token
     passes: dict[int, int] = field(default_factory=dict)  # tokens -> passes seen by this process
     recent: dict[int, deque[float]] = field(default_factory=dict)
-    known: list[float] = field(default_factory=list, compare=False)  # `curve`, made when asked for
+    known: dict[int, float] = field(default_factory=dict, compare=False)  # what `of` has found
+    sizes: list[int] = field(default_factory=list, compare=False)  # in `relative`, ascending
 
     def note(self, tokens: int, seconds: float) -> None:
         """A pass over that many tokens, logits of all wanted, has taken so long."""
@@ -50,28 +64,28 @@ class StepCosts:
             self.one = middle
         else:
             self.relative[tokens] = middle
-            self.known = []
+            self.known = {}
 
     def of(self, tokens: int) -> float:
         """What a pass of so many tokens costs, in passes of one."""
-        return self.curve(tokens)[tokens]
-
-    def curve(self, most: int) -> list[float]:
-        """`of` for each number of tokens up to `most` at least; [0] means nothing."""
-        if len(self.known) <= most:
-            self.known = [0.0, *map(self._between, range(1, max(most, MOST + 1) + 1))]
-        return self.known
+        found = self.known.get(tokens)
+        if found is None:
+            found = self.known[tokens] = self._between(tokens)
+        return found
 
     def _between(self, tokens: int) -> float:
         """From the nearest that were measured; beyond the largest, on as to there."""
         if tokens in self.relative:
             return self.relative[tokens]
-        below = max((n for n in self.relative if n < tokens), default=1)
-        above = min((n for n in self.relative if n > tokens), default=None)
+        if len(self.sizes) != len(self.relative):
+            self.sizes = sorted(self.relative)
+        at = bisect(self.sizes, tokens)
+        below = self.sizes[at - 1] if at else 1
         low = self.relative.get(below, 1.0)
-        if above is None:
+        if at == len(self.sizes):
             slope = max(SLOPE, (low - 1) / (below - 1)) if below > 1 else SLOPE
             return low + slope * (tokens - below)
+        above = self.sizes[at]
         return low + (self.relative[above] - low) * (tokens - below) / (above - below)
 
 
@@ -82,7 +96,7 @@ class Pace:
     pauses where no length gains enough, and is tried again after a while.
     """
 
-    def __init__(self, costs: StepCosts, belief: float, most: int = MOST) -> None:
+    def __init__(self, costs: Costs, belief: float, most: int = MOST) -> None:
         """`belief` is the share of drafted tokens expected to be kept, before there were any."""
         self.costs = costs
         self.most = most
@@ -101,13 +115,13 @@ class Pace:
 
     def best(self, most: int) -> tuple[int, float]:
         """The length that gains most, of at most `most`: tokens expected for the time of one."""
-        costs, share, gains = self.costs.curve(most + 1), self.share, (0, 0.0)
+        cost, share, gains = self.costs.of, self.share, (0, 0.0)
         draft = self.draft_seconds / (self.costs.one or 1.0)
         tokens = next_one = 1.0
         for count in range(1, most + 1):
             next_one *= share
             tokens += next_one
-            gain = tokens / (costs[count + 1] + count * draft)
+            gain = tokens / (cost(count + 1) + count * draft)
             if gain > gains[1]:
                 gains = count, gain
         return gains

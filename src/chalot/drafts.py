@@ -103,6 +103,12 @@ class Drafters:
         """Close the small models."""
         while self.small:
             self.small.popitem()[1].close()
+        self.opened = _closed  # what was there knows the model, which would hold itself in memory
+
+
+def _closed(path: Path) -> Speaker:
+    """In place of what opens small models, when the model is closed."""
+    raise TokenizerError(f"{path}: cannot draft for a model that is closed; open it again")
 
 
 def check_same_ids(model: Speaker, small: Speaker) -> None:

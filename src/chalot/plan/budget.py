@@ -63,7 +63,7 @@ def check_budget(
     if budget < least:
         beside, weights = overhead(work), sum(r * c for _, (r, c) in matrices)
         raise LimitError(
-            f"found a size of {budget + beside:,} bytes, {budget * 8 / weights:.3f} bits a weight: "
+            f"found a size of {budget + beside:,} bytes, {max(budget, 0) * 8 / weights:.3f} bits a weight: "
             f"too small; the least that {', '.join(map(str, schemes))} can do here is a file of "
             f"{least + beside:,} bytes, {least * 8 / weights:.3f} bits a weight; ask for that "
             "much, or allow smaller schemes with --schemes"

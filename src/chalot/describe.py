@@ -17,9 +17,9 @@ from chalot.description import Description, Kernels, KindReport, Origin, TensorR
 from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeError, UnsupportedError
 from chalot.fitting import fit
 from chalot.formats import hub
-from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
+from chalot.formats.folders import as_computed
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, kept, usual_of

@@ -316,6 +316,12 @@ class Session:
         if self.drafter is not None:
             self.drafter.truncate(len(self.tokens))
 
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft by another drafter from here on."""
+        if self.drafter is not None:
+            self.drafter.close()
+        self.drafter = drafter
+
     def with_sampling(self, **changes: float) -> None:
         """Change sampling options from here on."""
         self.sampling = with_changes(self.sampling, **changes)  # type: ignore[arg-type]

@@ -48,7 +48,9 @@ def main(arguments: Arguments) -> int:
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             said = sampling_of(arguments) | {"seed": stats.seed}
-            print(as_json(answer | {"options": said, "stats": stats}))
+            kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+            kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
+            print(as_json(answer | {"options": said} | kept | {"stats": stats}))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
-RECENT = 9  # passes of one size whose median counts
+RECENT = 9  # passes of one size that count
 NEWEST = 1 / 8  # least weight of the newest measurement in a running average
 MOST = 16  # drafted tokens in a pass, unless something else is asked for
 FIRST = 8  # at first no draft is longer
@@ -41,7 +41,8 @@ class Costs(Protocol):
 class StepCosts:
     """The time of forward passes: of one token in seconds, of more tokens in that.
 
-    Each is the median of the last ones, because others' work makes single ones many times longer.
+    Each is the lower quartile of the last ones: others' work makes some of them many times longer,
+    and none of them shorter.
     """
 
     one: float | None = None
@@ -58,12 +59,12 @@ class StepCosts:
         known = [] if tokens == 1 else [self.of(tokens)]  # stands against a first one that is off
         recent = self.recent.setdefault(tokens, deque(known, RECENT))
         recent.append(seconds if tokens == 1 else max(seconds / (self.one or 1.0), 1.0))
-        middle = sorted(recent)[(len(recent) - 1) // 2]
+        quartile = sorted(recent)[(len(recent) - 1) // 3]
         self.passes[tokens] = self.passes.get(tokens, 0) + 1
         if tokens == 1:
-            self.one = middle
+            self.one = quartile
         else:
-            self.relative[tokens] = middle
+            self.relative[tokens] = quartile
             self.known = {}
 
     def of(self, tokens: int) -> float:

@@ -23,6 +23,7 @@ LEAST = 4  # so much may always be drafted, where it pays
 BELIEF = 6.0  # drafted tokens that what is believed at first weighs as much as
 MEMORY = 0.97  # what a draft's outcome still weighs after the next one
 YIELD = 1.05  # tokens for the time of one, below which drafting pauses
+FAR = 0.7  # of the best gain: where a length gains less, longer ones are not looked at
 PAUSE = 8, 256  # drafts passed over: at first, and after many trials that failed
 
 
@@ -125,21 +126,27 @@ class Pace:
             gain = tokens / (cost(count + 1) + count * draft)
             if gain > gains[1]:
                 gains = count, gain
+            elif gain < FAR * gains[1]:
+                break
         return gains
 
     def length(self, most: int) -> int:
         """Tokens to draft now, of at most so many; 0 while drafting does not pay."""
         if self.costs.one is None:  # a plain pass first, to compare with
             return 0
+        if 0 < self.waited < self.pause:
+            self.waited += 1
+            return 0
         best, gain = self.best(min(self.limit, most))
         if not best or gain >= YIELD:
+            self.waited = 0
             return best
-        self.waited += 1
-        if self.waited < self.pause:
-            return 0
-        self.waited = 0
-        self.pause = min(2 * self.pause, PAUSE[1])
-        return best
+        if self.waited:  # long enough: a trial
+            self.waited = 0
+            self.pause = min(2 * self.pause, PAUSE[1])
+            return best
+        self.waited = 1
+        return 0
 
     def learn(self, drafted: int, kept: int, seconds: float = 0.0) -> None:
         """`kept` of `drafted` tokens were right; drafting took so many seconds."""

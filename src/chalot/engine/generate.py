@@ -42,7 +42,7 @@ class Stats:
     passes: int = 0  # forward passes that decoded
     drafted: int = 0  # tokens that passes took along on trial
     accepted: int = 0  # of those, the ones that were right
-    plain_seconds: float = 0.0  # what decoding token by token would have taken, as far as known
+    cost: float = 0.0  # of drafts and passes as they usually are, in passes of one token
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -72,8 +72,8 @@ class Stats:
 
     @property
     def speed_up(self) -> float:
-        """Decoding speed over that of one token a pass, by the median time of such passes."""
-        return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
+        """Expected speed over one token a pass: what others do on the machine does not count."""
+        return (self.passes + self.accepted) / self.cost if self.drafted else 1.0
 
     @property
     def drafting(self) -> str:
@@ -281,7 +281,12 @@ class Session:
             return []
         room = min(self.engine.context, self.sequence.room()) - len(self.tokens)
         room = min(room, CHUNK - 1, room if most is None else most - 1)
-        return self.drafter.propose(self, room) if room > 0 else []
+        if room <= 0:
+            return []
+        start = time.thread_time()
+        draft = self.drafter.propose(self, room)
+        self.stats.cost += (time.thread_time() - start) / (self.engine.costs.one or 1.0)
+        return draft
 
     def _verify(self, draft: list[int]) -> list[int]:
         """Run the last token and the draft; the right ones of it, and the token behind them."""
@@ -293,12 +298,12 @@ class Session:
         self.sequence.truncate(len(self.tokens) + len(found) - 1)
         seconds = time.perf_counter() - start
         costs.note(len(part), seconds)
+        stats.cost += costs.of(len(part))
         if draft and self.drafter is not None:
             self.drafter.learn(len(found) - 1)
         stats.passes += 1
         stats.drafted += len(draft)
         stats.accepted += len(found) - 1
-        stats.plain_seconds += len(found) * (costs.one or seconds) if draft else seconds
         return found
 
     def _forget(self) -> None:

@@ -82,12 +82,6 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
-def cache_budget(texts: int, budget: int | None) -> int | None:
-    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
-    free = machine.memory_available()
-    return free // 2 if texts > 1 and budget is None and free is not None else budget
-
-
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -103,8 +97,7 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
-        texts: int = 1,
-        draft: Draft = True,
+        draft: bool | str | Path = True,
         draft_tokens: int = MOST,
         backend: Backend | None = None,
     ) -> None:
@@ -116,7 +109,6 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
-        The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
@@ -151,7 +143,7 @@ class Model:
         self.head_input = head_input(program)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, texts * self.context + CHUNK, cache_budget(texts, kv_budget)),
+            PageCache(shape, self.context + CHUNK, kv_budget),
             self.config.vocabulary,
             self.context,
             self.backend.exp,

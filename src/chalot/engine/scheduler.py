@@ -297,6 +297,7 @@ class Scheduler:
             d.draft = d.text.propose()
             d.wanted = "all" if d.draft else d.wanted
             self._stats.drafted += len(d.draft)
+            d.text.ticket.drafted += len(d.draft)
 
     def _end(self, due: Due, rows: Floats, best_ids: Ids, best_logits: Floats, count: int) -> None:
         """Take what a pass has given one of its texts, and tell."""
@@ -326,6 +327,7 @@ class Scheduler:
             self._fail(text, error)
             return
         self._stats.accepted += len(steps) - 1
+        text.ticket.accepted += len(steps) - 1
         for step in steps:
             self._count(text, step)
             if step.finished:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -158,4 +159,9 @@ def run(model: Model, settings: Settings, say: Callable[[str], None], verbose: b
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = found.getsockname()[1]
         say(f"{settings.name} at http://{host}:{port}, API at /v1 (Ctrl-C stops)")
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # uvicorn raises them again when it has ended
+            signal.signal(number, lambda *_: None)
         server_of(make_app(served), settings, verbose).run(sockets=[found])

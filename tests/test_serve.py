@@ -27,6 +27,7 @@ from serving import Running, speaking  # noqa: E402
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "What does zip() do?"}]
+HEATED = {"temperature": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4, "top_p": 0.95}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -63,7 +64,12 @@ def chat(server: Running, **options: Any) -> Any:
 
 
 def test_a_conversation_gets_the_answer_of_the_model_alone(served: Running, alone: Model) -> None:
-    for options in ({}, {"temperature": 0}, {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}):
+    for options in (
+        {},
+        {"temperature": 0},
+        {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2},
+        HEATED,
+    ):
         found = chat(served, **options)
         expected = alone.chat(HELLO, seed=3, max_tokens=20, **options)
         assert found["choices"][0]["message"]["content"] == expected

@@ -426,16 +426,18 @@ def test_a_bug_is_told_without_its_inside(
 
 
 def test_out_of_pages_is_the_error_of_one_request(demo_file: Path) -> None:
-    with chalot.load(demo_file, kv_budget=1_000_000, context=1024) as model:
-        with Running(model, Settings(slots=4)) as small:
-            assert small.served.scheduler.engine.cache.count in (2, 3)
-            bias = {str(id_): -100 for id_ in small.served.ends}
-            found = small.ask(PLAIN, {"prompt": [7] * 1000, "max_tokens": 1})
-            assert found.status == 400 and found.body["error"]["code"] == "out_of_pages"
-            grows = {"prompt": [7] * 500, "max_tokens": 500, "logit_bias": bias}
-            found = small.ask(PLAIN, grows)
-            assert found.status == 400 and found.body["error"]["code"] == "out_of_pages"
-            assert small.ask(PLAIN, {"prompt": "x", "max_tokens": 4}).status == 200
+    with (
+        chalot.load(demo_file, kv_budget=1_000_000, context=1024) as model,
+        Running(model, Settings(slots=4)) as small,
+    ):
+        assert small.served.scheduler.engine.cache.count in (2, 3)
+        bias = {str(id_): -100 for id_ in small.served.ends}
+        found = small.ask(PLAIN, {"prompt": [7] * 1000, "max_tokens": 1})
+        assert found.status == 400 and found.body["error"]["code"] == "out_of_pages"
+        grows = {"prompt": [7] * 500, "max_tokens": 500, "logit_bias": bias}
+        found = small.ask(PLAIN, grows)
+        assert found.status == 400 and found.body["error"]["code"] == "out_of_pages"
+        assert small.ask(PLAIN, {"prompt": "x", "max_tokens": 4}).status == 200
 
 
 def test_what_runs_is_finished_before_the_server_stops(demo_file: Path) -> None:

@@ -310,6 +310,7 @@ def test_json_keeps_its_schema(served: Running) -> None:
         "/v1/responses",
         {
             "input": "x",
+            "seed": 1,
             "max_output_tokens": 200,
             "text": {"format": {"type": "json_schema", "name": "it", "schema": SCHEMA}},
         },
@@ -373,7 +374,13 @@ def caller(request: pytest.FixtureRequest, demo_file: Path) -> Iterator[Running]
 
 
 def test_a_tool_is_called_where_it_must_be(caller: Running) -> None:
-    body = {"messages": HELLO, "tools": TOOLS[:1], "max_tokens": 250, "parallel_tool_calls": False}
+    body = {
+        "messages": HELLO,
+        "tools": TOOLS[:1],
+        "max_tokens": 250,
+        "parallel_tool_calls": False,
+        "seed": 2,
+    }
     body["tools"] = [json.loads(json.dumps(TOOLS[0]))]
     parameters = body["tools"][0]["function"]["parameters"]
     parameters |= {"properties": {"place": {"enum": ["Rome", "Oslo"]}}, "required": ["place"]}
@@ -407,6 +414,7 @@ def test_tools_of_the_other_apis(caller: Running) -> None:
             "max_tokens": 200,
             "tools": [{"name": "f", "input_schema": parameters}],
             "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            "temperature": 0,
         },
     )
     assert said["stop_reason"] == "tool_use"
@@ -419,6 +427,7 @@ def test_tools_of_the_other_apis(caller: Running) -> None:
             "max_output_tokens": 200,
             "tools": [{"type": "function", "name": "f", "parameters": parameters}],
             "tool_choice": {"type": "function", "name": "f"},
+            "seed": 1,
         },
     )
     call = response["output"][0]

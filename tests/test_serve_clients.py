@@ -74,11 +74,12 @@ def test_openai_schema_and_tools(openai: Any) -> None:
         model="demo",
         messages=HELLO,
         max_completion_tokens=200,
+        seed=1,
         response_format={"type": "json_schema", "json_schema": schema},
     )
     assert json.loads(found.choices[0].message.content)["place"] in ("Oslo", "Rome")
     tools = [{"type": "function", "function": TOOL}]
-    options: Any = {"model": "demo", "tools": tools, "max_tokens": 200}
+    options: Any = {"model": "demo", "tools": tools, "max_tokens": 200, "seed": 1}
     found = openai.chat.completions.create(
         messages=HELLO, tool_choice="required", parallel_tool_calls=False, **options
     )
@@ -120,6 +121,7 @@ def test_openai_responses(openai: Any) -> None:
         tool_choice="required",
         parallel_tool_calls=False,
         max_output_tokens=200,
+        temperature=0,
     )
     assert called.output[0].type == "function_call"
     result = {"type": "function_call_output", "call_id": called.output[0].call_id, "output": "3"}

@@ -5,13 +5,19 @@ decide how fast an answer comes and nothing else, so a file that is missing or d
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 
-from chalot.engine.pacing import StepCosts
+from chalot.engine.draft_model import ModelDrafter
+from chalot.engine.drafting import Drafter, Several, TextDrafter
+from chalot.engine.generate import CHUNK, Engine
+from chalot.engine.pacing import Costs, StepCosts
+from chalot.engine.sampler import SamplingError
 from chalot.errors import OutputError, TokenizerError
 from chalot.formats.myai import MyaiFile
 from chalot.home import home
@@ -21,8 +27,10 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 MOST_BYTES = 100_000  # of a file with costs
-ENOUGH = 32  # passes of one token, below which an average is not worth keeping
-Tokens = Annotated[int, msgspec.Meta(ge=2, le=256)]
+ENOUGH = 8  # passes of one token, below which an average is not worth keeping
+Draft = bool | str | Path  # whether to draft, or the file of a small model that drafts too
+MOST_TOKENS = 256  # of a pass whose cost is kept
+Tokens = Annotated[int, msgspec.Meta(ge=2, le=MOST_TOKENS)]
 Ratio = Annotated[float, msgspec.Meta(ge=1, le=256)]
 
 
@@ -33,7 +41,63 @@ class Speaker(Protocol):
     def file(self) -> MyaiFile: ...
 
     @property
+    def engine(self) -> Engine: ...
+
+    @property
     def tokenizer(self) -> "Tokenizer": ...
+
+    def close(self) -> None: ...
+
+
+class Drafters:
+    """Makes what drafts a model's texts, and keeps the small models that it opened."""
+
+    def __init__(
+        self, engine: Engine, opened: Callable[[Path], Speaker], draft: Draft, most: int
+    ) -> None:
+        """`opened` opens a small model, or refuses; `draft` and `most` are the defaults.
+
+        Raises what `make` raises.
+        """
+        self.engine = engine
+        self.opened = opened
+        self.defaults = draft, most
+        self.small: dict[Path, Speaker] = {}
+        self.make(draft, most)
+
+    def chosen(self, draft: Draft | None, most: int | None) -> tuple[Draft, int]:
+        """The defaults in place of None."""
+        default, limit = self.defaults
+        return default if draft is None else draft, limit if most is None else most
+
+    def make(self, draft: Draft, most: int) -> Drafter | None:
+        """What drafts a text of its own, at most so many tokens at a time; None for nothing.
+
+        Raises SamplingError for a length that is none, TokenizerError for a model with other ids.
+        """
+        if not (isinstance(most, int) and 0 <= most < CHUNK):
+            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
+        if not most or draft is False:
+            return None
+        costs = self.engine.costs
+        from_text = TextDrafter(costs, most)
+        if draft is True:
+            return from_text
+        path = Path(draft).expanduser()
+        if path not in self.small:
+            self.small[path] = self.opened(path)
+        by_model = ModelDrafter(self.small[path].engine, self.engine.vocabulary, costs, most)
+        return Several([from_text, by_model])
+
+    def by_text(self) -> Callable[[Costs], Drafter] | None:
+        """What makes drafters of texts that share passes; small models do not draft there."""
+        draft, most = self.defaults
+        return partial(TextDrafter, most=most) if draft and most else None
+
+    def close(self) -> None:
+        """Close the small models."""
+        while self.small:
+            self.small.popitem()[1].close()
 
 
 def check_same_ids(model: Speaker, small: Speaker) -> None:
@@ -98,8 +162,8 @@ def keep_costs(costs: StepCosts, file: MyaiFile, isa: str, threads: int) -> None
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_suffix(f".{os.getpid()}.partial")
         try:
-            known = {n: round(ratio, 4) for n, ratio in sorted(costs.relative.items())}
-            partial.write_bytes(msgspec.json.encode(known))
+            known = {n: round(ratio, 4) for n, ratio in costs.relative.items() if n <= MOST_TOKENS}
+            partial.write_bytes(msgspec.json.encode(dict(sorted(known.items()))))
             partial.replace(place)
         finally:
             partial.unlink(missing_ok=True)

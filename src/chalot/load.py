@@ -8,8 +8,7 @@ import secrets
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace as with_changes
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
-from chalot.drafts import check_same_ids, keep_costs, read_costs
-from chalot.engine.draft_model import ModelDrafter
-from chalot.engine.drafting import Drafter, Several, TextDrafter
+from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
+from chalot.engine.drafting import Drafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
-from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
@@ -155,12 +152,10 @@ class Model:
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
-        self._small: dict[Path, Model] = {}  # draft models
-        self.drafting = draft, draft_tokens
-        self.drafter(*self.drafting)  # refuses what cannot be
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
-        self._talk_drafting = self.drafting
+        self._talk_drafting: tuple[Draft, int] | None = None
+        self.drafters = Drafters(self.engine, self._draft_model, draft, draft_tokens)
 
     # ---- text
 
@@ -249,7 +244,7 @@ class Model:
         """The answers to many prompts, computed together: each is what `generate` gives.
 
         Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
-        memory of its own, see `scheduler`. The first error ends all answers.
+        memory of its own. The first error ends all answers.
         """
         return self._concurrent.generate(list(prompts), **options)
 
@@ -272,7 +267,7 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
-        draft: bool | str | Path | None = None,
+        draft: Draft | None = None,
         draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
@@ -283,13 +278,11 @@ class Model:
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             sampling = self.sampling(**options)
-            drafting = self._or_default(draft, draft_tokens)
-            session = self._talk or Session(self.engine, sampling, self.drafter(*drafting))
-            if drafting != self._talk_drafting and self._talk:
-                if session.drafter is not None:
-                    session.drafter.close()
-                session.drafter = self.drafter(*drafting)
-            self._talk, self._talk_drafting = session, drafting
+            session = self._talk = self._talk or Session(self.engine, sampling)
+            drafting = self.drafters.chosen(draft, draft_tokens)
+            if drafting != self._talk_drafting:
+                session.use(self.drafters.make(*drafting))
+                self._talk_drafting = drafting
             session.sampling = sampling
             session.stats = Stats(seed=sampling.seed)
             same = 0
@@ -307,70 +300,18 @@ class Model:
     # ---- ids
 
     def session(
-        self,
-        *,
-        draft: bool | str | Path | None = None,
-        draft_tokens: int | None = None,
-        **options: Any,
+        self, *, draft: Draft | None = None, draft_tokens: int | None = None, **options: Any
     ) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        drafter = self.drafter(*self._or_default(draft, draft_tokens))
+        drafter = self.drafters.make(*self.drafters.chosen(draft, draft_tokens))
         return OpenSession(self, self.sampling(**options), drafter)
 
-    def _or_default(
-        self, draft: bool | str | Path | None, draft_tokens: int | None
-    ) -> tuple[bool | str | Path, int]:
-        return (
-            self.drafting[0] if draft is None else draft,
-            self.drafting[1] if draft_tokens is None else draft_tokens,
-        )
-
-    def drafter(self, draft: bool | str | Path, most: int) -> Drafter | None:
-        """What drafts a text of its own, at most so many tokens; see `Model`."""
-        if not (isinstance(most, int) and 0 <= most < CHUNK):
-            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
-        if not most or draft is False:
-            return None
-        from_text = TextDrafter(self.engine.costs, most)
-        if draft is True:
-            return from_text
-        path = Path(draft).expanduser()
-        if path not in self._small:
-            kv = self.engine.cache.shape.kind
-            small = Model(path, kv=kv, draft=False, backend=self.backend)
-            check_same_ids(self, small)
-            self._small[path] = small
-        engine, ids = self._small[path].engine, self.config.vocabulary
-        return Several([from_text, ModelDrafter(engine, ids, self.engine.costs, most)])
-
-    def scheduler(
-        self,
-        slots: int = 16,
-        *,
-        chunk: int = CHUNK,
-        queue: int = 256,
-        kv_budget: int | None = None,
-        prefix_pages: int | None = None,
-    ) -> Scheduler:
-        """Many requests at once, in a cache of their own: a context for each slot.
-
-        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
-        model's, else half of what is free. Raises ContextError where that is no page.
-        """
-        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
-        if budget is None and (free := machine.memory_available()) is not None:
-            budget = max(free // 2, shape.page_bytes)
-        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
-        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
-        draft, most = self.drafting
-        return Scheduler(
-            engine,
-            slots=slots,
-            chunk=chunk,
-            queue=queue,
-            prefix_pages=prefix_pages,
-            drafter=partial(TextDrafter, most=most) if draft and most else None,
-        )
+    def _draft_model(self, path: Path) -> "Model":
+        """A small model with the same ids, on the same threads. Raises TokenizerError."""
+        kv = self.engine.cache.shape.kind
+        small = Model(path, kv=kv, draft=False, backend=self.backend)
+        check_same_ids(self, small)
+        return small
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
@@ -428,9 +369,7 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
-        for small in self._small.values():
-            small.close()
-        self._small.clear()
+        self.drafters.close()
         keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 

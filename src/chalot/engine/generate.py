@@ -72,7 +72,7 @@ class Stats:
 
     @property
     def speed_up(self) -> float:
-        """Decoding speed over that of one token a pass, by the running average of such passes."""
+        """Decoding speed over that of one token a pass, by the median time of such passes."""
         return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
 
     @property
@@ -315,6 +315,12 @@ class Session:
         self.next = None
         if self.drafter is not None:
             self.drafter.truncate(len(self.tokens))
+
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft by another drafter from here on."""
+        if self.drafter is not None:
+            self.drafter.close()
+        self.drafter = drafter
 
     def with_sampling(self, **changes: float) -> None:
         """Change sampling options from here on."""

@@ -156,6 +156,8 @@ def test_anthropic(server: Running) -> None:
     with library.Anthropic(base_url=server.url, api_key=KEY, max_retries=0) as client:
         whole = client.messages.create(system="Be brief.", **options)
         assert whole.content[0].text and whole.usage.output_tokens <= 24
+        counted = client.messages.count_tokens(model="demo", system="Be brief.", messages=HELLO)
+        assert counted.input_tokens == whole.usage.input_tokens
         with client.messages.stream(system="Be brief.", **options) as stream:
             assert "".join(stream.text_stream) == whole.content[0].text
             assert stream.get_final_message().stop_reason == whole.stop_reason

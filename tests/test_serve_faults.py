@@ -318,6 +318,32 @@ def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
     until(lambda: server.idle)
 
 
+def test_a_client_that_leaves_in_prefill_costs_no_further_chunk(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass is held until the server knows that the client has left; it is the last one."""
+    scheduler = server.served.scheduler
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        assert go_on.wait(20)
+
+    body = {"prompt": [n % 900 for n in range(1000)], "max_tokens": 20}
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.engine, "before_step", hold)
+        before = scheduler.stats
+        connection = begin(server, body)
+        assert held.wait(20)
+        connection.close()
+        until(lambda: any(t.ticket.cancelled for t in scheduler.running))
+        go_on.set()
+        until(lambda: server.idle)
+    after = scheduler.stats
+    assert after.passes == before.passes + 1 and after.cancelled == before.cancelled + 1
+    assert after.read_tokens - before.read_tokens <= scheduler.chunk < 1000
+
+
 def test_a_client_that_resets_the_connection(server: Running) -> None:
     endless(server)
     connection = begin(server, LONG)

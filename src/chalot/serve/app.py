@@ -42,6 +42,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/completions", completions.handle),
     ("POST", "/v1/responses", responses.handle),
     ("POST", "/v1/messages", messages.handle),
+    ("POST", "/v1/messages/count_tokens", messages.count),
     ("POST", "/v1/embeddings", embeddings.handle),
     ("GET", "/v1/models", information.models),
     ("GET", "/v1/models/{name:path}", information.model),

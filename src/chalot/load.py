@@ -9,13 +9,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot import machine
+from chalot import machine, sessions
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
@@ -27,6 +27,7 @@ from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
+from chalot.model.streaming import LONGEST, Window
 from chalot.model.transformer import Weights, build, cache_shape
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        window: int | None = None,
+        sinks: int | None = None,
+        answers: int = 1,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -100,6 +104,9 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
+        a text may be longer than the model's context (`model.streaming` says what is computed).
+        The cache has room for `answers` texts at a time.
         Raises FormatError, ContextError, KernelError, LimitError.
         """
         self.file = MyaiFile(Path(path).expanduser(), mmap)
@@ -113,24 +120,31 @@ class Model:
         if activations not in (None, 8, 16):
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
-        if context is None:
-            context = default_context(self.config, shape.position_bytes, kv_budget)
-        self.context = context
-        if not 1 <= self.context <= self.config.context:
-            raise ContextError(
-                f"--context {self.context}: this model was made for 1 to {self.config.context}"
-            )
+        self.window = Window.parse(window, sinks, self.config.context)
+        longest = LONGEST if self.window.size else self.config.context
+        if answers < 1:
+            raise ContextError(f"-n {answers}: expected 1 answer or more")
+        if context is None and not self.window.size:
+            context = default_context(self.config, answers * shape.position_bytes, kv_budget)
+        self.context = longest if context is None else context
+        if not 1 <= self.context <= longest:
+            made = "a window has room" if self.window.size else "this model was made"
+            raise ContextError(f"--context {self.context}: {made} for 1 to {longest}")
+        room = self.window.positions(CHUNK) if self.window.size else self.context + CHUNK
         self.backend = open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
-        program = build(self.config, weights, frequencies, kv)
+        program = build(self.config, weights, frequencies, kv, self.window)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK, kv_budget),
+            PageCache(shape, answers * min(room, self.context + CHUNK), kv_budget, self.window),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
             self.file.check_length,
+        )
+        self.kept = sessions.Kept(
+            self.file.digest, str(activations or ""), shape, self.window, self.context
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
@@ -176,33 +190,79 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        session: Session | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
         choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
+        With a `session`, what it holds of the prompt is not read again, and it goes on from there.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if session is not None:
+            with self.lock:
+                yield from self._go_on(session, ids, max_tokens, stop, options)
+            return
         with self.session(**options) as session:
             yield from self._answer(session, ids, max_tokens, stop)
+
+    def _go_on(
+        self,
+        session: Session,
+        ids: list[int],
+        max_tokens: int | None,
+        stop: Iterable[str],
+        options: dict[str, Any],
+    ) -> Iterator[str]:
+        """The answer to `ids`, of which a session may hold the beginning."""
+        session.sampling = self.sampling(**options)
+        same = 0
+        for a, b in zip(session.tokens, ids[:-1], strict=False):
+            if a != b:
+                break
+            same += 1
+        session.rewind(same)
+        session.stats = Stats(seed=session.sampling.seed, cached_tokens=session.sequence.length)
+        yield from self._answer(session, ids[same:], max_tokens, stop)
+
+    def answers(
+        self,
+        prompt: str | Iterable[int],
+        count: int,
+        *,
+        max_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        **options: Any,
+    ) -> list[str]:
+        """That many answers to one prompt, which is read once: `choice` and the ones behind it.
+
+        Each is what `generate` gives for its choice. Raises ContextError where the cache has no
+        room for all: open the model with `answers=count`.
+        """
+        from chalot.text.stream import TextStream
+
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if count < 1:
+            raise ContextError(f"{count} answers asked for; expected 1 or more")
+        with self.lock, self.session(**options) as session:
+            self.last_stats = session.stats
+            most = self._room(session, len(ids), max_tokens)
+            session.prefill(ids)
+            texts = [TextStream(self.tokenizer, _stops(stop)) for _ in range(count)]
+            return sessions.answers(session, texts, self.tokenizer.eos_ids, most)
 
     def _answer(
         self, session: Session, ids: list[int], max_tokens: int | None, stop: Iterable[str]
     ) -> Iterator[str]:
         from chalot.text.stream import TextStream
 
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise SamplingError("a stop string is empty; expected a text to end before")
-        if max_tokens is not None and max_tokens < 0:
-            raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
+        text = TextStream(self.tokenizer, _stops(stop))
+        most = self._room(session, len(ids), max_tokens)
         self.last_stats = session.stats
-        text = TextStream(self.tokenizer, stops)
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
-        room = self.context - len(session.tokens)
-        for _ in range(room if max_tokens is None else min(max_tokens, room)):
+        for _ in range(most):
             token = session.step()
             if token in ends:
                 break
@@ -233,18 +293,20 @@ class Model:
         """
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
-            sampling = self.sampling(**options)
-            session = self._talk or Session(self.engine, sampling)
-            self._talk = session
-            session.sampling = sampling
-            session.stats = Stats(seed=sampling.seed)
-            same = 0
-            for a, b in zip(session.tokens, ids, strict=False):
-                if a != b:
-                    break
-                same += 1
-            session.rewind(min(same, len(ids) - 1))
-            yield from self._answer(session, ids[len(session.tokens) :], max_tokens, stop)
+            yield from self._go_on(self.talk(), ids, max_tokens, stop, options)
+
+    def talk(self) -> Session:
+        """The session in which `stream_chat` keeps what the last conversation put in the cache."""
+        if self._talk is None:
+            self._talk = Session(self.engine, self.sampling())
+        return self._talk
+
+    def _room(self, session: Session, prompt: int, max_tokens: int | None) -> int:
+        """How many tokens an answer may have."""
+        if max_tokens is not None and max_tokens < 0:
+            raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
+        room = max(self.context - len(session.tokens) - prompt, 0)
+        return room if max_tokens is None else min(max_tokens, room)
 
     def chat(self, messages: Messages, **options: Any) -> str:
         """The whole answer to a conversation; options as for `stream`."""
@@ -255,6 +317,25 @@ class Model:
     def session(self, **options: Any) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
         return OpenSession(self, self.sampling(**options))
+
+    def save_session(self, session: Session, path: str | Path, note: bytes = b"") -> None:
+        """Write a text's tokens, keys and values to a file, whole or not at all.
+
+        `note` is kept with it. Raises OutputError.
+        """
+        with self.lock:
+            sessions.save(session, Path(path).expanduser(), self.kept, note)
+
+    def load_session(self, path: str | Path, **options: Any) -> "OpenSession":
+        """A saved text, which goes on with the same bits; options are those saved, unless given.
+
+        Raises FormatError for a damaged file, or one of another model, cache type or window.
+        """
+        session = OpenSession(self, Sampling())
+        with self.lock:
+            sessions.restore(session, Path(path).expanduser(), self.kept)
+        session.with_sampling(**options)
+        return session
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
@@ -331,13 +412,28 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         with self.model.lock:
             super().prefill(list(ids))
 
-    def step(self) -> int:
+    def step(self, most: int | None = None) -> int:
         """See Session."""
         with self.model.lock:
-            return super().step()
+            return super().step(most)
+
+    def fork(self, **changes: float) -> "OpenSession":
+        """See Session."""
+        with self.model.lock:
+            return cast(OpenSession, super().fork(**changes))
+
+    def _new(self, sampling: Sampling) -> "OpenSession":
+        return OpenSession(self.model, sampling)
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stops(stop: Iterable[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise SamplingError("a stop string is empty; expected a text to end before")
+    return stops
 
 
 def load(path: str | Path, **options: Any) -> Model:

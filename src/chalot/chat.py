@@ -45,6 +45,9 @@ class Stats(Protocol):
     @property
     def tokens_per_second(self) -> float: ...
 
+    @property
+    def drafting(self) -> str: ...
+
 
 class File(Protocol):
     digest: str
@@ -178,7 +181,7 @@ class Chat:
         stats = self.model.last_stats
         say(
             f"{stats.prompt_tokens} prompt tokens at {stats.prefill_tokens_per_second:.1f}/s, "
-            f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s, "
+            f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
             f"seed {self.options['seed']}, {len(self.messages)} messages"
         )
 

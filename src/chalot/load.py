@@ -16,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine, sessions
+from chalot.drafts import check_same_ids, keep_costs, read_costs
+from chalot.engine.draft_model import ModelDrafter
+from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import byte_pairs, open_backend
+from chalot.kernels.backend import Backend, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
@@ -95,6 +99,9 @@ class Model:
         window: int | None = None,
         sinks: int | None = None,
         answers: int = 1,
+        draft: bool | str | Path = True,
+        draft_tokens: int = MOST,
+        backend: Backend | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -107,7 +114,11 @@ class Model:
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
         a text may be longer than the model's context (`model.streaming` says what is computed).
         The cache has room for `answers` texts at a time.
-        Raises FormatError, ContextError, KernelError, LimitError.
+        Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
+        model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
+        answer depends on it. `backend`: kernels that are open already, for their threads.
+        Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
+        draft model with other ids.
         """
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
@@ -131,7 +142,7 @@ class Model:
             made = "a window has room" if self.window.size else "this model was made"
             raise ContextError(f"--context {self.context}: {made} for 1 to {longest}")
         room = self.window.positions(CHUNK) if self.window.size else self.context + CHUNK
-        self.backend = open_backend(isa, threads)
+        self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv, self.window)
@@ -142,14 +153,19 @@ class Model:
             self.context,
             self.backend.exp,
             self.file.check_length,
+            costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.kept = sessions.Kept(
             self.file.digest, str(activations or ""), shape, self.window, self.context
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
+        self._small: dict[Path, Model] = {}  # draft models
+        self.drafting = draft, draft_tokens
+        self.drafter(*self.drafting)  # refuses what cannot be
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
+        self._talk_drafting = self.drafting
 
     # ---- text
 
@@ -196,8 +212,9 @@ class Model:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
-        choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
-        With a `session`, what it holds of the prompt is not read again, and it goes on from there.
+        choice; draft and draft_tokens as for the model. Ends at an end-of-text token, a stop
+        string, `max_tokens`, or the context's end. With a `session`, what it holds of the prompt
+        is not read again, and it goes on from there.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if session is not None:
@@ -245,9 +262,9 @@ class Model:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if count < 1:
             raise ContextError(f"{count} answers asked for; expected 1 or more")
-        with self.lock, self.session(**options) as session:
+        with self.lock, self.session(**options | {"draft": False}) as session:
             self.last_stats = session.stats
-            most = self._room(session, len(ids), max_tokens)
+            most = _room(self.context - len(ids), max_tokens)
             session.prefill(ids)
             texts = [TextStream(self.tokenizer, _stops(stop)) for _ in range(count)]
             return sessions.answers(session, texts, self.tokenizer.eos_ids, most)
@@ -258,12 +275,12 @@ class Model:
         from chalot.text.stream import TextStream
 
         text = TextStream(self.tokenizer, _stops(stop))
-        most = self._room(session, len(ids), max_tokens)
+        most = _room(self.context - len(session.tokens) - len(ids), max_tokens)
         self.last_stats = session.stats
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
-        for _ in range(most):
-            token = session.step()
+        for left in range(most, 0, -1):
+            token = session.step(left)
             if token in ends:
                 break
             piece = text.push(token)
@@ -285,6 +302,8 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        draft: bool | str | Path | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """The answer to a conversation by the model's own template; what the cache holds is reused.
@@ -293,20 +312,20 @@ class Model:
         """
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
-            yield from self._go_on(self.talk(), ids, max_tokens, stop, options)
+            session = self.talk()
+            drafting = self._or_default(draft, draft_tokens)
+            if drafting != self._talk_drafting:
+                if session.drafter is not None:
+                    session.drafter.close()
+                session.drafter, self._talk_drafting = self.drafter(*drafting), drafting
+            yield from self._go_on(session, ids, max_tokens, stop, options)
 
     def talk(self) -> Session:
         """The session in which `stream_chat` keeps what the last conversation put in the cache."""
         if self._talk is None:
-            self._talk = Session(self.engine, self.sampling())
+            self._talk_drafting = self.drafting
+            self._talk = Session(self.engine, self.sampling(), self.drafter(*self.drafting))
         return self._talk
-
-    def _room(self, session: Session, prompt: int, max_tokens: int | None) -> int:
-        """How many tokens an answer may have."""
-        if max_tokens is not None and max_tokens < 0:
-            raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
-        room = max(self.context - len(session.tokens) - prompt, 0)
-        return room if max_tokens is None else min(max_tokens, room)
 
     def chat(self, messages: Messages, **options: Any) -> str:
         """The whole answer to a conversation; options as for `stream`."""
@@ -314,9 +333,42 @@ class Model:
 
     # ---- ids
 
-    def session(self, **options: Any) -> "OpenSession":
+    def session(
+        self,
+        *,
+        draft: bool | str | Path | None = None,
+        draft_tokens: int | None = None,
+        **options: Any,
+    ) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        return OpenSession(self, self.sampling(**options))
+        drafter = self.drafter(*self._or_default(draft, draft_tokens))
+        return OpenSession(self, self.sampling(**options), drafter)
+
+    def _or_default(
+        self, draft: bool | str | Path | None, draft_tokens: int | None
+    ) -> tuple[bool | str | Path, int]:
+        return (
+            self.drafting[0] if draft is None else draft,
+            self.drafting[1] if draft_tokens is None else draft_tokens,
+        )
+
+    def drafter(self, draft: bool | str | Path, most: int) -> Drafter | None:
+        """What drafts a text of its own, at most so many tokens; see `Model`."""
+        if not (isinstance(most, int) and 0 <= most < CHUNK):
+            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
+        if not most or draft is False:
+            return None
+        from_text = TextDrafter(self.engine.costs, most)
+        if draft is True:
+            return from_text
+        path = Path(draft).expanduser()
+        if path not in self._small:
+            kv = self.engine.cache.shape.kind
+            small = Model(path, kv=kv, draft=False, backend=self.backend)
+            check_same_ids(self, small)
+            self._small[path] = small
+        engine, ids = self._small[path].engine, self.config.vocabulary
+        return Several([from_text, ModelDrafter(engine, ids, self.engine.costs, most)])
 
     def save_session(self, session: Session, path: str | Path, note: bytes = b"") -> None:
         """Write a text's tokens, keys and values to a file, whole or not at all.
@@ -331,7 +383,7 @@ class Model:
 
         Raises FormatError for a damaged file, or one of another model, cache type or window.
         """
-        session = OpenSession(self, Sampling())
+        session = self.session(**{n: options.pop(n, None) for n in ("draft", "draft_tokens")})
         with self.lock:
             sessions.restore(session, Path(path).expanduser(), self.kept)
         session.with_sampling(**options)
@@ -391,6 +443,10 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
+        for small in self._small.values():
+            small.close()
+        self._small.clear()
+        keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 
     def __enter__(self) -> "Model":
@@ -403,8 +459,8 @@ class Model:
 class OpenSession(Session, AbstractContextManager["OpenSession"]):
     """A session that locks its model for each call and gives its pages back at the block's end."""
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
-        super().__init__(model.engine, sampling)
+    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
+        super().__init__(model.engine, sampling, drafter)
         self.model = model
 
     def prefill(self, ids: Iterable[int]) -> None:
@@ -434,6 +490,13 @@ def _stops(stop: Iterable[str]) -> tuple[str, ...]:
     if not all(stops):
         raise SamplingError("a stop string is empty; expected a text to end before")
     return stops
+
+
+def _room(room: int, max_tokens: int | None) -> int:
+    """How many tokens an answer may have."""
+    if max_tokens is not None and max_tokens < 0:
+        raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
+    return max(room, 0) if max_tokens is None else min(max_tokens, max(room, 0))
 
 
 def load(path: str | Path, **options: Any) -> Model:

@@ -124,7 +124,8 @@ def _check(path: Path, header: SessionHeader, kept: Kept) -> None:
 class Text(Protocol):
     """Tokens in, text out (`text.stream.TextStream`)."""
 
-    stopped: bool
+    @property
+    def stopped(self) -> str | None: ...
 
     def push(self, token: int) -> str: ...
 
@@ -145,7 +146,7 @@ def answers(first: Session, texts: Sequence[Text], ends: Collection[int], most: 
             for i, token in zip(rows, step_all([going[i] for i in rows]), strict=True):
                 if token not in ends:
                     pieces[i].append(texts[i].push(token))
-                if token in ends or texts[i].stopped:
+                if token in ends or texts[i].stopped is not None:
                     _end(first, going.pop(i))
             if not going:
                 break
@@ -153,7 +154,7 @@ def answers(first: Session, texts: Sequence[Text], ends: Collection[int], most: 
         for session in going.values():
             _end(first, session)
     for text, out in zip(texts, pieces, strict=True):
-        if not text.stopped:
+        if text.stopped is None:
             out.append(text.flush())
     return ["".join(out) for out in pieces]
 

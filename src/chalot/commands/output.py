@@ -46,6 +46,9 @@ def as_json(report: Any) -> str:
                 "perplexity_error",
                 "tokens_per_second",
                 "prefill_tokens_per_second",
+                "acceptance",
+                "tokens_per_pass",
+                "speed_up",
             )
             return fields | {n: plain(getattr(value, n)) for n in extra if hasattr(value, n)}
         if isinstance(value, dict):

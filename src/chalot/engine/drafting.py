@@ -16,8 +16,8 @@ from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
 
-LEVELS = (6, 2)  # lengths of the endings that are looked up, longest first
-LOOKED_AT = 8  # earlier places with such an ending
+LEVELS = (4, 2)  # lengths of the endings that are looked up, longest first
+LOOKED_AT = 8  # earlier places with such an ending, latest first
 LONGEST = 32  # tokens of a match that are counted
 BELIEFS = (0.3, 0.5, 0.7, 0.85, 0.9)  # share kept, for matches of 2, 4, 8, 16, 32 tokens or more
 
@@ -37,8 +37,7 @@ class Drafter(Protocol):
         """The tokens expected next, at most `most` (1 or more) of them, or none."""
 
     def learn(self, kept: int) -> None:
-        """So many of the last proposal's tokens were right; called once for each that was not
-        empty."""
+        """So many of the last proposal's tokens were right. Not called for an empty one."""
 
     def truncate(self, length: int) -> None:
         """All but the first `length` tokens of the text are gone."""
@@ -88,13 +87,13 @@ class TextDrafter:
     """What followed the longest earlier match of the text's ending, in prompt and answer.
 
     Endings of a few tokens lead to the places where they stood before; the longest match among the
-    latest of those wins. Takes about a microsecond a token, and forgets exactly what it learnt last.
+    latest of those wins. Reading takes about a microsecond a token, and can be undone.
     """
 
     def __init__(self, costs: StepCosts, most: int = MOST) -> None:
         self.paces = [Pace(costs, belief, most) for belief in BELIEFS]
         self.tokens: list[int] = []
-        # level -> ending -> the place behind it that came last; place -> the one before with its ending
+        # for each level, the last place behind an ending; and for each place the one before it
         self.last: list[dict[tuple[int, ...], int]] = [{} for _ in LEVELS]
         self.earlier: list[list[int]] = [[] for _ in LEVELS]
         self.proposed = self.paces[0], 0
@@ -180,9 +179,10 @@ class Several:
 
     def propose(self, text: Text, most: int) -> list[int]:
         """See Drafter."""
-        for self.asked in self.drafters:
-            draft = self.asked.propose(text, most)
+        for drafter in self.drafters:
+            draft = drafter.propose(text, most)
             if draft:
+                self.asked = drafter
                 return draft
         return []
 

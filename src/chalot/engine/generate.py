@@ -76,6 +76,16 @@ class Stats:
         """Decoding speed over that of one token a pass, by the running average of such passes."""
         return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
 
+    @property
+    def drafting(self) -> str:
+        """What drafting did, for people; "" for nothing."""
+        if not self.drafted:
+            return ""
+        return (
+            f" ({self.acceptance:.0%} of {self.drafted} drafted tokens kept, "
+            f"{self.tokens_per_pass:.1f} tokens a pass, about {self.speed_up:.1f} x plain decoding)"
+        )
+
 
 @dataclass(frozen=True)
 class Work:

@@ -154,7 +154,7 @@ class SessionFile:
         digest.update(front)
         self.file.seek(sizes.at_pages)
         for page in pages:
-            view = memoryview(page)
+            view = page.data
             while view:
                 done = self.file.readinto(view[:READ])  # type: ignore[attr-defined]
                 if not done:

@@ -1,0 +1,105 @@
+"""What drafting needs of files: a small model with the same ids, and what passes cost here.
+
+Costs are kept in CHALOT_HOME for each model file, instruction set and number of threads. They
+decide how fast an answer comes and nothing else, so a file that is missing or damaged is no error.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import msgspec
+
+from chalot.engine.pacing import StepCosts
+from chalot.errors import OutputError, TokenizerError
+from chalot.formats.myai import MyaiFile
+from chalot.home import home
+
+if TYPE_CHECKING:
+    from chalot.text.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+MOST_BYTES = 100_000  # of a file with costs
+ENOUGH = 32  # passes of one token, below which an average is not worth keeping
+Tokens = Annotated[int, msgspec.Meta(ge=2, le=256)]
+Ratio = Annotated[float, msgspec.Meta(ge=1, le=256)]
+
+
+class Speaker(Protocol):
+    """What is asked of a loaded model."""
+
+    @property
+    def file(self) -> MyaiFile: ...
+
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+
+
+def check_same_ids(model: Speaker, small: Speaker) -> None:
+    """Raise TokenizerError unless the tokens of both models have the same ids.
+
+    Equal documents are enough, whatever the size of the embedding, which may be padded; else every
+    token is compared. Models without a tokenizer must have equally many ids.
+    """
+    files = model.file, small.file
+    documents = [file.manifest.documents.get(TOKENIZER) for file in files]
+    sizes = [file.manifest.config["vocabulary"] for file in files]
+    remedy = "choose a draft model of the same family, or --no-draft"
+    if not all(documents):
+        if not any(documents) and sizes[0] == sizes[1]:
+            return
+        expected, found = (
+            f"{size} ids without a tokenizer" if document is None else "a tokenizer"
+            for size, document in zip(sizes, documents, strict=True)
+        )
+        raise TokenizerError(
+            f"{small.file.path}: found {found}, expected {expected} as in {model.file.path}; "
+            f"{remedy}"
+        )
+    if len({d.sha256 for d in documents if d}) == 1:
+        return
+    large, little = model.tokenizer, small.tokenizer
+    if large.vocabulary_size != little.vocabulary_size:
+        raise TokenizerError(
+            f"{small.file.path}: found {little.vocabulary_size} tokens, expected "
+            f"{large.vocabulary_size} as in {model.file.path}; {remedy}"
+        )
+    for n in range(large.vocabulary_size):
+        if large.piece(n) != little.piece(n):
+            raise TokenizerError(
+                f"{small.file.path}: found {little.piece(n)!r:.60} as token {n}, expected "
+                f"{large.piece(n)!r:.60} as in {model.file.path}; {remedy}"
+            )
+
+
+def costs_at(file: MyaiFile, isa: str, threads: int) -> Path:
+    """Where what passes cost is kept."""
+    return home() / "costs" / f"{file.digest[:24]}-{isa}-{threads}.json"
+
+
+def read_costs(file: MyaiFile, isa: str, threads: int) -> StepCosts:
+    """What was measured earlier, or nothing."""
+    costs = StepCosts()
+    with suppress(OSError, OutputError, msgspec.MsgspecError, UnicodeDecodeError):
+        with costs_at(file, isa, threads).open("rb") as kept:
+            raw = kept.read(MOST_BYTES + 1)
+        if len(raw) <= MOST_BYTES:
+            costs.relative.update(msgspec.json.decode(raw, type=dict[Tokens, Ratio]))
+    return costs
+
+
+def keep_costs(costs: StepCosts, file: MyaiFile, isa: str, threads: int) -> None:
+    """Keep what was measured for the next time, where there is enough of it and a place for it."""
+    if costs.passes.get(1, 0) < ENOUGH or len(costs.passes) < 2:
+        return
+    with suppress(OSError, OutputError):
+        place = costs_at(file, isa, threads)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}.partial")
+        try:
+            known = {n: round(ratio, 4) for n, ratio in sorted(costs.relative.items())}
+            partial.write_bytes(msgspec.json.encode(known))
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)

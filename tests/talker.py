@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,12 @@ class Talker:
             if number == 2 and "interrupt" in text:
                 signal.raise_signal(signal.SIGINT)
             yield word
+
+    def load_talk(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def save_talk(self, path: Path, note: bytes) -> None:
+        path.write_bytes(note)
 
 
 if __name__ == "__main__":

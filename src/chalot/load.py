@@ -7,9 +7,8 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -264,9 +263,9 @@ class Model:
             raise ContextError(f"{count} answers asked for; expected 1 or more")
         with self.lock, self.session(**options | {"draft": False}) as session:
             self.last_stats = session.stats
-            most = _room(self.context - len(ids), max_tokens)
+            most = sessions.room(self.context - len(ids), max_tokens)
             session.prefill(ids)
-            texts = [TextStream(self.tokenizer, _stops(stop)) for _ in range(count)]
+            texts = [TextStream(self.tokenizer, sessions.stops(stop)) for _ in range(count)]
             return sessions.answers(session, texts, self.tokenizer.eos_ids, most)
 
     def _answer(
@@ -274,8 +273,8 @@ class Model:
     ) -> Iterator[str]:
         from chalot.text.stream import TextStream
 
-        text = TextStream(self.tokenizer, _stops(stop))
-        most = _room(self.context - len(session.tokens) - len(ids), max_tokens)
+        text = TextStream(self.tokenizer, sessions.stops(stop))
+        most = sessions.room(self.context - len(session.tokens) - len(ids), max_tokens)
         self.last_stats = session.stats
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
@@ -339,10 +338,10 @@ class Model:
         draft: bool | str | Path | None = None,
         draft_tokens: int | None = None,
         **options: Any,
-    ) -> "OpenSession":
+    ) -> sessions.OpenSession:
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
         drafter = self.drafter(*self._or_default(draft, draft_tokens))
-        return OpenSession(self, self.sampling(**options), drafter)
+        return sessions.OpenSession(self, self.sampling(**options), drafter)
 
     def _or_default(
         self, draft: bool | str | Path | None, draft_tokens: int | None
@@ -378,7 +377,7 @@ class Model:
         with self.lock:
             sessions.save(session, Path(path).expanduser(), self.kept, note)
 
-    def load_session(self, path: str | Path, **options: Any) -> "OpenSession":
+    def load_session(self, path: str | Path, **options: Any) -> sessions.OpenSession:
         """A saved text, which goes on with the same bits; options are those saved, unless given.
 
         Raises FormatError for a damaged file, or one of another model, cache type or window.
@@ -388,6 +387,18 @@ class Model:
             sessions.restore(session, Path(path).expanduser(), self.kept)
         session.with_sampling(**options)
         return session
+
+    def save_talk(self, path: str | Path, note: bytes = b"") -> None:
+        """Like `save_session`, of what the last `stream_chat` left."""
+        self.save_session(self.talk(), path, note)
+
+    def load_talk(self, path: str | Path) -> bytes:
+        """Like `load_session`, for the next `stream_chat`; the note that was kept with it."""
+        with self.lock:
+            if self._talk is not None:
+                self._talk.close()
+                self._talk = None
+            return sessions.restore(self.talk(), Path(path).expanduser(), self.kept)
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
@@ -454,49 +465,6 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class OpenSession(Session, AbstractContextManager["OpenSession"]):
-    """A session that locks its model for each call and gives its pages back at the block's end."""
-
-    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
-        super().__init__(model.engine, sampling, drafter)
-        self.model = model
-
-    def prefill(self, ids: Iterable[int]) -> None:
-        """See Session."""
-        with self.model.lock:
-            super().prefill(list(ids))
-
-    def step(self, most: int | None = None) -> int:
-        """See Session."""
-        with self.model.lock:
-            return super().step(most)
-
-    def fork(self, **changes: float) -> "OpenSession":
-        """See Session."""
-        with self.model.lock:
-            return cast(OpenSession, super().fork(**changes))
-
-    def _new(self, sampling: Sampling) -> "OpenSession":
-        return OpenSession(self.model, sampling)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _stops(stop: Iterable[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise SamplingError("a stop string is empty; expected a text to end before")
-    return stops
-
-
-def _room(room: int, max_tokens: int | None) -> int:
-    """How many tokens an answer may have."""
-    if max_tokens is not None and max_tokens < 0:
-        raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
-    return max(room, 0) if max_tokens is None else min(max_tokens, max(room, 0))
 
 
 def load(path: str | Path, **options: Any) -> Model:

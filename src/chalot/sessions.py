@@ -3,15 +3,17 @@
 A saved session goes on as if it had never ended: with the same bits, whatever the machine.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.engine.generate import Session, Stats, step_all
+from chalot.engine.drafting import Drafter
+from chalot.engine.generate import Engine, Session, Stats, step_all
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError
 from chalot.formats.files import quoted
@@ -19,6 +21,42 @@ from chalot.formats.session_file import SessionFile, SessionHeader, write_sessio
 from chalot.kernels.program import PAGE, CacheShape
 from chalot.model.cache import cleared
 from chalot.model.streaming import Window
+
+
+class Locked(Protocol):
+    """What an open session asks of its model."""
+
+    engine: Engine
+    lock: Any  # used with `with`
+
+
+class OpenSession(Session, AbstractContextManager["OpenSession"]):
+    """A session that locks its model for each call and gives its pages back at the block's end."""
+
+    def __init__(self, model: "Locked", sampling: Sampling, drafter: Drafter | None = None) -> None:
+        super().__init__(model.engine, sampling, drafter)
+        self.model = model
+
+    def prefill(self, ids: Iterable[int]) -> None:
+        """See Session."""
+        with self.model.lock:
+            super().prefill(list(ids))
+
+    def step(self, most: int | None = None) -> int:
+        """See Session."""
+        with self.model.lock:
+            return super().step(most)
+
+    def fork(self, **changes: float) -> "OpenSession":
+        """See Session."""
+        with self.model.lock:
+            return cast(OpenSession, super().fork(**changes))
+
+    def _new(self, sampling: Sampling) -> "OpenSession":
+        return OpenSession(self.model, sampling)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -166,3 +204,18 @@ def _end(first: Session, session: Session) -> None:
         first.stats.decode_seconds += session.stats.decode_seconds
         first.stats.native_seconds += session.stats.native_seconds
         session.close()
+
+
+def stops(stop: Iterable[str]) -> tuple[str, ...]:
+    """Texts to end before. Raises SamplingError for an empty one."""
+    found = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(found):
+        raise SamplingError("a stop string is empty; expected a text to end before")
+    return found
+
+
+def room(left: int, max_tokens: int | None) -> int:
+    """How many tokens an answer may have, of those `left`. Raises SamplingError."""
+    if max_tokens is not None and max_tokens < 0:
+        raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
+    return max(left, 0) if max_tokens is None else min(max_tokens, max(left, 0))

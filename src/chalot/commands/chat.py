@@ -19,5 +19,5 @@ def main(arguments: Arguments) -> int:
 
     with open_model(arguments) as model:
         options = sampling_of(arguments) | {"max_tokens": arguments.max_tokens}
-        run_it(model, system=arguments.system, **options)
+        run_it(model, system=arguments.system, cache=arguments.cache, **options)
     return 0

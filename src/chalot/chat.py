@@ -16,6 +16,7 @@ import msgspec
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.files import whole_file
 from chalot.home import home
+from chalot.table import printable
 
 HELP = """\
 /reset      forget the conversation (the system message stays)
@@ -133,7 +134,7 @@ def parse_saved(content: bytes, path: Path) -> Saved:
 
 def say(*words: object) -> None:
     """A line for the person at the terminal."""
-    print(*words, file=sys.stderr, flush=True)
+    print(*(printable(str(word)) for word in words), file=sys.stderr, flush=True)
 
 
 class Chat:

@@ -5,13 +5,18 @@ decide how fast an answer comes and nothing else, so a file that is missing or d
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 
+from chalot.engine.draft_model import ModelDrafter
+from chalot.engine.drafting import Drafter, Several, TextDrafter
+from chalot.engine.generate import CHUNK, Engine
 from chalot.engine.pacing import StepCosts
+from chalot.engine.sampler import SamplingError
 from chalot.errors import OutputError, TokenizerError
 from chalot.formats.myai import MyaiFile
 from chalot.home import home
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 MOST_BYTES = 100_000  # of a file with costs
-ENOUGH = 32  # passes of one token, below which an average is not worth keeping
+ENOUGH = 8  # passes of one token, below which an average is not worth keeping
+Draft = bool | str | Path  # whether to draft, or the file of a small model that drafts too
 Tokens = Annotated[int, msgspec.Meta(ge=2, le=256)]
 Ratio = Annotated[float, msgspec.Meta(ge=1, le=256)]
 
@@ -33,7 +39,58 @@ class Speaker(Protocol):
     def file(self) -> MyaiFile: ...
 
     @property
+    def engine(self) -> Engine: ...
+
+    @property
     def tokenizer(self) -> "Tokenizer": ...
+
+    def close(self) -> None: ...
+
+
+class Drafters:
+    """Makes what drafts a model's texts, and keeps the small models that it opened."""
+
+    def __init__(
+        self, engine: Engine, opened: Callable[[Path], Speaker], draft: Draft, most: int
+    ) -> None:
+        """`opened` opens a small model, or refuses; `draft` and `most` are the defaults.
+
+        Raises what `make` raises.
+        """
+        self.engine = engine
+        self.opened = opened
+        self.defaults = draft, most
+        self.small: dict[Path, Speaker] = {}
+        self.make(draft, most)
+
+    def chosen(self, draft: Draft | None, most: int | None) -> tuple[Draft, int]:
+        """The defaults in place of None."""
+        default, limit = self.defaults
+        return default if draft is None else draft, limit if most is None else most
+
+    def make(self, draft: Draft, most: int) -> Drafter | None:
+        """What drafts a text of its own, at most so many tokens at a time; None for nothing.
+
+        Raises SamplingError for a length that is none, TokenizerError for a model with other ids.
+        """
+        if not (isinstance(most, int) and 0 <= most < CHUNK):
+            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
+        if not most or draft is False:
+            return None
+        costs = self.engine.costs
+        from_text = TextDrafter(costs, most)
+        if draft is True:
+            return from_text
+        path = Path(draft).expanduser()
+        if path not in self.small:
+            self.small[path] = self.opened(path)
+        by_model = ModelDrafter(self.small[path].engine, self.engine.vocabulary, costs, most)
+        return Several([from_text, by_model])
+
+    def close(self) -> None:
+        """Close the small models."""
+        while self.small:
+            self.small.popitem()[1].close()
 
 
 def check_same_ids(model: Speaker, small: Speaker) -> None:

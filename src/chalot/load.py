@@ -7,6 +7,7 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine, sessions
-from chalot.drafts import check_same_ids, keep_costs, read_costs
-from chalot.engine.draft_model import ModelDrafter
-from chalot.engine.drafting import Drafter, Several, TextDrafter
+from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
-from chalot.engine.sampler import Sampling, SamplingError
+from chalot.engine.sampler import Sampling
+from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
@@ -31,7 +31,8 @@ from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.streaming import LONGEST, Window
-from chalot.model.transformer import Weights, build, cache_shape
+from chalot.model.transformer import Weights, build, cache_shape, head_input
+from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -80,6 +81,12 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
+def cache_budget(texts: int, budget: int | None) -> int | None:
+    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
+    free = machine.memory_available()
+    return free // 2 if texts > 1 and budget is None and free is not None else budget
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -97,8 +104,8 @@ class Model:
         mlock: bool = False,
         window: int | None = None,
         sinks: int | None = None,
-        answers: int = 1,
-        draft: bool | str | Path = True,
+        texts: int = 1,
+        draft: Draft = True,
         draft_tokens: int = MOST,
         backend: Backend | None = None,
     ) -> None:
@@ -112,13 +119,16 @@ class Model:
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
         a text may be longer than the model's context (`model.streaming` says what is computed).
-        The cache has room for `answers` texts at a time.
+        The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
         Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
         draft model with other ids.
         """
+        counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        counts |= {"window": window, "sinks": sinks}
+        check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)
@@ -132,22 +142,22 @@ class Model:
         shape = cache_shape(self.config, kv)
         self.window = Window.parse(window, sinks, self.config.context)
         longest = LONGEST if self.window.size else self.config.context
-        if answers < 1:
-            raise ContextError(f"-n {answers}: expected 1 answer or more")
         if context is None and not self.window.size:
-            context = default_context(self.config, answers * shape.position_bytes, kv_budget)
+            context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = longest if context is None else context
+        self.kv_budget = kv_budget
         if not 1 <= self.context <= longest:
             made = "a window has room" if self.window.size else "this model was made"
             raise ContextError(f"--context {self.context}: {made} for 1 to {longest}")
-        room = self.window.positions(CHUNK) if self.window.size else self.context + CHUNK
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv, self.window)
+        self.head_input = head_input(program)
+        room = texts * self.window.positions(self.context, CHUNK) + CHUNK
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, answers * min(room, self.context + CHUNK), kv_budget, self.window),
+            PageCache(shape, room, cache_budget(texts, kv_budget), self.window),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
@@ -159,12 +169,10 @@ class Model:
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
-        self._small: dict[Path, Model] = {}  # draft models
-        self.drafting = draft, draft_tokens
-        self.drafter(*self.drafting)  # refuses what cannot be
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
-        self._talk_drafting = self.drafting
+        self._talk_drafting: tuple[Draft, int] | None = None
+        self.drafters = Drafters(self.engine, self._draft_model, draft, draft_tokens)
 
     # ---- text
 
@@ -254,7 +262,7 @@ class Model:
         """That many answers to one prompt, which is read once: `choice` and the ones behind it.
 
         Each is what `generate` gives for its choice. Raises ContextError where the cache has no
-        room for all: open the model with `answers=count`.
+        room for all: open the model with `texts=count`.
         """
         from chalot.text.stream import TextStream
 
@@ -301,7 +309,7 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
-        draft: bool | str | Path | None = None,
+        draft: Draft | None = None,
         draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
@@ -312,18 +320,16 @@ class Model:
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             session = self.talk()
-            drafting = self._or_default(draft, draft_tokens)
+            drafting = self.drafters.chosen(draft, draft_tokens)
             if drafting != self._talk_drafting:
-                if session.drafter is not None:
-                    session.drafter.close()
-                session.drafter, self._talk_drafting = self.drafter(*drafting), drafting
+                session.use(self.drafters.make(*drafting))
+                self._talk_drafting = drafting
             yield from self._go_on(session, ids, max_tokens, stop, options)
 
     def talk(self) -> Session:
         """The session in which `stream_chat` keeps what the last conversation put in the cache."""
         if self._talk is None:
-            self._talk_drafting = self.drafting
-            self._talk = Session(self.engine, self.sampling(), self.drafter(*self.drafting))
+            self._talk, self._talk_drafting = Session(self.engine, self.sampling()), None
         return self._talk
 
     def chat(self, messages: Messages, **options: Any) -> str:
@@ -333,41 +339,39 @@ class Model:
     # ---- ids
 
     def session(
-        self,
-        *,
-        draft: bool | str | Path | None = None,
-        draft_tokens: int | None = None,
-        **options: Any,
+        self, *, draft: Draft | None = None, draft_tokens: int | None = None, **options: Any
     ) -> sessions.OpenSession:
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        drafter = self.drafter(*self._or_default(draft, draft_tokens))
+        drafter = self.drafters.make(*self.drafters.chosen(draft, draft_tokens))
         return sessions.OpenSession(self, self.sampling(**options), drafter)
 
-    def _or_default(
-        self, draft: bool | str | Path | None, draft_tokens: int | None
-    ) -> tuple[bool | str | Path, int]:
-        return (
-            self.drafting[0] if draft is None else draft,
-            self.drafting[1] if draft_tokens is None else draft_tokens,
-        )
+    def _draft_model(self, path: Path) -> "Model":
+        """A small model with the same ids, on the same threads. Raises TokenizerError."""
+        kv = self.engine.cache.shape.kind
+        small = Model(path, kv=kv, draft=False, backend=self.backend)
+        check_same_ids(self, small)
+        return small
 
-    def drafter(self, draft: bool | str | Path, most: int) -> Drafter | None:
-        """What drafts a text of its own, at most so many tokens; see `Model`."""
-        if not (isinstance(most, int) and 0 <= most < CHUNK):
-            raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
-        if not most or draft is False:
-            return None
-        from_text = TextDrafter(self.engine.costs, most)
-        if draft is True:
-            return from_text
-        path = Path(draft).expanduser()
-        if path not in self._small:
-            kv = self.engine.cache.shape.kind
-            small = Model(path, kv=kv, draft=False, backend=self.backend)
-            check_same_ids(self, small)
-            self._small[path] = small
-        engine, ids = self._small[path].engine, self.config.vocabulary
-        return Several([from_text, ModelDrafter(engine, ids, self.engine.costs, most)])
+    def scheduler(
+        self,
+        slots: int = 16,
+        *,
+        chunk: int = CHUNK,
+        queue: int = 256,
+        kv_budget: int | None = None,
+        prefix_pages: int | None = None,
+    ) -> Scheduler:
+        """Many requests at once, in a cache of their own: a context for each slot.
+
+        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
+        model's, else half of what is free. Raises ContextError where that is no page.
+        """
+        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
+        if budget is None and (free := machine.memory_available()) is not None:
+            budget = max(free // 2, shape.page_bytes)
+        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
+        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
+        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
 
     def save_session(self, session: Session, path: str | Path, note: bytes = b"") -> None:
         """Write a text's tokens, keys and values to a file, whole or not at all.
@@ -454,9 +458,7 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
-        for small in self._small.values():
-            small.close()
-        self._small.clear()
+        self.drafters.close()
         keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 

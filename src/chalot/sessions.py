@@ -84,6 +84,7 @@ def save(session: Session, path: Path, kept: Kept, note: bytes = b"") -> None:
     header = SessionHeader(
         made_with=kept.made_with(),
         tokens=len(session.tokens),
+        start=session.start,
         length=length,
         gone=sequence.gone,
         pages=len(numbers),
@@ -129,7 +130,7 @@ def restore(session: Session, path: Path, kept: Kept) -> bytes:
             sequence.close()
             raise
         sequence.length = header.length
-    session.tokens = tokens.tolist()
+    session.tokens, session.start = tokens.tolist(), header.start
     session.sampling = sampling
     session.stats = Stats(seed=sampling.seed, cached_tokens=header.length)
     return note
@@ -144,7 +145,10 @@ def _check(path: Path, header: SessionHeader, kept: Kept) -> None:
                 f"{path}: was made with {quoted(name)} {quoted(str(found))}, expected {here!r}; "
                 "open the model as it was then, or choose another name"
             )
-    if header.page_bytes != kept.shape.page_bytes or header.length > header.tokens:
+    if (
+        header.page_bytes != kept.shape.page_bytes
+        or max(header.length, header.start) > header.tokens
+    ):
         raise FormatError(f"{path}: its sizes contradict each other; damaged? remove it")
     window, sink_pages = kept.window, -(-kept.window.sinks // PAGE)
     fits = header.gone == sink_pages or (

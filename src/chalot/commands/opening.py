@@ -28,6 +28,14 @@ def size(text: str) -> int:
         raise ArgumentTypeError(str(error)) from None
 
 
+def names(text: str) -> list[str]:
+    """Names, with commas between."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise ArgumentTypeError(f"found {text!r:.40}, expected names with commas between: nl4,int8")
+    return found
+
+
 def cache_type(parser: ArgumentParser, default: str | None) -> None:
     """--kv"""
     kinds = ("int8", "f16", "f32")
@@ -99,7 +107,7 @@ def open_model(arguments: Arguments) -> Any:
     path = converted(arguments.model, arguments)
     names = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")
     options = {name: getattr(arguments, name) for name in (*names, "window", "sinks")}
-    options["answers"] = getattr(arguments, "answers", None) or 1
+    options["texts"] = max(getattr(arguments, "answers", None) or 1, 1)
     if isinstance(arguments.draft, str):
         options["draft"] = converted(arguments.draft, arguments)
     return load(path, **options)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.engine.pacing import MOST, Pace, StepCosts
+from chalot.engine.pacing import MOST, Costs, Pace
 from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
@@ -26,8 +26,12 @@ class Text(Protocol):
     """What a drafter sees of a text: all its tokens, of which the last are not in the cache yet."""
 
     tokens: list[int]
-    sampling: Sampling
+    start: int  # where the answer begins
     sequence: cache.Sequence
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
 
 
 class Drafter(Protocol):
@@ -48,15 +52,19 @@ class Drafter(Protocol):
 
 def most_wanted(text: Text, draft: Sequence[int], vocabulary: int) -> int:
     """How many candidates `verified` needs to see after each token."""
-    before = recent(text)
+    before, start = recent(text)
     sets = (before + list(draft[:n]) for n in range(len(draft) + 1))
-    return max(wanted(tokens, text.sampling, vocabulary) for tokens in sets)
+    return max(wanted(tokens, text.sampling, vocabulary, start) for tokens in sets)
 
 
-def recent(text: Text) -> list[int]:
-    """The last tokens of a text, as far as a choice depends on them."""
-    window = text.sampling.repetition_window
-    return text.tokens[-window:] if window and text.sampling.repetition_penalty != 1 else []
+def recent(text: Text) -> tuple[list[int], int]:
+    """The last tokens of a text, as far as a choice depends on them; where its answer begins."""
+    sampling, length = text.sampling, len(text.tokens)
+    need = sampling.repetition_window if sampling.repetition_penalty != 1 else 0
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        need = max(need, length - text.start)
+    first = max(length - need, 0)
+    return text.tokens[first:], max(text.start - first, 0)
 
 
 def verified(
@@ -70,11 +78,11 @@ def verified(
     `candidates(n)` are ids and logits of the best after the text and n drafted tokens. Each token
     is drawn as plain decoding draws it, with the same random number of its position.
     """
-    before, found = recent(text), list[int]()
+    (before, start), found = recent(text), list[int]()
     while True:
         at, best = len(text.tokens) + len(found), candidates(len(found))
         try:
-            found.append(choose(*best, before + found, text.sampling, at, exp))
+            found.append(choose(*best, before + found, text.sampling, at, exp, start))
         except KernelError:  # not finite: the error is due when that token is asked for
             if not found:
                 raise
@@ -90,7 +98,7 @@ class TextDrafter:
     latest of those wins. Reading takes about a microsecond a token, and can be undone.
     """
 
-    def __init__(self, costs: StepCosts, most: int = MOST) -> None:
+    def __init__(self, costs: Costs, most: int = MOST) -> None:
         self.paces = [Pace(costs, belief, most) for belief in BELIEFS]
         self.tokens: list[int] = []
         # for each level, the last place behind an ending; and for each place the one before it
@@ -140,7 +148,7 @@ class TextDrafter:
         place, same = self.match()
         if same < LEVELS[-1]:
             return []
-        pace = self.paces[same.bit_length() - LEVELS[-1]]
+        pace = self.paces[same.bit_length() - LEVELS[-1].bit_length()]
         count = pace.length(most)
         draft = self.tokens[place : place + count]
         while draft and len(draft) < count:  # the match reaches into the draft: it goes round

@@ -194,6 +194,7 @@ class Session:
         self.drafter = drafter
         self.sequence = Sequence(engine.cache)
         self.tokens: list[int] = []
+        self.start = 0  # where the answer begins: behind what was given last
         self.stats = Stats(seed=sampling.seed)
         # the candidates after the last token fed: ids and logits
         self.next: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
@@ -219,13 +220,14 @@ class Session:
         start = time.perf_counter()
         self._forget()
         self.tokens += ids
+        self.start = total
         self._feed()
         self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - start
 
     def _feed(self) -> None:
         """Run what is not in the cache yet, a chunk at a time; keep what may come next."""
-        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
         while self.sequence.length < len(self.tokens):
             done = self.sequence.length
             part = self.tokens[done : done + CHUNK]
@@ -255,7 +257,7 @@ class Session:
 
     def _decode(self, most: int | None) -> None:
         """Draw the next token, and drafted ones behind it as far as they are right."""
-        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
         unread = len(self.tokens) - self.sequence.length
         if unread <= 0 and (self.next is None or self.next[0].size < count):
             self.rewind(len(self.tokens))  # sampling has changed, or a step was interrupted
@@ -269,7 +271,7 @@ class Session:
                     "nothing was read yet; call prefill(ids) with at least one token"
                 )
             before, exp = self.tokens, self.engine.exp
-            found = [choose(*self.next, before, self.sampling, len(before), exp)]
+            found = [choose(*self.next, before, self.sampling, len(before), exp, self.start)]
         self.next = None
         self.confirmed.extend(found)
         self.drawn_by = self.sampling
@@ -309,6 +311,7 @@ class Session:
         """Forget all but the first `length` tokens; what the cache holds of them is kept."""
         self.confirmed.clear()
         del self.tokens[length:]
+        self.start = min(self.start, length)
         self.sequence.truncate(max(length - 1, 0))  # the last one is read again for its logits
         self.next = None
         if self.drafter is not None:
@@ -320,12 +323,18 @@ class Session:
         `changes` are of its sampling: with another `choice` it has other random numbers.
         """
         other = self._new(with_changes(self.sampling, **changes))  # type: ignore[arg-type]
-        other.tokens, other.next = list(self.tokens), self.next
+        other.tokens, other.start, other.next = list(self.tokens), self.start, self.next
         other.sequence = self.sequence.fork(len(self.tokens))
         return other
 
     def _new(self, sampling: Sampling) -> "Session":
         return Session(self.engine, sampling)
+
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft by another drafter from here on."""
+        if self.drafter is not None:
+            self.drafter.close()
+        self.drafter = drafter
 
     def with_sampling(self, **changes: float) -> None:
         """Change sampling options from here on."""
@@ -350,7 +359,7 @@ def step_all(sessions: list[Session]) -> list[int]:
     start, native = time.perf_counter(), engine.native_seconds
     due = [s for s in sessions if not s.confirmed and len(s.tokens) - s.sequence.length == 1]
     if due:
-        counts = [wanted(s.tokens, s.sampling, engine.vocabulary) for s in due]
+        counts = [wanted(s.tokens, s.sampling, engine.vocabulary, s.start) for s in due]
         ids, logits = engine.best([Work(s.sequence, s.tokens[-1:]) for s in due], max(counts))
         for row, s in enumerate(due):
             s.next = ids[row], logits[row]

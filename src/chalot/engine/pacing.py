@@ -10,6 +10,7 @@ Timing decides how fast a text comes, never what it says.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
 NEWEST = 1 / 8  # least weight of the newest measurement in a running average
@@ -20,6 +21,17 @@ BELIEF = 6.0  # drafted tokens that what is believed at first weighs as much as
 MEMORY = 0.97  # what a draft's outcome still weighs after the next one
 YIELD = 1.05  # tokens for the time of one, below which drafting pauses
 PAUSE = 8, 256  # drafts passed over: at first, and after many trials that failed
+
+
+class Costs(Protocol):
+    """What passes cost, as a text sees it that drafts."""
+
+    @property
+    def one(self) -> float | None:
+        """Seconds of a pass without drafts; None: not known yet."""
+
+    def of(self, tokens: int) -> float:
+        """What a pass over the last token and a draft costs, in passes without."""
 
 
 @dataclass
@@ -62,7 +74,7 @@ class Pace:
     pauses where no length gains enough, and is tried again after a while.
     """
 
-    def __init__(self, costs: StepCosts, belief: float, most: int = MOST) -> None:
+    def __init__(self, costs: Costs, belief: float, most: int = MOST) -> None:
         """`belief` is the share of drafted tokens expected to be kept, before there were any."""
         self.costs = costs
         self.most = most

@@ -66,7 +66,7 @@ READERS = (  # how a file begins -> where its reader is
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint on disk. Raises FormatError when `path` holds none that is known."""
     if path.is_dir():
-        from chalot.formats.bitnet import open_folder
+        from chalot.formats.folders import open_folder
 
         return open_folder(path)
     try:

@@ -36,6 +36,7 @@ class SessionHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     made_with: dict[str, str | int]  # must be that of whoever restores it
     tokens: Count
+    start: Count  # where the answer begins
     length: Count  # tokens that are in the pages
     gone: Count  # pages before this one, those of sinks aside, lay behind the window
     pages: Count

@@ -56,6 +56,10 @@ class Window:
         """The first position that a query sees, sinks aside."""
         return max(0, position + 1 - self.size) if self.size else 0
 
-    def positions(self, tokens: int) -> int:
-        """Positions of the cache that a text needs which is read so many tokens at a time."""
-        return self.size + tokens + REWIND + 3 * PAGE  # sinks; pages begun at both ends
+    def positions(self, context: int, tokens: int) -> int:
+        """Positions of the cache that a text of a whole context needs, read `tokens` at a time."""
+        if not self.size:
+            return context
+        return min(
+            context, self.size + tokens + REWIND + 3 * PAGE
+        )  # sinks; pages begun at both ends

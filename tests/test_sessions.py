@@ -102,7 +102,7 @@ def test_before_the_window_is_left_nothing_differs(model: Model, streaming: Mode
         ({"window": 4}, "--sinks 4: expected 0 to 3"),
         ({"sinks": 4}, "only with a window"),
         ({"window": 1024}, "choose --window 1020 at most"),
-        ({"window": 64, "context": (1 << 20) + 1}, "a window has room for 1 to 1048576"),
+        ({"window": 64, "context": (1 << 20) + 1}, "a window has room for 1048576"),
     ],
 )
 def test_what_cannot_be_is_refused(demo_file: Path, options: dict[str, int], words: str) -> None:
@@ -359,6 +359,19 @@ def test_run_beyond_the_context(demo_file: Path, capsys: pytest.CaptureFixture[s
     assert ran(capsys, *run)[0] == 1
     code, _, err = ran(capsys, *run, "--window", "3")
     assert code == 1 and "--sinks 4: expected 0 to 2" in err
+
+
+def test_a_chat_goes_on_in_its_cache(model: Model, demo_file: Path, tmp_path: Path) -> None:
+    first = [{"role": "user", "content": "def read(path):"}]
+    answer = model.chat(first, max_tokens=20, **SAMPLED)
+    model.save_talk(tmp_path / "c", b"words")
+    more = [*first, {"role": "assistant", "content": answer}, *first]
+    expected = model.chat(more, max_tokens=20, **SAMPLED)
+    with chalot.load(demo_file) as other:
+        other.chat(more[1:], max_tokens=3)  # goes away
+        assert other.load_talk(tmp_path / "c") == b"words"
+        assert other.chat(more, max_tokens=20, **SAMPLED) == expected
+        assert other.last_stats.cached_tokens == model.last_stats.cached_tokens > 10
 
 
 def test_any_damage_is_an_error_of_ours(streaming: Model, kept: Path, tmp_path: Path) -> None:

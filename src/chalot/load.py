@@ -147,8 +147,11 @@ class Model:
         self.context = longest if context is None else context
         self.kv_budget = kv_budget
         if not 1 <= self.context <= longest:
-            made = "a window has room" if self.window.size else "this model was made"
-            raise ContextError(f"--context {self.context}: {made} for 1 to {longest}")
+            if self.window.size:
+                raise ContextError(f"--context {self.context}: a window has room for {longest}")
+            raise ContextError(
+                f"--context {self.context}: this model was made for 1 to {self.config.context}"
+            )
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import vocabularies
+from chalot.model.streaming import Window
 from chalot.text.tokenizer import Tokenizer
 from conversations import TEMPLATES
 
@@ -24,6 +25,10 @@ class Stats:
 
 class Talker:
     """`heard` keeps every call; told to "interrupt", it sends itself a SIGINT after two words."""
+
+    kv = "int8"
+    context = 1024
+    window = Window()
 
     def __init__(self, template: str | None = "chatml", digest: str = "d1") -> None:
         source = None if template is None else TEMPLATES[template]

@@ -350,11 +350,16 @@ def test_run_with_answers(demo_file: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 1 and "0 answers asked for; expected 1 or more" in err
 
 
-def test_run_beyond_the_context(demo_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_beyond_the_context(
+    demo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = ["run", str(demo_file), "x = 1\n" * 600, "--max-tokens", "9", "--seed", "3", "-q"]
-    code, out, _ = ran(capsys, *run, "--window", "100", "--json")
+    code, out, _ = ran(capsys, *run, "--window", "100", "--choice", "2", "--json")
     found = json.loads(out)
     assert code == 0 and found["options"]["window"] == 100
+    (tmp_path / "said.json").write_text(out)
+    assert cli.main(["replay", str(tmp_path / "said.json"), str(demo_file)]) == 0
+    assert "every byte came out again" in capsys.readouterr().out
     assert found["stats"]["prompt_tokens"] > 1024
     assert ran(capsys, *run)[0] == 1
     code, _, err = ran(capsys, *run, "--window", "3")

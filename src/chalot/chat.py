@@ -16,6 +16,7 @@ import msgspec
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.files import whole_file
 from chalot.home import home
+from chalot.model.streaming import Window
 from chalot.table import printable
 
 HELP = """\
@@ -57,6 +58,10 @@ class File(Protocol):
 class Talker(Protocol):
     """What `chat` asks of a model; `chalot.Model` is one."""
 
+    kv: Any
+    context: int
+    window: Window
+
     @property
     def tokenizer(self) -> Any: ...
 
@@ -73,11 +78,12 @@ class Talker(Protocol):
     def save_talk(self, path: Path, note: bytes) -> None: ...
 
 
-class Message(msgspec.Struct):
-    """One turn."""
+class Message(msgspec.Struct, omit_defaults=True):
+    """One turn; an answer may have a seed of its own."""
 
     role: Literal["system", "user", "assistant"]
     content: str
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
 
 
 class Options(msgspec.Struct, omit_defaults=True):
@@ -102,6 +108,10 @@ class Saved(msgspec.Struct):
     model: str
     options: Options
     messages: Annotated[list[Message], msgspec.Meta(max_length=100_000)]
+    kv: Literal["int8", "f16", "f32"] = "int8"  # type of the cache, and most tokens in it
+    context: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    window: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    sinks: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 def read_saved(path: Path) -> Saved:
@@ -177,6 +187,10 @@ class Chat:
             model=self.model.file.digest,
             options=Options(**options),
             messages=[Message(**message) for message in self.messages],  # type: ignore[arg-type]
+            kv=self.model.kv,
+            context=self.model.context,
+            window=self.model.window.size or None,
+            sinks=self.model.window.sinks if self.model.window.size else None,
         )
         return msgspec.json.encode(saved)
 
@@ -187,7 +201,7 @@ class Chat:
 
     def go_on(self, saved: Saved, path: Path) -> None:
         """Take up a saved conversation."""
-        self.messages = [msgspec.to_builtins(message) for message in saved.messages]
+        self.messages = [{"role": m.role, "content": m.content} for m in saved.messages]
         self.system = [m for m in self.messages[:1] if m["role"] == "system"]
         self.options |= msgspec.to_builtins(saved.options)
         say(f"({len(self.messages)} messages from {path}, seed {self.options['seed']})")

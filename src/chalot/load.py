@@ -6,8 +6,9 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import replace as with_changes
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from chalot import machine, sessions
 from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
+from chalot.engine.drafting import TextDrafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling
@@ -35,6 +37,7 @@ from chalot.model.transformer import Weights, build, cache_shape, head_input
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
+    from chalot.concurrent import Concurrent
     from chalot.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -145,7 +148,7 @@ class Model:
         if context is None and not self.window.size:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = longest if context is None else context
-        self.kv_budget = kv_budget
+        self.kv, self.kv_budget = kv, kv_budget
         if not 1 <= self.context <= longest:
             if self.window.size:
                 raise ContextError(f"--context {self.context}: a window has room for {longest}")
@@ -306,6 +309,27 @@ class Model:
         """The whole answer; options as for `stream`."""
         return "".join(self.stream(prompt, **options))
 
+    def generate_batch(self, prompts: Iterable[str | Iterable[int]], **options: Any) -> list[str]:
+        """The answers to many prompts, computed together: each is what `generate` gives.
+
+        Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
+        memory of its own, see `scheduler`. The first error ends all answers.
+        """
+        return self._concurrent.generate(list(prompts), **options)
+
+    def astream(self, prompt: str | Iterable[int], **options: Any) -> AsyncGenerator[str, None]:
+        """`stream` for asyncio: `async for piece in model.astream(prompt)`.
+
+        Streams of one time share forward passes; one that nobody iterates any more is cancelled.
+        """
+        return self._concurrent.stream(prompt, **options)
+
+    @cached_property
+    def _concurrent(self) -> "Concurrent":
+        from chalot.concurrent import Concurrent
+
+        return Concurrent(self)
+
     def stream_chat(
         self,
         messages: Messages,
@@ -374,7 +398,15 @@ class Model:
             budget = max(free // 2, shape.page_bytes)
         cache = PageCache(shape, slots * (self.context + CHUNK), budget)
         engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
-        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
+        draft, most = self.drafters.chosen(None, None)
+        return Scheduler(
+            engine,
+            slots=slots,
+            chunk=chunk,
+            queue=queue,
+            prefix_pages=prefix_pages,
+            drafter=partial(TextDrafter, most=most) if draft and most else None,
+        )
 
     def save_session(self, session: Session, path: str | Path, note: bytes = b"") -> None:
         """Write a text's tokens, keys and values to a file, whole or not at all.
@@ -458,6 +490,8 @@ class Model:
 
     def close(self) -> None:
         """Give back cache, sessions and file."""
+        if "_concurrent" in vars(self):
+            self._concurrent.close()
         if self._talk is not None:
             self._talk.close()
             self._talk = None

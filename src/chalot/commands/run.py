@@ -65,7 +65,10 @@ def main(arguments: Arguments) -> int:
         stats = model.last_stats
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
-            print(as_json(answer | {"options": said_options(arguments, stats), "stats": stats}))
+            kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+            kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
+            said = {"options": said_options(arguments, stats)}
+            print(as_json(answer | said | kept | {"stats": stats}))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):

@@ -7,6 +7,7 @@ run out, beginnings that are kept for later leave first, then the youngest text 
 it reads them again when there is room, and by the exactness contract goes on as if nothing was.
 """
 
+import copy
 import threading
 import time
 from collections import deque
@@ -79,7 +80,8 @@ class Scheduler:
         self.running: list[Text] = []  # oldest first
         self.waiting: deque[Text] = deque()
         self.new_drafter = drafter
-        self.drafting = SharedCosts(engine.costs)
+        self.costs = copy.deepcopy(engine.costs)  # passes of several texts are measured apart
+        self.drafting = SharedCosts(self.costs)
         self.lock = threading.Lock()  # over `waiting`; the rest is the running thread's
         self.woken: Callable[[], None] = lambda: None  # called when there is something to do
         self._stats = SchedulerStats(pages=cache.count)
@@ -280,7 +282,7 @@ class Scheduler:
             at += d.rows
             self._end(d, rows[here], best_ids[here], best_logits[here], counts.get(d.text, 0))
         if all(d.tokens == 1 for d in due):  # nothing but decoding
-            engine.costs.note(tokens, time.perf_counter() - start)
+            self.costs.note(tokens, time.perf_counter() - start)
 
     def _draft(self, due: list[Due]) -> None:
         """Let texts that are being answered draft, as far as it pays beside the others."""
@@ -293,6 +295,7 @@ class Scheduler:
             d.draft = d.text.propose()
             d.wanted = "all" if d.draft else d.wanted
             self._stats.drafted += len(d.draft)
+            d.text.ticket.drafted += len(d.draft)
 
     def _end(self, due: Due, rows: Floats, best_ids: Ids, best_logits: Floats, count: int) -> None:
         """Take what a pass has given one of its texts, and tell."""
@@ -322,6 +325,7 @@ class Scheduler:
             self._fail(text, error)
             return
         self._stats.accepted += len(steps) - 1
+        text.ticket.accepted += len(steps) - 1
         for step in steps:
             self._count(text, step)
             if step.finished:

@@ -28,7 +28,8 @@ TOKENIZER = "tokenizer.json"
 MOST_BYTES = 100_000  # of a file with costs
 ENOUGH = 8  # passes of one token, below which an average is not worth keeping
 Draft = bool | str | Path  # whether to draft, or the file of a small model that drafts too
-Tokens = Annotated[int, msgspec.Meta(ge=2, le=256)]
+MOST_TOKENS = 256  # of a pass whose cost is kept
+Tokens = Annotated[int, msgspec.Meta(ge=2, le=MOST_TOKENS)]
 Ratio = Annotated[float, msgspec.Meta(ge=1, le=256)]
 
 
@@ -155,8 +156,8 @@ def keep_costs(costs: StepCosts, file: MyaiFile, isa: str, threads: int) -> None
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_suffix(f".{os.getpid()}.partial")
         try:
-            known = {n: round(ratio, 4) for n, ratio in sorted(costs.relative.items())}
-            partial.write_bytes(msgspec.json.encode(known))
+            known = {n: round(ratio, 4) for n, ratio in costs.relative.items() if n <= MOST_TOKENS}
+            partial.write_bytes(msgspec.json.encode(dict(sorted(known.items()))))
             partial.replace(place)
         finally:
             partial.unlink(missing_ok=True)

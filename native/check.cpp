@@ -133,8 +133,8 @@ void Program::check() {
   }
   for (size_t i = 0; i < ops_.size(); i++)
     if (ops_[i].fused) check_fused(i);
-  const bool all = reaches.empty() || std::find(reaches.begin(), reaches.end(), 0) != reaches.end();
-  reach_ = all ? 0 : *std::max_element(reaches.begin(), reaches.end());
+  const bool all = std::find(reaches.begin(), reaches.end(), 0) != reaches.end();
+  if (!all) reach_ = reaches.empty() ? 1 : *std::max_element(reaches.begin(), reaches.end());
   if (!input_vocabulary_) throw std::invalid_argument("program: needs embed");
 }
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import vocabularies
-from chalot.model.streaming import Window
+from chalot.model.window import Window
 from chalot.text.tokenizer import Tokenizer
 from conversations import TEMPLATES
 

@@ -15,7 +15,7 @@ from chalot.formats.session_file import FRONT, MAGIC, SessionFile, SessionHeader
 from chalot.kernels.program import CACHE_TYPES, PAGE, CacheShape
 from chalot.load import Model
 from chalot.model.cache import PageCache, Sequence, cleared
-from chalot.model.streaming import REWIND, Window
+from chalot.model.window import REWIND, Window
 
 PROMPT = [int(i) for i in np.arange(300) * 37 % 4000]
 SAMPLED = {"temperature": 0.9, "seed": 5}

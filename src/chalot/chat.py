@@ -16,7 +16,7 @@ import msgspec
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.files import whole_file
 from chalot.home import home
-from chalot.model.streaming import Window
+from chalot.model.window import Window
 from chalot.table import printable
 
 HELP = """\

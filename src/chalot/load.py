@@ -32,8 +32,8 @@ from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
-from chalot.model.streaming import LONGEST, Window
 from chalot.model.transformer import Weights, build, cache_shape, head_input
+from chalot.model.window import LONGEST, Window
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Model:
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
-        a text may be longer than the model's context (`model.streaming` says what is computed).
+        a text may be longer than the model's context (`chalot.model.window` says what is computed).
         The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
@@ -144,6 +144,7 @@ class Model:
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
         self.window = Window.parse(window, sinks, self.config.context)
+        self.config = self.window.of(self.config)
         longest = LONGEST if self.window.size else self.config.context
         if context is None and not self.window.size:
             context = default_context(self.config, shape.position_bytes, kv_budget)
@@ -158,7 +159,7 @@ class Model:
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
-        program = build(self.config, weights, frequencies, kv, self.window)
+        program = build(self.config, weights, frequencies, kv)
         self.head_input = head_input(program)
         room = texts * self.window.positions(self.context, CHUNK) + CHUNK
         self.engine = Engine(

@@ -20,7 +20,7 @@ from chalot.formats.files import quoted
 from chalot.formats.session_file import SessionFile, SessionHeader, write_session
 from chalot.kernels.program import PAGE, CacheShape
 from chalot.model.cache import cleared
-from chalot.model.streaming import Window
+from chalot.model.window import Window
 
 
 class Locked(Protocol):

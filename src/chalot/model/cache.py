@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import ContextError
 from chalot.kernels.program import PAGE, CacheShape
-from chalot.model.streaming import REWIND, Window
+from chalot.model.window import REWIND, Window
 from chalot.quant.scheme import PANEL
 
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from chalot.kernels.program import LOGITS, CacheShape, Op, Part, Program, Slot, padded_vector
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm
-from chalot.model.streaming import Window
 from chalot.quant.packing import Matrix
 
 ROTATED = "queries, keys, values"  # the slot; rope turns what it holds
@@ -37,11 +36,8 @@ class Weights:
 class Builder:
     """Collects slots and operations; codes of one width and precision share a slot."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Weights, fuse: bool = True, stream: Window | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, fuse: bool = True) -> None:
         self.config = config
-        self.stream = stream or Window()
         self.weights = weights
         self.fuse = fuse
         self.slots: list[Slot] = []
@@ -121,18 +117,18 @@ class Builder:
         c, p = self.config, f"layers.{i}."
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
-        window = self.stream.of_layer(c.window(i))
         both = self.slot(ROTATED, queries + 2 * keys)
-        if window.sinks:
+        seen: dict[str, Any] = {"window": c.window(i), "sinks": c.sinks_of(i)}
+        if seen["sinks"]:
             both = self.slot(f"{ROTATED}, queries for sinks", 2 * (queries + keys))
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
         rope = Op("rope_store", both, layer=cache_layer, **self.head_norms(p))
-        self.ops.append(replace(rope, window=window.size, sinks=window.sinks))
+        self.ops.append(replace(rope, **seen) if seen["sinks"] else rope)
         attended = self.slot("attended" if c.inner_norms else "attention output", queries)
         attend = Op("attend", both, attended, number=c.scale, layer=cache_layer, cap=c.score_cap)
-        self.ops.append(replace(attend, window=window.size, sinks=window.sinks))
+        self.ops.append(replace(attend, **seen))
         inner = p + "attention_inner_norm"
         attended = self.normed(c.inner_norms, attended, "attention output", inner)
         self.add_product(attended, hidden, p + "output", p + "attention_post_norm")
@@ -176,15 +172,11 @@ def cache_shape(config: ModelConfig, kind: str) -> CacheShape:
 
 
 def build(
-    config: ModelConfig,
-    weights: Weights,
-    inverse_frequency: NDArray[np.float32],
-    cache: str,
-    stream: Window | None = None,
+    config: ModelConfig, weights: Weights, inverse_frequency: NDArray[np.float32], cache: str
 ) -> Program:
     """The whole model as a program. Raises KeyError for a missing tensor."""
     embedding, scale = weights.matrices["embedding"], config.embedding_scale
-    return build_from(config, weights, 0, embedding, scale, inverse_frequency, cache, stream)
+    return build_from(config, weights, 0, embedding, scale, inverse_frequency, cache)
 
 
 def build_from(
@@ -195,10 +187,9 @@ def build_from(
     scale: float,
     inverse_frequency: NDArray[np.float32],
     cache: str,
-    stream: Window | None = None,
 ) -> Program:
     """The model from layer `first` on; a token's hidden state is its row of `embedding`, scaled."""
-    b = Builder(config, weights, stream=stream)
+    b = Builder(config, weights)
     hidden = b.slot("hidden", config.hidden)
     b.embed(hidden, embedding, scale)
     for i in range(first, config.layers):

@@ -1,7 +1,5 @@
 """The streaming window: what a query sees, at what distance, and the same bits always."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
@@ -11,8 +9,8 @@ from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.kernels.program import PAGE, Batch, Program
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import inverse_frequencies
-from chalot.model.streaming import Window
 from chalot.model.transformer import build
+from chalot.model.window import Window
 from test_exactness import digest, feed, ids
 
 NATIVE = [name for name, runs in instruction_sets() if runs and name != "reference"]
@@ -21,8 +19,8 @@ SMALL = {"layers": 2, "feed_forward": 32, "vocabulary": 33}
 
 def program(window: Window | None, cache: str = "int8", **changes: object) -> Program:
     """A tiny model with a window, or without one."""
-    c = tiny.config(**SMALL | changes)
-    return build(c, tiny.weights(c, {"*": "nl4"}), inverse_frequencies(c), cache, window)
+    c = (window or Window()).of(tiny.config(**SMALL | changes))
+    return build(c, tiny.weights(c, {"*": "nl4"}), inverse_frequencies(c), cache)
 
 
 @pytest.mark.parametrize(
@@ -79,16 +77,19 @@ def test_distances_are_those_within_the_cache(sinks: int) -> None:
     """With one layer, a query sees sinks and window as if they were the whole text (the paper)."""
     c = tiny.config(layers=1)
     w = tiny.weights(c, {"*": "f32"})
-    make = partial(build, c, w, inverse_frequencies(c), "f32")
+
+    def make(window: Window) -> Program:
+        return build(window.of(c), w, inverse_frequencies(c), "f32")
+
     text, size, backend = ids(5, 200), 30, open_backend(None, 2)
     streamed = feed(backend, make(Window(size, sinks)), [text], 64)[0]
     for end in (20, size + sinks, size + sinks + 1, 100, 200):
         seen = (
             text[:end] if end <= size else np.r_[text[:sinks], text[max(end - size, sinks) : end]]
         )
-        alone = feed(backend, make(), [seen], 300)[0][-1]
+        alone = feed(backend, make(Window()), [seen], 300)[0][-1]
         np.testing.assert_allclose(streamed[end - 1], alone, atol=2e-5)
-    far = feed(backend, make(), [text], 300)[0][-1]
+    far = feed(backend, make(Window()), [text], 300)[0][-1]
     assert np.abs(streamed[-1] - far).max() > 1e-3
 
 
@@ -126,3 +127,19 @@ def test_layers_keep_a_smaller_window() -> None:
 def test_what_is_no_window(size: int | None, sinks: int | None, words: str) -> None:
     with pytest.raises(ContextError, match=words):
         Window.parse(size, sinks, 1024)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sinks": (4, 4)},
+        {"windows": (9, 9), "sinks": (4,)},
+        {"windows": (9, 9), "sinks": (9, 9)},
+        {"windows": (9, 9), "sinks": (-1, 0)},
+        {"windows": (999, 999), "sinks": (257, 257)},
+        {"windows": (9, 8), "sinks": (4, 4)},
+    ],
+)
+def test_configurations_that_lie_about_sinks(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="sinks: expected one number"):
+        tiny.config(**changes)

@@ -12,8 +12,11 @@ remembered, but for what layers above have gathered from it: each sees a window 
 
 from dataclasses import dataclass
 
+import msgspec
+
 from chalot.errors import ContextError
 from chalot.kernels.program import PAGE
+from chalot.model.config import ModelConfig
 
 LONGEST = 1 << 20  # positions: beyond, angles leave what sines are made for
 REWIND = PAGE  # positions behind the window that are kept, so that a text may go back a little
@@ -48,9 +51,15 @@ class Window:
             )
         return cls(size, sinks)
 
-    def of_layer(self, own: int) -> "Window":
-        """What a layer does that has a window of its `own` (0: none)."""
-        return Window(own) if not self.size or 0 < own < self.size else self
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The model with this window in each layer that has no smaller one of its own."""
+        if not self.size:
+            return config
+        own = [config.window(i) for i in range(config.layers)]
+        ours = [not 0 < window < self.size for window in own]
+        windows = [self.size if mine else window for mine, window in zip(ours, own, strict=True)]
+        sinks = [self.sinks if mine else 0 for mine in ours]
+        return msgspec.structs.replace(config, windows=tuple(windows), sinks=tuple(sinks))
 
     def first(self, position: int) -> int:
         """The first position that a query sees, sinks aside."""

@@ -7,8 +7,7 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 import secrets
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from dataclasses import replace as with_changes
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,9 @@ from numpy.typing import NDArray
 
 from chalot import machine, sessions
 from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
-from chalot.engine.drafting import TextDrafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling
-from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
@@ -314,7 +311,7 @@ class Model:
         """The answers to many prompts, computed together: each is what `generate` gives.
 
         Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
-        memory of its own, see `scheduler`. The first error ends all answers.
+        memory of its own. The first error ends all answers.
         """
         return self._concurrent.generate(list(prompts), **options)
 
@@ -379,35 +376,6 @@ class Model:
         small = Model(path, kv=kv, draft=False, backend=self.backend)
         check_same_ids(self, small)
         return small
-
-    def scheduler(
-        self,
-        slots: int = 16,
-        *,
-        chunk: int = CHUNK,
-        queue: int = 256,
-        kv_budget: int | None = None,
-        prefix_pages: int | None = None,
-    ) -> Scheduler:
-        """Many requests at once, in a cache of their own: a context for each slot.
-
-        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
-        model's, else half of what is free. Raises ContextError where that is no page.
-        """
-        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
-        if budget is None and (free := machine.memory_available()) is not None:
-            budget = max(free // 2, shape.page_bytes)
-        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
-        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
-        draft, most = self.drafters.chosen(None, None)
-        return Scheduler(
-            engine,
-            slots=slots,
-            chunk=chunk,
-            queue=queue,
-            prefix_pages=prefix_pages,
-            drafter=partial(TextDrafter, most=most) if draft and most else None,
-        )
 
     def save_session(self, session: Session, path: str | Path, note: bytes = b"") -> None:
         """Write a text's tokens, keys and values to a file, whole or not at all.

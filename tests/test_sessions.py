@@ -392,3 +392,10 @@ def test_any_damage_is_an_error_of_ours(streaming: Model, kept: Path, tmp_path: 
             except ChalotError:
                 continue
             assert bad[56:64] != bytes(8)  # only fill differs
+
+
+def test_a_batch_of_texts_with_a_window(streaming: Model) -> None:
+    prompts = ["x = 1\n" * 90, "def f(", "import os\n" * 40]
+    options = {"max_tokens": 30, "seed": 4}
+    alone = [streaming.generate(prompt, **options) for prompt in prompts]
+    assert streaming.generate_batch(prompts, **options) == alone

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What drafting from the text so far gains: acceptance, tokens a pass, speed over plain decoding.
 
-    python benchmarks/speculation.py [--model MODEL.myai] [--cases 4] [--tokens 128] [--rounds 5]
-                                     [--threads N] [--out benchmarks/results/speculation.jsonl]
+    python benchmarks/speculation.py [--model MODEL.myai] [--tasks editing prose] [--cases 4]
+                                     [--tokens 128] [--rounds 5] [--threads N]
+                                     [--out benchmarks/results/speculation.jsonl]
 
 A trace is the ids of a prompt and of its answer. Those of prose, code, editing and extraction are
 written out (speculation_texts.py); "own" ones are what the bundled model says after the same
@@ -104,9 +105,9 @@ def replayed(trace: Trace) -> Iterator[None]:
     """Every token is drawn, and then the trace's is taken."""
     text = trace.prompt + trace.answer
 
-    def choose(ids: Any, logits: Any, before: Any, sampling: Any, position: int, exp: Any) -> int:
-        sampler.choose(ids, logits, before, sampling, position, exp)
-        return text[position]
+    def choose(*given: Any) -> int:
+        sampler.choose(*given)
+        return text[given[4]]  # the position
 
     with ExitStack() as patches:
         for module in ("drafting", "generate"):
@@ -154,6 +155,7 @@ def main() -> None:
     """Print the table, say whether the bars are held, and append a line to --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a .myai file that traces are replayed on")
+    parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
     parser.add_argument("--cases", type=int, default=4, help="of each task")
     parser.add_argument("--tokens", type=int, default=128, help="most of an answer")
     parser.add_argument("--rounds", type=int, default=5)
@@ -166,6 +168,7 @@ def main() -> None:
         chalot.convert(FOLDER, folder / "bundled.myai", "nl4")
         with chalot.load(folder / "bundled.myai") as bundled:
             traces = record(bundled, given.cases, given.tokens)
+        traces = [t for t in traces if not given.tasks or t.task in given.tasks]
         path = given.model or folder / "bundled.myai"
         model = stack.enter_context(chalot.load(path, context=CONTEXT, threads=given.threads))
         others = stack.enter_context(OthersWork())
@@ -178,7 +181,7 @@ def main() -> None:
     for task, row in rows.items():
         spread = f"{row['speed']:.2f} ({min(row['rounds']):.2f}-{max(row['rounds']):.2f})"
         print(f"{task:20} {row['acceptance']:6.0%} {row['tokens_per_pass']:11.2f} {spread:>24}")
-    for task, bar in BARS.items():
+    for task, bar in ((t, b) for t, b in BARS.items() if t in rows):
         held = "holds" if rows[task]["speed"] >= bar else "FAILS"
         print(f"{task}: {held} the bar of {bar}")
     if others.result:

@@ -9,13 +9,18 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
+from chalot import machine
+from chalot.drafts import Drafters
+from chalot.engine.generate import CHUNK, Engine
 from chalot.engine.requests import NO_TOKEN, Request, Step, Ticket
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.engine.scheduler import Scheduler
 from chalot.engine.worker import Worker
 from chalot.errors import ChalotError
+from chalot.model.cache import PageCache
 from chalot.text.stream import TextStream
 from chalot.text.tokenizer import Tokenizer
 
@@ -28,14 +33,29 @@ class Host(Protocol):
     """The model: what is needed of it here."""
 
     context: int
+    kv_budget: int | None
     lock: Any
+    drafters: Drafters
+    engine: Engine
 
     @property
     def tokenizer(self) -> Tokenizer: ...
 
     def sampling(self, **options: Any) -> Sampling: ...
 
-    def scheduler(self, slots: int, *, queue: int) -> Scheduler: ...
+
+def scheduler(model: Host, slots: int = SLOTS, queue: int = QUEUE) -> Scheduler:
+    """A scheduler with a cache of its own: a context for each slot.
+
+    That is memory reserved, and taken as it is used: at most the model's `kv_budget`, by default
+    half of what is free. Raises ContextError where that is no page.
+    """
+    shape, budget = model.engine.cache.shape, model.kv_budget
+    if budget is None and (free := machine.memory_available()) is not None:
+        budget = max(free // 2, shape.page_bytes)
+    cache = PageCache(shape, slots * (model.context + CHUNK), budget)
+    engine = replace(model.engine, cache=cache, native_seconds=0.0)
+    return Scheduler(engine, slots=slots, queue=queue, drafter=model.drafters.by_text())
 
 
 class Concurrent:
@@ -54,8 +74,7 @@ class Concurrent:
         """The thread, started if need be; a forked child starts one of its own."""
         with self._starting:
             if self._worker is None or self.process != os.getpid():
-                scheduler = self.model.scheduler(SLOTS, queue=QUEUE)
-                self._worker = Worker(scheduler, self.model.lock).start()
+                self._worker = Worker(scheduler(self.model), self.model.lock).start()
                 self.process = os.getpid()
             return self._worker
 
@@ -86,15 +105,15 @@ class Concurrent:
         """The answers, in the order of the prompts. The first error ends them all."""
         stops = stop_strings(stop)
         requests = [self.request(prompt, **options) for prompt in prompts]
-        scheduler = self.worker().scheduler
+        there = self.worker().scheduler
         tickets: list[Ticket] = []
         try:
-            tickets += (scheduler.submit(request) for request in requests)
+            tickets += (there.submit(request) for request in requests)
             return ["".join(self._pieces(ticket, stops)) for ticket in tickets]
         finally:
             for ticket in tickets:
                 if not ticket.done:
-                    scheduler.cancel(ticket)
+                    there.cancel(ticket)
 
     def _pieces(self, ticket: Ticket, stops: tuple[str, ...]) -> Iterator[str]:
         text = Answer(self.model.tokenizer, ticket.request, stops)
@@ -116,8 +135,8 @@ class Concurrent:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(heard.put_nowait, item)
 
-        scheduler = self.worker().scheduler
-        ticket = scheduler.submit(request, hear, hear)
+        there = self.worker().scheduler
+        ticket = there.submit(request, hear, hear)
         try:
             while not text.ended:
                 item = await heard.get()
@@ -128,7 +147,7 @@ class Concurrent:
                     yield piece
         finally:
             if not ticket.done:
-                scheduler.cancel(ticket)
+                there.cancel(ticket)
 
 
 class Answer:

@@ -8,6 +8,7 @@ it reads them again when there is room, and by the exactness contract goes on as
 """
 
 import copy
+import logging
 import threading
 import time
 from collections import deque
@@ -49,6 +50,7 @@ __all__ = [
     "Step",
     "Ticket",
 ]
+LOG = logging.getLogger("chalot.engine")
 NO_ROWS = np.zeros((0, 0), np.float32)
 NO_BEST = np.zeros((0, 0), np.int32), NO_ROWS
 Ids = NDArray[np.int32]
@@ -163,7 +165,7 @@ class Scheduler:
         for text in gone:
             self._stats.cancelled += 1
             self._leave(text)
-            text.ticket.on_step(Step(NO_TOKEN, finished="cancelled"))
+            self._tell(text, Step(NO_TOKEN, finished="cancelled"))
         return bool(gone)
 
     def _admit(self) -> None:
@@ -331,7 +333,8 @@ class Scheduler:
             if step.finished:
                 self._stats.finished += 1
                 self._leave(text)
-            text.ticket.on_step(step)
+            if not self._tell(text, step):
+                return
 
     def _count(self, text: Text, step: Step) -> None:
         self._stats.new_tokens += step.token != NO_TOKEN
@@ -357,6 +360,18 @@ class Scheduler:
         text.ticket.done = True
         if text.drafter is not None:
             text.drafter.close()
+
+    def _tell(self, text: Text, step: Step) -> bool:
+        """Whether whoever asked could be told; if not, the request ends alone."""
+        try:
+            text.ticket.on_step(step)
+        except Exception as error:
+            LOG.error("a request's on_step failed, and is cancelled: %r", error)
+            if not text.ticket.done:
+                self._stats.cancelled += 1
+                self._leave(text)
+            return False
+        return True
 
     def _fail(self, text: Text, error: ChalotError) -> None:
         self._stats.failed += 1

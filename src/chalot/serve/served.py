@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
+from chalot.concurrent import scheduler
 from chalot.engine.generate import Work
 from chalot.engine.worker import Worker
 from chalot.load import Model
@@ -53,7 +54,7 @@ class Served:
         self.settings = settings
         self.facts = facts_of(model, settings.name)
         self.defaults = model.generation_defaults()
-        self.scheduler = model.scheduler(settings.slots, queue=settings.queue)
+        self.scheduler = scheduler(model, settings.slots, settings.queue)
         self.worker = Worker(self.scheduler, model.lock)
         self._opening = threading.Lock()
 

@@ -7,6 +7,7 @@ decide how fast an answer comes and nothing else, so a file that is missing or d
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -15,7 +16,7 @@ import msgspec
 from chalot.engine.draft_model import ModelDrafter
 from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine
-from chalot.engine.pacing import StepCosts
+from chalot.engine.pacing import Costs, StepCosts
 from chalot.engine.sampler import SamplingError
 from chalot.errors import OutputError, TokenizerError
 from chalot.formats.myai import MyaiFile
@@ -87,6 +88,11 @@ class Drafters:
             self.small[path] = self.opened(path)
         by_model = ModelDrafter(self.small[path].engine, self.engine.vocabulary, costs, most)
         return Several([from_text, by_model])
+
+    def by_text(self) -> Callable[[Costs], Drafter] | None:
+        """What makes drafters of texts that share passes; small models do not draft there."""
+        draft, most = self.defaults
+        return partial(TextDrafter, most=most) if draft and most else None
 
     def close(self) -> None:
         """Close the small models."""

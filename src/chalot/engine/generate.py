@@ -35,6 +35,7 @@ class Stats:
 
     prompt_tokens: int = 0
     new_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, that the cache held already
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     native_seconds: float = 0.0  # of decode_seconds, inside the forward pass
@@ -321,6 +322,19 @@ class Session:
         if self.drafter is not None:
             self.drafter.truncate(len(self.tokens))
 
+    def fork(self, **changes: float) -> "Session":
+        """A second text that begins as this one does, and shares its pages; it does not draft.
+
+        `changes` are of its sampling: with another `choice` it has other random numbers.
+        """
+        other = self._new(with_changes(self.sampling, **changes))  # type: ignore[arg-type]
+        other.tokens, other.start, other.next = list(self.tokens), self.start, self.next
+        other.sequence = self.sequence.fork(len(self.tokens))
+        return other
+
+    def _new(self, sampling: Sampling) -> "Session":
+        return Session(self.engine, sampling)
+
     def use(self, drafter: Drafter | None) -> None:
         """Draft by another drafter from here on."""
         if self.drafter is not None:
@@ -339,3 +353,25 @@ class Session:
         self.next = None
         if self.drafter is not None:
             self.drafter.close()
+
+
+def step_all(sessions: list[Session]) -> list[int]:
+    """One new token for each text of one engine, all in one forward pass: what `step` gives each.
+
+    Raises ContextError where `step` would; none of them has changed then.
+    """
+    engine = sessions[0].engine
+    start, native = time.perf_counter(), engine.native_seconds
+    due = [s for s in sessions if not s.confirmed and len(s.tokens) - s.sequence.length == 1]
+    if due:
+        counts = [wanted(s.tokens, s.sampling, engine.vocabulary, s.start) for s in due]
+        ids, logits = engine.best([Work(s.sequence, s.tokens[-1:]) for s in due], max(counts))
+        for row, s in enumerate(due):
+            s.next = ids[row], logits[row]
+    took = time.perf_counter() - start, engine.native_seconds - native
+    out = []
+    for s in sessions:
+        s.stats.decode_seconds += took[0] / len(sessions)
+        s.stats.native_seconds += took[1] / len(sessions)
+        out.append(s.step())
+    return out

@@ -43,7 +43,10 @@ def change(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [("--system", "Be short.", "--top-k", "0"), ("--kv", "f32")])
+@pytest.mark.parametrize(
+    "options",
+    [("--system", "Be short.", "--top-k", "0"), ("--kv", "f32"), ("--window", "20")],
+)
 def test_a_conversation(
     demo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: tuple
 ) -> None:

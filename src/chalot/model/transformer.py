@@ -118,14 +118,17 @@ class Builder:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
         both = self.slot(ROTATED, queries + 2 * keys)
+        seen: dict[str, Any] = {"window": c.window(i), "sinks": c.sinks_of(i)}
+        if seen["sinks"]:
+            both = self.slot(f"{ROTATED}, queries for sinks", 2 * (queries + keys))
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
-        self.ops.append(Op("rope_store", both, layer=cache_layer, **self.head_norms(p)))
+        rope = Op("rope_store", both, layer=cache_layer, **self.head_norms(p))
+        self.ops.append(replace(rope, **seen) if seen["sinks"] else rope)
         attended = self.slot("attended" if c.inner_norms else "attention output", queries)
-        window, cap = c.window(i), c.score_cap
-        attend = Op("attend", both, attended, number=c.scale, layer=cache_layer)
-        self.ops.append(replace(attend, window=window, cap=cap))
+        attend = Op("attend", both, attended, number=c.scale, layer=cache_layer, cap=c.score_cap)
+        self.ops.append(replace(attend, **seen))
         inner = p + "attention_inner_norm"
         attended = self.normed(c.inner_norms, attended, "attention output", inner)
         self.add_product(attended, hidden, p + "output", p + "attention_post_norm")
@@ -141,6 +144,28 @@ class Builder:
         self.add_product(gated, hidden, p + "down", p + "ffn_post_norm")
         self.fuse_gate(before)
 
+    def fill(self, i: int) -> None:
+        """Layer i's keys and values of the slot "hidden", and nothing else of the layer."""
+        c, p = self.config, f"layers.{i}."
+        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        normed, both = (
+            self.slot("attention input", c.hidden),
+            self.slot(ROTATED, queries + 2 * keys),
+        )
+        self.norm(self.slot("hidden", c.hidden), normed, p + "attention_norm")
+        # queries stay as they are: rope turns what lies there, and nobody reads it
+        self.linear(normed, both, {p + "key": queries, p + "value": queries + keys})
+        self.ops.append(Op("rope_store", both, layer=i, **self.head_norms(p)))
+
+    def head(self, name: str) -> None:
+        """Logits by the named matrix, of the tokens that want them."""
+        hidden = self.slot("hidden", self.config.hidden)
+        last = self.slot("last", self.config.hidden)
+        normed = self.slot("head input", self.config.hidden)
+        self.ops.append(Op("gather", hidden, last))
+        self.norm(last, normed, "final_norm")
+        self.linear(normed, LOGITS, {name: 0}, cap=self.config.logit_cap)
+
     def fuse_gate(self, start: int) -> None:
         """Make one of gate and up, what they make, and its codes, where all are coded."""
         made = self.ops[start:]
@@ -151,15 +176,17 @@ class Builder:
             if self.fuse and in_a_row and coded and made[i + 2].target != op.source:
                 self.ops[start + i] = replace(op, fused=True)
 
-    def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:
-        """What was collected, as a program."""
+    def program(
+        self, cache: CacheShape, inverse_frequency: NDArray[np.float32], vocabulary: int = 0
+    ) -> Program:
+        """What was collected, as a program, of as many logits as the model has, or `vocabulary`."""
         return Program(
             tuple(self.slots),
             tuple(self.ops),
             cache,
             self.config.heads,
             inverse_frequency,
-            self.config.vocabulary,
+            vocabulary or self.config.vocabulary,
         )
 
 
@@ -191,12 +218,14 @@ def build_from(
     b.embed(hidden, embedding, scale)
     for i in range(first, config.layers):
         b.layer(i, i - first)
-    last, normed = b.slot("last", config.hidden), b.slot("head input", config.hidden)
-    b.ops.append(Op("gather", hidden, last))
-    b.norm(last, normed, "final_norm")
-    b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0}, cap=config.logit_cap)
+    b.head(head_name(config))
     shape = replace(cache_shape(config, cache), layers=max(config.layers - first, 1))
     return b.program(shape, inverse_frequency)
+
+
+def head_name(config: ModelConfig) -> str:
+    """The matrix that logits are made with."""
+    return "embedding" if config.tied else "head"
 
 
 def head_input(program: Program) -> int:

@@ -283,7 +283,7 @@ def test_a_damaged_calibration_is_refused(report: CalibrateReport, tmp_path: Pat
             with pytest.raises(FormatError, match=said):
                 calibrated.read(path, model.config, model.file.digest)
         assert calibrated.read(tmp_path / "none", model.config, model.file.digest) is None
-        with pytest.raises(FormatError, match="cannot be read"):
+        with pytest.raises(FormatError, match="is no calibration"):
             calibrated.read(tmp_path, model.config, model.file.digest)
 
 
@@ -292,6 +292,7 @@ def test_a_damaged_calibration_is_refused(report: CalibrateReport, tmp_path: Pat
     [
         ({"draft": Drafting(9, 2, True, 0.5, 2.0, True)}, "drafts of 2 tokens by 9 layers of 6"),
         ({"draft": Drafting(2, 99, True, 0.5, 2.0, True)}, "drafts of 99 tokens"),
+        ({"draft": Drafting(2, 2, True, 7.0, 2.0, True)}, "of which 7.0 are kept"),
         ({"exits": "twice"}, "exits behind layers"),
         ({"exits": "steep"}, "margins of exits"),
         ({"supervisor": Supervisor(0.9, 0.5, 0.5, 0.1, 9, True, (1.0,), 0.0)}, "of 1 numbers"),

@@ -29,7 +29,7 @@ from chalot.quant.scheme import SCHEMES
 MAGIC, VERSION = b"chalotCA", 1
 FRONT = struct.Struct("<8s2I32s")
 SUFFIX = ".calibrated"
-LARGEST = 1 << 30  # bytes of such a file
+MOST_JSON = 64 << 20  # bytes
 LONGEST_DRAFT = 16
 MOST_MARGIN = 100.0  # of logits
 
@@ -132,21 +132,24 @@ def new_calibration(path: Path) -> Iterator[Callable[[Calibration, Matrix], None
 
 def read(path: Path, config: ModelConfig, digest: str) -> tuple[Calibration, Matrix] | None:
     """A model's calibration, if it has one. Raises FormatError for damage, or another model's."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    remedy = "make it again with `chalot calibrate`, or remove it"
+    largest = MOST_JSON + stored_bytes(SCHEMES["f32"], config.vocabulary, config.hidden)
+    try:
+        if not path.is_file():  # a named pipe would wait, a device never end
+            raise FormatError(f"{path}: is no calibration; {remedy}")
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    remedy = "make it again with `chalot calibrate`, or remove it"
     if len(data) < ALIGNMENT or not data.startswith(MAGIC):
         raise FormatError(f"{path}: is no calibration; {remedy}")
     _, version, size, expected = FRONT.unpack_from(data)
     body = data[ALIGNMENT:]
     if version != VERSION:
         raise FormatError(f"{path}: version {version}; this chalot reads {VERSION}; {remedy}")
-    if len(data) > LARGEST or hashlib.sha256(body).digest() != expected or size > len(body):
+    if len(data) > largest or hashlib.sha256(body).digest() != expected or size > len(body):
         raise FormatError(f"{path}: damaged (wrong checksum); {remedy}")
     try:
         found = msgspec.convert(parse_json(body[:size], str(path)), Calibration)
@@ -195,6 +198,8 @@ def problems(found: Calibration, config: ModelConfig) -> Iterator[str]:
     ):
         yield f"tokens of the short head: expected 2 or more, ascending, below {config.vocabulary}"
     draft = found.draft
+    if not 0 <= draft.kept <= 1:
+        yield f"drafts of which {draft.kept} are kept; expected 0 to 1"
     if draft.on and (draft.layers not in layers or not 1 <= draft.tokens <= LONGEST_DRAFT):
         yield f"drafts of {draft.tokens} tokens by {draft.layers} layers of {config.layers}"
     ends = [e.layers for e in found.exits]

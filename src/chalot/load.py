@@ -225,6 +225,13 @@ class Model:
         self.head_input = runnable.head.head_input
         return runnable
 
+    @property
+    def reports(self) -> dict[str, Any]:
+        """What memory and early exit came to so far, where they were asked for: str says it too."""
+        memory = self.residence.report() if self.residence.asked else None
+        both = {"residency": memory, "early_exit": self.reflexes.report()}
+        return {name: report for name, report in both.items() if report is not None}
+
     # ---- text
 
     @property

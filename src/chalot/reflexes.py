@@ -36,6 +36,11 @@ class ExitReport:
     tokens: int
     left: dict[int, int]
 
+    def __str__(self) -> str:
+        """A line for people."""
+        where = ", ".join(f"{n} behind {layers} layers" for layers, n in self.left.items())
+        return f"early exit by {self.margin:g}: of {self.tokens} tokens {where} (answers change)"
+
 
 class Reflexes:
     """A calibration, if the file has one, at work. `exit` is the model that tokens leave early."""

@@ -17,6 +17,7 @@ from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors
 from chalot.model.regions import find_region
 from chalot.model.transformer import head_name
+from chalot.table import size
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Resident:
     minor_faults: int
     resident_bytes: int  # of the process, now
     peak_resident_bytes: int | None
+
+    def __str__(self) -> str:
+        """A line for people."""
+        kept = f"{','.join(self.kept)} kept ({size(self.kept_bytes)}); " if self.kept else ""
+        most = f" (at most {size(self.peak_resident_bytes)})" if self.peak_resident_bytes else ""
+        return (
+            f"{kept}at most {size(self.weights_bytes)} of weights in memory, "
+            f"{size(self.streamed_bytes)} read for each pass; waited {self.waited_seconds:.2f} s; "
+            f"{self.major_faults} page faults; the process has {size(self.resident_bytes)}{most}"
+        )
 
 
 class Residence:
@@ -107,6 +118,11 @@ class Residence:
         # an embedding that is no head: its rows are read by token
         if unit in self.stream.plan.streamed or (begin in units and unit is None):
             self.stream.drop(self._runs([name]))
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is kept, or there is a budget."""
+        return bool(self.kept) or self.budget is not None
 
     def report(self) -> Resident:
         """What it has come to so far."""

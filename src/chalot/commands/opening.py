@@ -44,32 +44,6 @@ def margin(text: str) -> float | str:
         raise ArgumentTypeError(f"found {text!r:.40}, expected a number or auto") from None
 
 
-def exits_said(model: Any) -> str | None:
-    """What left early, as a line; None where nobody asked."""
-    found = model.reflexes.report()
-    if found is None:
-        return None
-    where = ", ".join(f"{n} behind {layers} layers" for layers, n in found.left.items())
-    return f"early exit by {found.margin:g}: of {found.tokens} tokens {where} (answers change)"
-
-
-def residency_said(model: Any) -> str | None:
-    """What keeping and a budget came to, as a line; None where nobody asked."""
-    from chalot.table import size as shown
-
-    found = model.residence.report()
-    if not found.kept and found.budget is None:
-        return None
-    kept = f"{','.join(found.kept)} kept ({shown(found.kept_bytes)}); " if found.kept else ""
-    peak = found.peak_resident_bytes
-    most = "" if peak is None else f" (at most {shown(peak)})"
-    return (
-        f"{kept}at most {shown(found.weights_bytes)} of weights in memory, "
-        f"{shown(found.streamed_bytes)} read for each pass; waited {found.waited_seconds:.2f} s; "
-        f"{found.major_faults} page faults; the process has {shown(found.resident_bytes)}{most}"
-    )
-
-
 def cache_type(parser: ArgumentParser, default: str | None) -> None:
     """--kv"""
     kinds = ("int8", "f16", "f32")

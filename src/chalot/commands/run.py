@@ -7,9 +7,7 @@ from typing import Any
 
 from chalot.commands.opening import (
     MODEL,
-    exits_said,
     open_model,
-    residency_said,
     sampling_arguments,
     sampling_of,
 )
@@ -75,7 +73,7 @@ def main(arguments: Arguments) -> int:
             kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
             kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
             said = {"options": said_options(arguments, stats)}
-            print(as_json(answer | said | kept | {"stats": stats} | asked_for(model)))
+            print(as_json(answer | said | kept | {"stats": stats} | model.reports))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):
@@ -113,12 +111,6 @@ def said_options(arguments: Arguments, stats: Any) -> dict[str, Any]:
     return sampling_of(arguments) | {"seed": stats.seed} | said
 
 
-def asked_for(model: Any) -> dict[str, Any]:
-    """What --json has of memory and early exit, where they were asked for."""
-    found = {"residency": model.residence.report()} if residency_said(model) else {}
-    return found | ({"early_exit": model.reflexes.report()} if exits_said(model) else {})
-
-
 def say_stats(model: Any, arguments: Arguments) -> None:
     """Tokens and speed, with --verbose."""
     stats = model.last_stats
@@ -130,5 +122,5 @@ def say_stats(model: Any, arguments: Arguments) -> None:
             f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
             f"{model.backend.name} on {model.backend.threads} threads"
         )
-        for line in filter(None, (residency_said(model), exits_said(model))):
-            say(line)
+        for report in model.reports.values():
+            say(str(report))

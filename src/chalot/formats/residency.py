@@ -94,7 +94,7 @@ def runs_of(extents: Iterable[Extent]) -> list[Run]:
     out: list[Run] = []
     for start, end in sorted((e.offset, e.offset + e.bytes) for e in extents):
         if out and start - out[-1][1] < ALIGNMENT:
-            out[-1] = out[-1][0], end
+            out[-1] = out[-1][0], max(out[-1][1], end)  # one extent may be two tensors
         else:
             out.append((start, end))
     return out

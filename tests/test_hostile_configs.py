@@ -152,7 +152,6 @@ def test_a_switch_is_true_or_false(key: str, value: Any) -> None:
         ({"hidden_act": 5}, "activation 5 is not known"),
         ({"hidden_act": ["silu"]}, "activation ['silu'] is not known"),
         ({"layer_types": "full_attention"}, "layer_types is 'full_attention'; expected a list"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised already"),
     ],
 )
 def test_what_contradicts_itself(change: dict[str, Any], message: str) -> None:

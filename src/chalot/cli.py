@@ -16,6 +16,7 @@ from chalot.errors import ChalotError
 
 # benchmarks/threads.py: with twice as many threads as cores
 SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
+PROSE = ("system", "stop")  # options that may be empty or blank, or say themselves why not
 NEXT = """\
 chalot shrinks a language model and runs it on this machine. What to do next:
 
@@ -60,6 +61,17 @@ class Parser(argparse.ArgumentParser):
                 action,
                 f"found {value!r:.80}, expected one of {', '.join(known)}{meant(value, known)}",
             )
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Raise for an option that is given an empty text: a name or a path is never that."""
+        if action.option_strings and action.dest not in PROSE:
+            for text in arg_strings:
+                if not text.strip():
+                    what = action.metavar if isinstance(action.metavar, str) else action.dest
+                    raise argparse.ArgumentError(
+                        action, f"found an empty text, expected {what.upper()}; or leave it out"
+                    )
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> Any:
         """Two lines, exit code 2."""

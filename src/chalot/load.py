@@ -28,6 +28,7 @@ from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape
+from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -102,6 +103,8 @@ class Model:
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         Raises FormatError, ContextError, KernelError, LimitError.
         """
+        counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)

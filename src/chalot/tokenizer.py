@@ -30,6 +30,7 @@ from chalot.sources import as_path, hub_id, on_hub
 from chalot.text.byte_pairs import TABLES
 from chalot.text.tokenizer import Source, Tokenizer, compiled, from_source
 from chalot.text.training import SPECIALS, Recipe, check, configuration, train
+from chalot.typed import PATH, check_types
 
 NAME, CONFIGURATION = "tokenizer.json", "tokenizer_config.json"
 LONG = 300_000  # characters that pay for compiling tables first
@@ -171,6 +172,7 @@ def tokenizer(model: str | Path, *, fast: bool = False) -> Tokenizer:
     `fast` compiles the tables that a `.myai` file has (a second for 150,000 tokens), which pays for
     texts of a megabyte. Raises FormatError, TokenizerError, HubError.
     """
+    check_types(model=(model, PATH))
     return _open(model, fast)[0]
 
 

@@ -28,6 +28,14 @@ def size(text: str) -> int:
         raise ArgumentTypeError(str(error)) from None
 
 
+def names(text: str) -> list[str]:
+    """Names, with commas between."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise ArgumentTypeError(f"found {text!r:.40}, expected names with commas between: nl4,int8")
+    return found
+
+
 def cache_type(parser: ArgumentParser, default: str | None) -> None:
     """--kv"""
     kinds = ("int8", "f16", "f32")

@@ -25,6 +25,7 @@ def quoted(name: object, width: int = 80) -> str:
     return repr(name) if len(name) <= width else f"{name[:width]!r}..."
 
 
+LARGEST_TEXT = 256 << 20  # bytes: of a text to measure on, or to calibrate with
 REMEDIES = {  # what the system said -> what helps
     errno.ENOSPC: "Free some space, or choose another place",
     errno.EDQUOT: "Free some space, or choose another place",
@@ -117,6 +118,25 @@ def read_at(file: BinaryIO, path: Path, offset: int, size: int) -> bytes:
         pieces.append(piece)
         offset, size = offset + len(piece), size - len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_text(path: Path, where: str = "") -> str:
+    """A text file that a user named; `where` is what errors call it. Raises FormatError."""
+    where = where or str(path)
+    try:
+        with path.expanduser().open("rb") as file:
+            raw = file.read(LARGEST_TEXT + 1)  # a device may never end
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte; ~ of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{where}: cannot be read ({reason})") from None
+    if len(raw) > LARGEST_TEXT:
+        raise FormatError(f"{where}: more than {LARGEST_TEXT:,} bytes; take a part of it")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{where}: not UTF-8 at byte {error.start}; expected plain text"
+        ) from None
 
 
 def is_other_file(path: Path, magic: bytes) -> bool:

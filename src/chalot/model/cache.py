@@ -30,6 +30,13 @@ class Sequence:
         while len(self.pages) * PAGE < positions:
             self.pages.append(self.cache.take())
 
+    def room(self) -> int:
+        """The positions that `reserve` would grant now."""
+        free = len(self.cache.free)
+        if self.length % PAGE and self.cache.users[self.pages[self.length // PAGE]] > 1:
+            free -= 1  # a copy of the page in hand
+        return (len(self.pages) + free) * PAGE if free >= 0 else self.length
+
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on, and give back pages that hold nothing else."""
         self.length = min(self.length, length)

@@ -313,14 +313,6 @@ def check_supported(config: Settings, row: Family) -> None:
                 f"config.json: {key} is {shown(config[key])}, which chalot does not know of the "
                 f"family {config['model_type']}; expected none"
             )
-    quantization = config.get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, Mapping) and quantization.get("quant_method") == "bitnet"
-        if not known or quantization.get("use_rms_norm"):
-            raise UnsupportedError(
-                "config.json: the checkpoint is quantised already, in a way that chalot does not "
-                "read; convert the original weights"
-            )
 
 
 def activation(config: Settings, row: Family) -> str:

@@ -160,7 +160,13 @@ def late_layers(config: Settings, layer: int) -> bool:
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
     "layer_types": None
 }
-QWEN_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
+COUNTS: Settings = {"num_experts": None, "num_local_experts": None}
+QWEN_EXPERTS = {
+    **COUNTS,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+}
 GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
     "llama": Family({}, "attention_bias", "attention_bias", "mlp_bias"),
@@ -195,35 +201,37 @@ FAMILIES = {
         post_norms=True,
     ),
     "mixtral": Family(
-        {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2}
-        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+        COUNTS
+        | {"sliding_window": None, "num_experts_per_tok": 2}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         windowed=lambda config, layer: True,
-        experts=ExpertKeys("intermediate_size", True),
+        experts=ExpertKeys("intermediate_size", True, usual=8),
     ),
     "qwen2_moe": Family(
-        QWEN | QWEN_EXPERTS | {"qkv_bias": True, "moe_intermediate_size": 1408}
-        | {"shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4},
+        QWEN
+        | QWEN_EXPERTS
+        | {"qkv_bias": True, "moe_intermediate_size": 1408}
+        | {"shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4},
         "qkv_bias",
         windowed=early_odd_layers,
         experts=ExpertKeys(
-            "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True
+            "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True, 60
         ),
     ),
     "qwen3_moe": Family(
-        QWEN | QWEN_EXPERTS | {"moe_intermediate_size": 768, "num_experts": 128}
-        | {"num_experts_per_tok": 8},
+        QWEN | QWEN_EXPERTS | {"moe_intermediate_size": 768, "num_experts_per_tok": 8},
         "attention_bias",
         "attention_bias",
         windowed=switched_on,
         head_norms=True,
-        experts=ExpertKeys("moe_intermediate_size", "norm_topk_prob", sparse=True),
+        experts=ExpertKeys("moe_intermediate_size", "norm_topk_prob", sparse=True, usual=128),
     ),
     "olmoe": Family(
-        {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+        COUNTS | {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
         "attention_bias",
         "attention_bias",
         whole_norms=True,
-        experts=ExpertKeys("intermediate_size", "norm_topk_prob"),
+        experts=ExpertKeys("intermediate_size", "norm_topk_prob", usual=64),
     ),
     "bitnet": Family(
         {"hidden_act": "relu2", "rope_theta": 500000.0, "rms_norm_eps": 1e-5},

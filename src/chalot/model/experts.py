@@ -12,6 +12,7 @@ import msgspec
 
 from chalot.model.settings import LARGEST, Settings, flag, whole, wrong
 
+COUNTS = ("num_experts", "num_local_experts")  # two spellings of one number
 MOST = 1024  # experts of a layer
 MOST_MATRICES = 1 << 16  # layers x experts: a list of their tensors stays small
 
@@ -55,7 +56,7 @@ class ExpertKeys(msgspec.Struct, frozen=True):
     normalised: bool | str
     shared: str = ""  # the key of the shared expert's width; "": there is none
     sparse: bool = False  # decoder_sparse_step and mlp_only_layers say which layers are dense
-    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    usual: int = 0  # experts where it does not say how many
 
 
 def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | None:
@@ -65,11 +66,11 @@ def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | 
     """
     if keys is None:
         return None
-    given = {k: config[k] for k in keys.count if config.get(k) is not None}
-    if len(set(map(str, given.values()))) > 1:
-        raise wrong(*next(iter(given.items())), f"what {' and '.join(given)} both say")
-    count = whole(config, next(iter(given), keys.count[0]))
-    dense = dense_layers(config, count) if keys.sparse else ()
+    counts = {whole(config, key) for key in COUNTS if config.get(key) is not None}
+    if len(counts) > 1:
+        raise wrong(COUNTS[0], config[COUNTS[0]], f"what {COUNTS[1]} says: {config[COUNTS[1]]}")
+    count = counts.pop() if counts else keys.usual
+    dense = dense_layers(config) if keys.sparse else ()
     return {
         "count": count,
         "top": whole(config, "num_experts_per_tok"),
@@ -82,7 +83,7 @@ def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | 
     }
 
 
-def dense_layers(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+def dense_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers without experts: those named, and all but each `decoder_sparse_step`-th."""
     layers, step = whole(config, "num_hidden_layers"), whole(config, "decoder_sparse_step", 1)
     named = config.get("mlp_only_layers") or []

@@ -36,8 +36,8 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma2": gemma2(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),
-    "qwen2_moe": qwen2_moe(),
-    "qwen3_moe": qwen3_moe(),
+    "qwen2_moe": qwen2_moe(use_sliding_window=True),
+    "qwen3_moe": qwen3_moe(use_sliding_window=True, sliding_window=20),
     "olmoe": olmoe(),
 }
 WHOLE = (

@@ -350,7 +350,10 @@ def windows(config: Settings, row: Family) -> tuple[int, ...]:
     """Each layer's window, 0 where it has none; () if no layer has one."""
     layers, kinds = whole(config, "num_hidden_layers"), config.get("layer_types")
     rule = row.windowed or (lambda config, layer: False)
-    size = whole(config, "sliding_window") if config.get("sliding_window") is not None else 0
+    given = config.get("sliding_window")
+    if given == 0 and not config.get("use_sliding_window", True):  # as transformers 5 saves it
+        given = None
+    size = 0 if given is None else whole(config, "sliding_window")
     chosen = by_rule = [size != 0 and rule(config, i) for i in range(layers)]
     if kinds is not None:
         by_kind = {"full_attention": False, "sliding_attention": True}

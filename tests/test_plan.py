@@ -18,15 +18,15 @@ from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, KernelError, LimitError, WeightError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.safetensors import SafetensorsFolder
-from chalot.model.layers import model_tensors
+from chalot.model.layers import TensorSpec, model_tensors
 from chalot.plan import fast_ewq, losses, plan
-from chalot.plan.choose import options
-from chalot.plan.swap import items_of
+from chalot.plan.choose import Chosen, improve, item_bytes, options
+from chalot.plan.swap import Item, items_of
 from chalot.planfile import PlanDocument
 from chalot.quant import codes
 from chalot.quant.entropy import decide, fit
 from chalot.quant.packing import stored_bytes
-from chalot.quant.scheme import SCHEMES
+from chalot.quant.scheme import SCHEMES, Scheme
 from checkpoints import Weights, write_checkpoint
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -226,6 +226,34 @@ def test_exchanges_lower_the_true_kl(folder: Path, tmp_path: Path, text: Path) -
     common = {"text": text, "bits": 5.0, "method": "error"}
     one, many = (plan(folder, tmp_path / "p.json", exchanges=n, **common) for n in (1, 6))
     assert many.measured_loss <= one.measured_loss and many.bits_per_weight <= 5.0
+
+
+def test_exchanges_start_from_one_scheme_for_all_where_that_is_better() -> None:
+    """A plan that its table is wrong about; the text knows better."""
+    items = [Item(n, i, (TensorSpec(n, (64, 512), "ffn"),)) for i, n in enumerate("ab")]
+
+    class Known:
+        """Losses that differ from the table's: of `a` stored coarsely, far more."""
+
+        def __init__(self) -> None:
+            self.items = items
+
+        def encoded(self, item: Item, scheme: Scheme) -> dict[str, str]:
+            return {item.name: str(scheme)}
+
+        def kl_by_window(self, stored: dict[str, str]) -> list[float]:
+            cost = {"int8": 0.0, "nl4": 1.0, "nl2": 9.0 if stored["a"] == "nl2" else 4.0}
+            return [cost[stored["a"]] + cost[stored["b"]]] * 2
+
+    schemes = [SCHEMES[n] for n in ("int8", "nl4", "nl2")]
+    table = {"a": {"int8": 0.0, "nl4": 3.0, "nl2": 0.1}, "b": {"int8": 0.0, "nl4": 0.1, "nl2": 9.0}}
+    same = sum(item_bytes(i, SCHEMES["nl4"]) for i in items)
+    wrong = {"a": "nl2", "b": "nl4"}
+    start = Chosen(wrong, sum(item_bytes(i, SCHEMES[wrong[i.name]]) for i in items), 0.2)
+    found, kl = improve(Known(), table, schemes, start, same, tries=0)  # type: ignore[arg-type]
+    assert found.schemes == {"a": "nl4", "b": "nl4"} and kl == 2.0 and found.bytes == same
+    better = Chosen({"a": "int8", "b": "int8"}, 0, 0.0)
+    assert improve(Known(), table, schemes, better, same, tries=0)[0].schemes == better.schemes  # type: ignore[arg-type]
 
 
 def test_a_bounded_kl(folder: Path, tmp_path: Path, text: Path) -> None:

@@ -29,6 +29,13 @@ chalot shrinks a language model and runs it on this machine. What to do next:
 """
 
 
+def printable(text: str) -> str:
+    """Names in it must not steer the terminal."""
+    from chalot.table import printable as escaped
+
+    return escaped(text)
+
+
 def whole_number(text: str) -> int:
     """What `type=int` of every verb stands for."""
     try:
@@ -75,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Two lines, exit code 2."""
-        self.exit(2, f"chalot: {message}\nTry: {self.prog} --help\n")
+        self.exit(2, f"chalot: {printable(message)}\nTry: {self.prog} --help\n")
 
 
 def with_values(argv: list[str]) -> list[str]:
@@ -161,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(import_module(f"chalot.commands.{arguments.verb}").main(arguments))
     except ChalotError as error:
-        sys.stderr.write(f"chalot: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"chalot: {printable(' '.join(str(error).split()))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("chalot: interrupted\n")
@@ -170,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:  # a name too long, a disk that fails: whatever no room has foreseen
-        sys.stderr.write(f"chalot: {str(error)[:300]}\n")
+        sys.stderr.write(f"chalot: {printable(str(error)[:300])}\n")
         return 1
     except UnicodeEncodeError as error:
         found = ascii(error.object)[:80]

@@ -44,14 +44,15 @@ def describe(
     scheme: str | None = None,
     context: int | None = None,
     folder: Path | None = None,
+    again: bool = False,
 ) -> Description:
     """Describe a `.myai` file, a Hugging Face folder, another model's file, or a hub id.
 
     `scheme` is how a checkpoint is judged ("nl4", "ffn=nl4,attention=int8"; "keep" where weights
-    are quantised already); a `.myai` file has its own. `memory_at` has 0, 1,000 and all positions,
-    and `context` if it is given; `fit` has every scheme, for a file in `folder`
-    (default: the current one). Raises FormatError, UnsupportedError, SchemeError, ContextError,
-    HubError.
+    are quantised already); a `.myai` file has its own, unless it is to be converted `again`.
+    `memory_at` has 0, 1,000 and all positions, and `context` if it is given; `fit` has every
+    scheme, for a file in `folder` (default: the current one). Raises FormatError, UnsupportedError,
+    SchemeError, ContextError, HubError.
     """
     check_types(
         source=(source, PATH),
@@ -60,7 +61,7 @@ def describe(
         folder=(folder, MAY_PATH),
     )
     path, place = as_path(source), (context, folder)
-    if path.is_file() and is_ready(path):
+    if path.is_file() and is_ready(path) and not again:
         if scheme is not None:
             raise SchemeError(f"{source}: is converted already; --scheme is for checkpoints")
         found = _of_myai(path)

@@ -22,7 +22,7 @@ from chalot.errors import (
 from chalot.formats import corpus, hub
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json, read_document
-from chalot.formats.files import whole_file
+from chalot.formats.files import check_kind, whole_file
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import byte_pairs
 from chalot.machine import resident_bytes
@@ -74,6 +74,8 @@ def train_tokenizer(
     recipe = Recipe(style, vocabulary, chosen, min_frequency)
     check(recipe)
     folder, path = _target(out)
+    for place in (path, path.with_name(CONFIGURATION)) if folder is not None else (path,):
+        check_kind(place, b"{")
     read = corpus.find(sources)
     content = train(read.pieces(), recipe, show_progress)
     if folder is not None:

@@ -5,7 +5,7 @@ from argparse import Namespace as Arguments
 from pathlib import Path
 
 from chalot.commands.opening import names
-from chalot.commands.output import as_json, progress
+from chalot.commands.output import as_json, progress, show
 from chalot.commands.unused import refuse_unused
 from chalot.errors import FormatError, OutputError
 from chalot.table import rows
@@ -62,9 +62,9 @@ def main(arguments: Arguments) -> int:
     data = as_json(found)
     paths = write(found, out, data)
     if arguments.json:
-        print(data)
+        show(data)
         return 0
-    print(rows(table(found)))
+    show(rows(table(found)))
     if not arguments.quiet:
-        print(f"{note(found)}\n{', '.join(map(str, paths))}")
+        show(f"{note(found)}\n{', '.join(map(str, paths))}")
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot.commands.opening import MODEL, converted
-from chalot.commands.output import as_json, progress, say
+from chalot.commands.output import as_json, progress, say, show
 from chalot.commands.unused import refuse_unused
 from chalot.errors import FormatError
 from chalot.table import rows
@@ -136,9 +136,9 @@ def main(arguments: Arguments) -> int:
             table += [[task, name, f"{value:.4f}"] for name, value in metrics.items()]
         shown.append(rows(table))
     if arguments.json:
-        print(as_json(reports))
+        show(as_json(reports))
     else:
-        print("\n\n".join(shown))
+        show("\n\n".join(shown))
     if not arguments.quiet and arguments.text and arguments.against is None:
         say("perplexity alone says little of a form; --against SOURCE shows what it cost")
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chalot.commands.opening import names, size
-from chalot.commands.output import as_json, progress, say
+from chalot.commands.output import as_json, progress, say, show
 from chalot.commands.unused import refuse_unused
 from chalot.table import pairs
 
@@ -129,5 +129,5 @@ def main(arguments: Arguments) -> int:
         draw(made)
     if made.details.get("indistinct"):
         say("the blocks' entropies differ by less than a millionth: chance decides this plan")
-    print(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")
+    show(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")
     return 0

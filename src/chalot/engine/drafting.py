@@ -11,13 +11,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.engine.pacing import MOST, Pace, StepCosts
+from chalot.engine.pacing import MOST, Costs, Pace
 from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
 
-LEVELS = (6, 2)  # lengths of the endings that are looked up, longest first
-LOOKED_AT = 8  # earlier places with such an ending
+LEVELS = (4, 2)  # lengths of the endings that are looked up, longest first
+LOOKED_AT = 8  # earlier places with such an ending, latest first
 LONGEST = 32  # tokens of a match that are counted
 BELIEFS = (0.3, 0.5, 0.7, 0.85, 0.9)  # share kept, for matches of 2, 4, 8, 16, 32 tokens or more
 
@@ -26,8 +26,12 @@ class Text(Protocol):
     """What a drafter sees of a text: all its tokens, of which the last are not in the cache yet."""
 
     tokens: list[int]
-    sampling: Sampling
+    start: int  # where the answer begins
     sequence: cache.Sequence
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its tokens are chosen."""
 
 
 class Drafter(Protocol):
@@ -37,8 +41,7 @@ class Drafter(Protocol):
         """The tokens expected next, at most `most` (1 or more) of them, or none."""
 
     def learn(self, kept: int) -> None:
-        """So many of the last proposal's tokens were right; called once for each that was not
-        empty."""
+        """So many of the last proposal's tokens were right. Not called for an empty one."""
 
     def truncate(self, length: int) -> None:
         """All but the first `length` tokens of the text are gone."""
@@ -49,15 +52,19 @@ class Drafter(Protocol):
 
 def most_wanted(text: Text, draft: Sequence[int], vocabulary: int) -> int:
     """How many candidates `verified` needs to see after each token."""
-    before = recent(text)
+    before, start = recent(text)
     sets = (before + list(draft[:n]) for n in range(len(draft) + 1))
-    return max(wanted(tokens, text.sampling, vocabulary) for tokens in sets)
+    return max(wanted(tokens, text.sampling, vocabulary, start) for tokens in sets)
 
 
-def recent(text: Text) -> list[int]:
-    """The last tokens of a text, as far as a choice depends on them."""
-    window = text.sampling.repetition_window
-    return text.tokens[-window:] if window and text.sampling.repetition_penalty != 1 else []
+def recent(text: Text) -> tuple[list[int], int]:
+    """The last tokens of a text, as far as a choice depends on them; where its answer begins."""
+    sampling, length = text.sampling, len(text.tokens)
+    need = sampling.repetition_window if sampling.repetition_penalty != 1 else 0
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        need = max(need, length - text.start)
+    first = max(length - need, 0)
+    return text.tokens[first:], max(text.start - first, 0)
 
 
 def verified(
@@ -71,11 +78,11 @@ def verified(
     `candidates(n)` are ids and logits of the best after the text and n drafted tokens. Each token
     is drawn as plain decoding draws it, with the same random number of its position.
     """
-    before, found = recent(text), list[int]()
+    (before, start), found = recent(text), list[int]()
     while True:
         at, best = len(text.tokens) + len(found), candidates(len(found))
         try:
-            found.append(choose(*best, before + found, text.sampling, at, exp))
+            found.append(choose(*best, before + found, text.sampling, at, exp, start))
         except KernelError:  # not finite: the error is due when that token is asked for
             if not found:
                 raise
@@ -88,13 +95,13 @@ class TextDrafter:
     """What followed the longest earlier match of the text's ending, in prompt and answer.
 
     Endings of a few tokens lead to the places where they stood before; the longest match among the
-    latest of those wins. Takes about a microsecond a token, and forgets exactly what it learnt last.
+    latest of those wins. Reading takes about a microsecond a token, and can be undone.
     """
 
-    def __init__(self, costs: StepCosts, most: int = MOST) -> None:
+    def __init__(self, costs: Costs, most: int = MOST) -> None:
         self.paces = [Pace(costs, belief, most) for belief in BELIEFS]
         self.tokens: list[int] = []
-        # level -> ending -> the place behind it that came last; place -> the one before with its ending
+        # for each level, the last place behind an ending; and for each place the one before it
         self.last: list[dict[tuple[int, ...], int]] = [{} for _ in LEVELS]
         self.earlier: list[list[int]] = [[] for _ in LEVELS]
         self.proposed = self.paces[0], 0
@@ -141,7 +148,7 @@ class TextDrafter:
         place, same = self.match()
         if same < LEVELS[-1]:
             return []
-        pace = self.paces[same.bit_length() - LEVELS[-1]]
+        pace = self.paces[same.bit_length() - LEVELS[-1].bit_length()]
         count = pace.length(most)
         draft = self.tokens[place : place + count]
         while draft and len(draft) < count:  # the match reaches into the draft: it goes round
@@ -180,9 +187,10 @@ class Several:
 
     def propose(self, text: Text, most: int) -> list[int]:
         """See Drafter."""
-        for self.asked in self.drafters:
-            draft = self.asked.propose(text, most)
+        for drafter in self.drafters:
+            draft = drafter.propose(text, most)
             if draft:
+                self.asked = drafter
                 return draft
         return []
 

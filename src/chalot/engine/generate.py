@@ -75,6 +75,16 @@ class Stats:
         """Decoding speed over that of one token a pass, by the running average of such passes."""
         return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
 
+    @property
+    def drafting(self) -> str:
+        """What drafting did, for people; "" for nothing."""
+        if not self.drafted:
+            return ""
+        return (
+            f" ({self.acceptance:.0%} of {self.drafted} drafted tokens kept, "
+            f"{self.tokens_per_pass:.1f} tokens a pass, about {self.speed_up:.1f} x plain decoding)"
+        )
+
 
 @dataclass(frozen=True)
 class Work:
@@ -183,6 +193,7 @@ class Session:
         self.drafter = drafter
         self.sequence = Sequence(engine.cache)
         self.tokens: list[int] = []
+        self.start = 0  # where the answer begins: behind what was given last
         self.stats = Stats(seed=sampling.seed)
         # the candidates after the last token fed: ids and logits
         self.next: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
@@ -208,13 +219,14 @@ class Session:
         start = time.perf_counter()
         self._forget()
         self.tokens += ids
+        self.start = total
         self._feed()
         self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - start
 
     def _feed(self) -> None:
         """Run what is not in the cache yet, a chunk at a time; keep what may come next."""
-        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
         while self.sequence.length < len(self.tokens):
             done = self.sequence.length
             part = self.tokens[done : done + CHUNK]
@@ -244,7 +256,7 @@ class Session:
 
     def _decode(self, most: int | None) -> None:
         """Draw the next token, and drafted ones behind it as far as they are right."""
-        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
         unread = len(self.tokens) - self.sequence.length
         if unread <= 0 and (self.next is None or self.next[0].size < count):
             self.rewind(len(self.tokens))  # sampling has changed, or a step was interrupted
@@ -258,7 +270,7 @@ class Session:
                     "nothing was read yet; call prefill(ids) with at least one token"
                 )
             before, exp = self.tokens, self.engine.exp
-            found = [choose(*self.next, before, self.sampling, len(before), exp)]
+            found = [choose(*self.next, before, self.sampling, len(before), exp, self.start)]
         self.next = None
         self.confirmed.extend(found)
         self.drawn_by = self.sampling
@@ -298,10 +310,17 @@ class Session:
         """Forget all but the first `length` tokens; what the cache holds of them is kept."""
         self.confirmed.clear()
         del self.tokens[length:]
+        self.start = min(self.start, length)
         self.sequence.truncate(max(length - 1, 0))  # the last one is read again for its logits
         self.next = None
         if self.drafter is not None:
             self.drafter.truncate(len(self.tokens))
+
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft by another drafter from here on."""
+        if self.drafter is not None:
+            self.drafter.close()
+        self.drafter = drafter
 
     def with_sampling(self, **changes: float) -> None:
         """Change sampling options from here on."""

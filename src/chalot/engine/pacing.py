@@ -2,22 +2,36 @@
 
 With a share `a` of drafted tokens kept, a pass over k of them is expected to give
 
-    1 + a + a^2 + ... + a^k = (1 - a^(k+1)) / (1 - a)      tokens, at the cost of (k + 1) in one pass
+    1 + a + a^2 + ... + a^k = (1 - a^(k+1)) / (1 - a)
+
+tokens for the cost of a pass over k + 1.
 
 Timing decides how fast a text comes, never what it says.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
 NEWEST = 1 / 8  # least weight of the newest measurement in a running average
 MOST = 16  # drafted tokens in a pass, unless something else is asked for
-FIRST = 4  # the first draft's length
+FIRST = 8  # at first no draft is longer
+LEAST = 4  # so much may always be drafted, where it pays
 BELIEF = 6.0  # drafted tokens that what is believed at first weighs as much as
 MEMORY = 0.97  # what a draft's outcome still weighs after the next one
 YIELD = 1.05  # tokens for the time of one, below which drafting pauses
 PAUSE = 8, 256  # drafts passed over: at first, and after many trials that failed
+
+
+class Costs(Protocol):
+    """What passes cost, as a text sees it that drafts."""
+
+    @property
+    def one(self) -> float | None:
+        """Seconds of a pass without drafts; None: not known yet."""
+
+    def of(self, tokens: int) -> float:
+        """What a pass over the last token and a draft costs, in passes without."""
 
 
 @dataclass
@@ -52,34 +66,29 @@ class StepCosts:
             return low + slope * (tokens - below)
         return low + (self.relative[above] - low) * (tokens - below) / (above - below)
 
-    def remember(self, relative: Mapping[int, float]) -> None:
-        """What an earlier process has measured here."""
-        self.relative.update(relative)
-
 
 class Pace:
-    """The length of one kind of drafts.
+    """The length of one kind of drafts: that of the greatest expected gain, within a limit.
 
-    It doubles after a draft that was kept whole and halves after one that was not, as far as the
-    expected yield grows with it; drafting pauses where no length yields enough, and is tried again
-    after a while.
+    The limit doubles after a draft that was kept whole and halves after one that was not. Drafting
+    pauses where no length gains enough, and is tried again after a while.
     """
 
-    def __init__(self, costs: StepCosts, belief: float, most: int = MOST) -> None:
+    def __init__(self, costs: Costs, belief: float, most: int = MOST) -> None:
         """`belief` is the share of drafted tokens expected to be kept, before there were any."""
         self.costs = costs
         self.most = most
         self.limit = min(FIRST, most)
         self.tried = BELIEF
         self.kept = BELIEF * belief
+        self.drafts = 0
         self.draft_seconds = 0.0  # of each drafted token
         self.pause = PAUSE[0]
         self.waited = 0
 
     @property
     def share(self) -> float:
-        """Drafted tokens that were kept, of those that were tried; those after a wrong one were
-        not."""
+        """Part of the drafted tokens that was kept; those behind a wrong one do not count."""
         return self.kept / self.tried
 
     def gain(self, count: int) -> float:
@@ -109,9 +118,11 @@ class Pace:
             return
         self.tried = MEMORY * self.tried + min(kept + 1, drafted)
         self.kept = MEMORY * self.kept + kept
-        self.draft_seconds += NEWEST * (seconds / drafted - self.draft_seconds)
+        self.drafts += 1
+        weight = max(NEWEST, 1 / self.drafts)
+        self.draft_seconds += weight * (seconds / drafted - self.draft_seconds)
         if kept == drafted:
             self.limit = min(max(self.limit, 2 * drafted), self.most)
             self.pause = PAUSE[0]
         else:
-            self.limit = max(self.limit // 2, kept, 1)
+            self.limit = max(self.limit // 2, kept, min(LEAST, self.most))

@@ -150,6 +150,12 @@ def is_other_file(path: Path, magic: bytes) -> bool:
     return begin not in (b"", magic)
 
 
+def check_kind(path: Path, magic: bytes) -> None:
+    """Raise OutputError where a file of another kind would be replaced; without `magic`, none."""
+    if magic and is_other_file(path, magic):
+        raise OutputError(f"{path}: is there, and is of another kind; choose another name")
+
+
 @contextmanager
 def whole_file(path: Path, magic: bytes = b"") -> Iterator[BinaryIO]:
     """A new file that appears at `path` only if the block ends without an error.
@@ -159,8 +165,7 @@ def whole_file(path: Path, magic: bytes = b"") -> Iterator[BinaryIO]:
     A killed process can leave the temporary file (`.NAME.*.part`), never a part under `path`. With
     `magic`, a file that is there must begin with it.
     """
-    if magic and is_other_file(path, magic):
-        raise OutputError(f"{path}: is there, and is of another kind; choose another name")
+    check_kind(path, magic)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb") as file:

@@ -269,6 +269,12 @@ def build_from(
     return b.program(shape, inverse_frequency)
 
 
+def head_input(program: Program) -> int:
+    """The slot with what the head is multiplied with: the last hidden state, normed."""
+    last = next(op.target for op in program.ops if op.kind == "gather")
+    return next(op.target for op in program.ops if op.kind == "norm" and op.source == last)
+
+
 INPUT_OF = {  # a layer's matrices -> the slot that they are multiplied with
     **dict.fromkeys(("query", "key", "value"), "attention input"),
     "output": "attention output",

@@ -58,6 +58,7 @@ function colour(pre, said) {
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy"), 1500);
   }, "Copy this code");
+  copy.className = "copy";
   box.append(copy, pre);
   pre.tabIndex = 0; // it may have to be scrolled by keys
 }

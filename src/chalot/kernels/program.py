@@ -17,6 +17,7 @@ one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a
     route     target <- each expert's weight, of its score; -1 for those that a token does not take
     experts   target += weight * down(activation(gate x) * up x), expert after expert, for each
               token's own; `parts` are gate, up and down of each; the weights are in slot `routes`
+    prefetch  asks the system for the pages of the experts that source's weights choose
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
 KINDS = (
     *("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore"),
-    *("route", "experts"),
+    *("route", "experts", "prefetch"),
 )
 # of scores: the softmax; that of the chosen alone; of each score by itself
 ROUTINGS = ("softmax", "chosen", "sigmoid")

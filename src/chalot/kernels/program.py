@@ -66,7 +66,7 @@ class Op:
     source: int = LOGITS
     target: int = LOGITS
     parts: tuple[Part, ...] = ()
-    # norm: padded to 16; rope_store: q's and k's for one head, or for all, each padded to 16, or None
+    # norm: padded to 16; rope_store: q's and k's, of one head or all, each padded to 16, or None
     weight: NDArray[np.float32] | None = None
     number: float = 0.0  # embed: factor; norm, rope_store: epsilon; attend: factor of the scores
     layer: int = 0

@@ -24,6 +24,7 @@ from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
+from chalot.experts_memory import ExpertsMemory
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
@@ -103,6 +104,7 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        experts_resident: int | None = None,
         texts: int = 1,
         draft: Draft = True,
         draft_tokens: int = MOST,
@@ -116,6 +118,8 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
+        the rest is read when it is used; answers are the same (docs/experts.md).
         The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
@@ -124,11 +128,12 @@ class Model:
         draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        counts |= {"experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)
-        elif mmap:
+        elif mmap and experts_resident is None:
             read_ahead(self.file)
         self.config = read_model_config(self.file)
         if kv not in CACHE_TYPES:
@@ -147,6 +152,12 @@ class Model:
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
+        if mlock and experts_resident is not None:
+            raise LimitError(
+                "--mlock keeps all experts in memory, --experts-resident some; give one"
+            )
+        self.experts = ExpertsMemory(self.file, self.config, experts_resident)
+        weights = with_changes(weights, paged=self.experts.paged)
         program = build(self.config, weights, frequencies, kv)
         self.head_input = head_input(program)
         self.engine = Engine(
@@ -155,9 +166,10 @@ class Model:
             self.config.vocabulary,
             self.context,
             self.backend.exp,
-            self.file.check_length,
+            self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
+        self.experts.attach(self.engine.runnable, program, weights)
         self.last_stats = Stats()
         self.lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None

@@ -76,7 +76,14 @@ def metadata(case: Case) -> dict[str, Any]:
         "rope.freq_base": c["rope_theta"],
         "expert_count": c.get("num_local_experts", c.get("num_experts")),
         "expert_used_count": c["num_experts_per_tok"],
+        "vocab_size": c["vocab_size"],
     }
+    for key, theirs in (
+        ("expert_feed_forward_length", "moe_intermediate_size"),
+        ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    ):
+        if theirs in c:
+            found[key] = c[theirs]
     named = {"general.architecture": name, "tokenizer.ggml.model": "no_vocab"}
     return named | {f"{name}.{key}": value for key, value in found.items()}
 

@@ -1,5 +1,7 @@
 """A loaded mixture of experts: which experts its texts took, and which of them stay in memory."""
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +35,10 @@ class ExpertsMemory:
         free = machine.memory_available()
         large = self.file.mapped and free is not None and self.file.size > free
         return bool(self.pages.runs) and (self.pages.resident is not None or large)
+
+    def with_paging(self, weights: Weights) -> Weights:
+        """The weights, and whether a program of them is to ask ahead for experts."""
+        return replace(weights, paged=self.paged)
 
     def attach(self, runnable: Runnable, program: Program, weights: Weights) -> None:
         """Count by this program from now on."""

@@ -49,8 +49,10 @@ def main(arguments: Arguments) -> int:
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             said = sampling_of(arguments) | {"seed": stats.seed}
+            kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+            kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
+            answer |= {"options": said} | kept | {"stats": stats}
             read = model.experts.report()
-            answer |= {"options": said, "stats": stats}
             print(as_json(answer | ({} if read is None else {"experts": read})))
             return 0
         sys.stdout.write("\n")

@@ -134,8 +134,8 @@ class Builder:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
         both = self.slot(ROTATED, queries + 2 * keys)
-        if self.weights.paged and c.experts_of(i) is not None:
-            self.foresee(i)
+        if self.weights.paged and i and c.experts_of(i) is not None:
+            self.foresee(i)  # of an embedding alone a router knows little
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)

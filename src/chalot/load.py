@@ -22,6 +22,7 @@ from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
+from chalot.experts_memory import ExpertsMemory
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
@@ -125,6 +126,7 @@ class Model:
         budget: int | None = None,
         early_exit: Margin = None,
         calibration: bool = True,
+        experts_resident: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
         texts: int = 1,
@@ -142,6 +144,8 @@ class Model:
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         `keep` names regions of layers that are locked in memory, `budget` is the most bytes of
         weights there: the rest is read again in each forward pass (chalot.residence).
+        Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
+        the rest is read when it is used; answers are the same (docs/experts.md).
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
         a text may be longer than the model's context (`chalot.model.window` says what is computed).
         The cache has room for `texts` of the whole context, as far as memory goes.
@@ -154,16 +158,22 @@ class Model:
         a draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
-        counts |= {"window": window, "sinks": sinks}
+        counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
-        if mlock and budget is not None:
-            raise LimitError("--mlock keeps the whole file in memory, --budget does not; give one")
+        memory = {"--mlock": mlock, "--budget": budget is not None}
+        memory["--experts-resident"] = experts_resident is not None
+        if len(given := [name for name, there in memory.items() if there]) > 1:
+            raise LimitError(f"{' and '.join(given)} say each what stays in memory; give one")
+        if experts_resident is not None and early_exit is not None:
+            raise LimitError(
+                "--early-exit runs a model in pieces, --experts-resident whole; give one"
+            )
         self.residence = Residence(self.file, self.config, keep, budget)
         if mlock:
             lock(self.file)
-        elif mmap and self.residence.stream is None:
+        elif mmap and self.residence.stream is None and experts_resident is None:
             read_ahead(self.file)
         if kv not in CACHE_TYPES:
             raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
@@ -187,6 +197,8 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         looked_at = self.residence.looked_at
         weights = read_weights(self.file, self.config, activations, looked_at)
+        self.experts = ExpertsMemory(self.file, self.config, experts_resident)
+        weights = self.experts.with_paging(weights)
         self.maker = Maker(self.config, weights, frequencies, shape, self.backend)
         streams = self.residence.stream is not None
         self.reflexes = Reflexes(self.file, self.maker, calibration, early_exit, streams)
@@ -197,7 +209,7 @@ class Model:
             self.config.vocabulary,
             self.context,
             self.backend.exp,
-            self.file.check_length,
+            self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.kept = sessions.Kept(
@@ -218,7 +230,9 @@ class Model:
         if runnable is None and self.residence.stream is None:
             program = build(made.config, made.weights, made.inverse_frequency, kv)
             self.head_input = head_input(program)
-            return self.backend.compile(program)
+            whole = self.backend.compile(program)
+            self.experts.attach(whole, program, made.weights)
+            return whole
         if runnable is None:
             runnable = Pieces(made, self.residence.borders)
             runnable.before = self.residence.before_piece(p.layers for p in runnable.pieces)
@@ -227,10 +241,11 @@ class Model:
 
     @property
     def reports(self) -> dict[str, Any]:
-        """What memory and early exit came to so far, where they were asked for: str says it too."""
+        """What memory, early exit and experts came to so far, where they are: str says it too."""
         memory = self.residence.report() if self.residence.asked else None
-        both = {"residency": memory, "early_exit": self.reflexes.report()}
-        return {name: report for name, report in both.items() if report is not None}
+        found: dict[str, Any] = {"residency": memory, "early_exit": self.reflexes.report()}
+        found["experts"] = self.experts.report()
+        return {name: report for name, report in found.items() if report is not None}
 
     # ---- text
 

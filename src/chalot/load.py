@@ -162,14 +162,13 @@ class Model:
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
-        memory = {"--mlock": mlock, "--budget": budget is not None}
-        memory["--experts-resident"] = experts_resident is not None
-        if len(given := [name for name, there in memory.items() if there]) > 1:
-            raise LimitError(f"{' and '.join(given)} say each what stays in memory; give one")
-        if experts_resident is not None and early_exit is not None:
+        whole = mlock or budget is not None or early_exit is not None
+        if whole and experts_resident is not None:
             raise LimitError(
-                "--early-exit runs a model in pieces, --experts-resident whole; give one"
+                "--experts-resident does not go with --mlock, --budget or --early-exit; give one"
             )
+        if mlock and budget is not None:
+            raise LimitError("--mlock keeps the whole file in memory, --budget does not; give one")
         self.residence = Residence(self.file, self.config, keep, budget)
         if mlock:
             lock(self.file)
@@ -197,11 +196,6 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         looked_at = self.residence.looked_at
         weights = read_weights(self.file, self.config, activations, looked_at)
-        whole = mlock or budget is not None or early_exit is not None
-        if whole and experts_resident is not None:
-            raise LimitError(
-                "--experts-resident does not go with --mlock, --budget or --early-exit; give one"
-            )
         self.experts = ExpertsMemory(self.file, self.config, experts_resident)
         weights = self.experts.with_paging(weights)
         self.maker = Maker(self.config, weights, frequencies, shape, self.backend)

@@ -57,6 +57,7 @@ class TensorReport:
     bytes: int
     activation: int | None = None  # bits, of a coded matrix
     error: float | None = None  # relative squared error against the source, where it is known
+    shares: str | None = None  # the tensor whose extent it lies in, and whose bytes it has
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Description:
     source: str
     origin: Origin
     architecture: dict[str, Any]  # the fields of chalot.model.config.ModelConfig
-    parameters: int
+    parameters: int  # by name; tensors that share an extent count each
+    stored_parameters: int  # those count once
     bytes: int
     file_bytes: int  # of the .myai file, or of the one that a conversion would write
     bits_per_weight: float
@@ -209,13 +211,17 @@ def _of_myai(path: Path) -> Description:
     file = MyaiFile(path)
     try:
         config = read_model_config(file)
-        manifest = file.manifest
+        manifest, shared = file.manifest, file.aliases
         tensors = []
         for spec in model_tensors(config):
             e = manifest.tensors[spec.name]
             coded = SCHEMES[e.scheme].is_coded
             here, bits = (e.scheme, e.extent.bytes), e.activation if coded else None
-            tensors.append(TensorReport(spec.name, spec.kind, e.shape, *here, *here, bits, e.error))
+            tensors.append(
+                TensorReport(
+                    spec.name, spec.kind, e.shape, *here, *here, bits, e.error, shared.get(spec.name)
+                )
+            )
         origin = Origin(
             ".myai",
             file.size,
@@ -292,7 +298,8 @@ def _description(
     source: str, origin: Origin, config: ModelConfig, tensors: list[TensorReport], file_bytes: int
 ) -> Description:
     parameters = sum(prod(t.shape) for t in tensors)
-    total = sum(t.bytes for t in tensors)
+    held = [t for t in tensors if t.shares is None]
+    stored, total = sum(prod(t.shape) for t in held), sum(t.bytes for t in held)
     sets = instruction_sets()
     backend = open_backend()
     kernels = Kernels(
@@ -307,9 +314,10 @@ def _description(
         origin,
         {**msgspec.structs.asdict(config), **msgspec.to_builtins(config)},
         parameters,
+        stored,
         total,
         file_bytes,
-        total * 8 / parameters,
+        total * 8 / stored,
         tuple(k for k in kinds if k.tensors),
         tuple(tensors),
         kernels,
@@ -323,9 +331,9 @@ def _kind(kind: str, tensors: list[TensorReport]) -> KindReport:
         len(tensors),
         sum(prod(t.shape) for t in tensors),
         _names(t.source_type for t in tensors),
-        sum(t.source_bytes for t in tensors),
+        sum(t.source_bytes for t in tensors if t.shares is None),
         _names(t.scheme for t in tensors),
-        sum(t.bytes for t in tensors),
+        sum(t.bytes for t in tensors if t.shares is None),
     )
 
 
@@ -351,7 +359,7 @@ def _facts(report: Description) -> str:
     facts = [
         ("source", f"{report.source} ({o.form}, {size(o.bytes)})"),
         ("family", a["family"]),
-        ("parameters", f"{report.parameters:,}"),
+        ("parameters", f"{report.parameters:,}{_shared(report)}"),
         ("layers", f"{a['layers']}, hidden {a['hidden']:,}, feed-forward {a['feed_forward']:,}"),
         ("heads", f"{a['heads']} of {a['head_dim']}, {a['kv_heads']} of keys and values"),
         ("vocabulary", f"{a['vocabulary']:,}{', tied' if a['tied'] else ''}"),
@@ -374,6 +382,13 @@ def _facts(report: Description) -> str:
     others = [name for name in k.runs_here if name != k.chosen]
     facts.append(("kernels", f"{k.chosen} on {k.threads} threads; also run: {', '.join(others)}"))
     return pairs(facts)
+
+
+def _shared(report: Description) -> str:
+    """What is stored, where tensors share extents."""
+    if report.stored_parameters == report.parameters:
+        return ""
+    return f"; {report.stored_parameters:,} are stored, others are the same and share their bytes"
 
 
 def _kind_table(report: Description) -> str:

@@ -103,7 +103,9 @@ def document(manifest: Any) -> None:
     manifest["documents"]["config.json"] = manifest["tensors"]["layers.1.query"]["extent"]
 
 
-@pytest.mark.parametrize("edit", [offset_by(64), offset_by(-64), shape, shorter, checksum, document])
+@pytest.mark.parametrize(
+    "edit", [offset_by(64), offset_by(-64), shape, shorter, checksum, document]
+)
 def test_any_other_overlap_is_refused(
     edit: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

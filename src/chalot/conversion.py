@@ -102,9 +102,9 @@ class Conversion:
         self.errors: dict[str, tuple[float, float]] = {}
         self.taken: set[str] = set()  # tensors that have the source's own codes
         self.shared: set[str] = set()  # tensors that lie in another one's extent
-        own = {hugging_face(s.name): s.name for s in self.specs}
-        same = getattr(checkpoint, "aliases", {})
-        self.same = {own[n]: own[of] for n, of in same.items() if n in own and of in own}
+        ours = {hugging_face(s.name): s.name for s in self.specs}
+        same = getattr(checkpoint, "aliases", {})  # of a Checkpoint that knows such
+        self.same = {ours[n]: ours[of] for n, of in same.items() if n in ours and of in ours}
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 

@@ -219,7 +219,14 @@ def _of_myai(path: Path) -> Description:
             here, bits = (e.scheme, e.extent.bytes), e.activation if coded else None
             tensors.append(
                 TensorReport(
-                    spec.name, spec.kind, e.shape, *here, *here, bits, e.error, shared.get(spec.name)
+                    spec.name,
+                    spec.kind,
+                    e.shape,
+                    *here,
+                    *here,
+                    bits,
+                    e.error,
+                    shared.get(spec.name),
                 )
             )
         origin = Origin(

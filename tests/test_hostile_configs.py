@@ -11,7 +11,21 @@ from hypothesis import strategies as st
 from chalot.errors import ChalotError, FormatError, UnsupportedError
 from chalot.model.config import FAMILIES, ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import model_tensors
-from golden.cases import OLD, YARN, bitnet, gemma, gemma2, llama, mistral, qwen2, qwen3
+from golden.cases import (
+    OLD,
+    YARN,
+    bitnet,
+    gemma,
+    gemma2,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
 BASES: dict[str, dict[str, Any]] = {
     "llama": llama(**OLD),
@@ -21,6 +35,10 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma": gemma(),
     "gemma2": gemma2(),
     "bitnet": bitnet("autobitlinear"),
+    "mixtral": mixtral(),
+    "qwen2_moe": qwen2_moe(),
+    "qwen3_moe": qwen3_moe(),
+    "olmoe": olmoe(),
 }
 WHOLE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

@@ -25,7 +25,7 @@ from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, inverse_frequencies
-from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.model.layers import KINDS, TensorSpec, layer_tensors, model_tensors
 from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
@@ -194,12 +194,10 @@ class Conversion:
 
     def _source_scheme(self, layer: int) -> Scheme:
         """The dense scheme that holds a layer's weights as the source stores them."""
-        dtype = self.checkpoint.tensors[hugging_face(f"layers.{layer}.query")].dtype
-        same = all(
-            self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
-            for n in ("key", "value", "output", "gate", "up", "down")
-        )
-        return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
+        specs = [s for s in layer_tensors(self.config, layer) if s.kind not in ("vector", "router")]
+        types = {self.checkpoint.tensors[hugging_face(s.name)].dtype for s in specs}
+        dtype = types.pop()
+        return SCHEMES[dtype if not types and dtype in packing.DENSE else "f32"]
 
     def _digest(self, spec: TensorSpec) -> None:
         """Let the source's digest have a matrix that is written later."""

@@ -23,6 +23,7 @@ from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.files import quoted
+from chalot.formats.experts import listed
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, kept, usual_of
@@ -183,6 +184,7 @@ def describe(
         sizes = remote.weight_bytes, remote.download_bytes
         origin = Origin("hub", *sizes, document_bytes=remote.document_bytes)
         tensors = as_computed(remote.tensors, remote.document("config.json"), named)
+        tensors = listed(tensors, named)
         found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
     else:
         checkpoint = open_checkpoint(resolve(path))

@@ -67,8 +67,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint on disk. Raises FormatError when `path` holds none that is known."""
     if path.is_dir():
         from chalot.formats.bitnet import open_folder
+        from chalot.formats.experts import expert_by_expert
 
-        return open_folder(path)
+        folder = open_folder(path)
+        try:
+            return expert_by_expert(folder)
+        except BaseException:
+            folder.close()
+            raise
     try:
         with path.open("rb") as file:
             begin = file.read(64).lstrip(b" \t\r\n")

@@ -152,7 +152,7 @@ def run_layer(
         batch = Batch(tokens, tokens - at, tokens * 0, cache.tables([sequence]))
         runnable.run(batch, cache.arena)
         slots = (*LAYER_INPUTS, ROTATED, "hidden")
-        yield {n: runnable.slot(named[n], len(tokens)) for n in slots}
+        yield {n: runnable.slot(named[n], len(tokens)) for n in slots if n in named}
 
 
 class Calibration:
@@ -192,7 +192,8 @@ class Calibration:
                 vectors[spec.name] = weights
                 continue
             shape = (spec.shape[0], spec.shape[1])
-            matrices[spec.name] = Matrix(dense_scheme, shape, pack_dense(weights, dense_scheme))
+            held = SCHEMES["f32"] if spec.kind == "router" else dense_scheme
+            matrices[spec.name] = Matrix(held, shape, pack_dense(weights, held))
             if self.schemes[spec.name].is_coded:
                 rows = weights[some_rows(len(weights))]
                 samples[spec.name] = (rows, self.schemes[spec.name])
@@ -251,6 +252,8 @@ class Calibration:
             ("feed-forward input", ("gate", "up"), (ffn_norm(self.config), same, same)),
             ("feed-forward inner", ("down",), gated),
         ):
+            if slot not in inputs:  # experts are not folded: what they read, the router reads too
+                continue
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:
                 continue
@@ -271,7 +274,7 @@ class Calibration:
         it, one for all heads.
         """
         c, query, key = self.config, p + "query", p + "key"
-        if not (self.schemes[query].is_coded and self.schemes[key].is_coded):
+        if c.whole_norms or not (self.schemes[query].is_coded and self.schemes[key].is_coded):
             return
         heads = rotated.reshape(len(rotated), -1, c.head_dim)[:, : c.heads + c.kv_heads]
         if c.head_norms:  # which the slot's keys, unlike its queries, have not been through

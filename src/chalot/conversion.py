@@ -185,7 +185,7 @@ class Conversion:
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
         calibration = Calibration(
-            self.config, self.balanced, self.backend, frequencies, hidden, self.kept
+            self.config, self.balanced, self.backend, frequencies, hidden, self.kept, self.same
         )
         if self.refining is not None:
             calibration.watch = self.refining.watch

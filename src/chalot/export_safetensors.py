@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
-from chalot.errors import SchemeError, WeightError
+from chalot.errors import SchemeError, UnsupportedError, WeightError
 from chalot.exporting import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
@@ -39,6 +39,11 @@ class SafetensorsExport(Export):
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, progress: Progress) -> None:
         super().__init__(checkpoint, progress)
+        if self.config.experts is not None and self.config.experts.ones:
+            raise UnsupportedError(
+                f"{checkpoint.path}: slices of a feed-forward count whole, which no family of "
+                "transformers can say; write a .myai file"
+            )
         self.types = {s.name: self._type(s, dtype) for s in self.specs}
         self.plans = [
             TensorPlan(hugging_face(s.name), self.types[s.name], s.shape) for s in self.specs

@@ -2,6 +2,7 @@
 
 VERBS = {  # in the order of `chalot --help`
     "convert": "convert a checkpoint to one .myai file",
+    "upcycle": "make a mixture of experts of a dense model: copies, or slices of it",
     "run": "generate text after a prompt",
     "chat": "talk to a model by its own chat template",
     "describe": "what a model is, and whether it fits here",

@@ -11,6 +11,7 @@ so the choice, and with it the file, is the same on every machine.
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,6 +167,7 @@ class Calibration:
         inverse_frequency: Floats,
         hidden: Floats,  # (tokens, hidden), in windows of a page
         kept: Set[str] = frozenset(),  # matrices whose columns must stay as they are
+        same: Mapping[str, str] = MappingProxyType({}),  # tensors that are another one
         watch: Callable[[Mapping[str, Floats]], None] | None = None,
     ) -> None:
         """`watch` gets what each window is in every slot; plans are made from the first tokens."""
@@ -176,6 +178,7 @@ class Calibration:
         self.hidden = hidden
         self.watch = watch
         self.kept = kept
+        self.same = same
         self.plan = Plan()
 
     def layer(
@@ -187,6 +190,10 @@ class Calibration:
         """
         matrices, vectors, samples = {}, {}, {}
         for spec in layer_tensors(self.config, i):
+            of = self.same.get(spec.name)
+            if of in matrices:
+                matrices[spec.name] = matrices[of]
+                continue
             weights = read(spec.name)
             if spec.kind == "vector":
                 vectors[spec.name] = weights
@@ -200,7 +207,9 @@ class Calibration:
             del weights  # before the next one is read
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
-            self._plan(f"layers.{i}.", inputs, samples)
+            one = "experts.0." if self.config.experts_of(i) else ""
+            self._plan(f"layers.{i}.", inputs, samples, one)
+            self._plan_copies(f"layers.{i}.")
             self._balance_keys(f"layers.{i}.", inputs[ROTATED], vectors)
         return inputs
 
@@ -224,8 +233,24 @@ class Calibration:
         self.hidden = np.concatenate(after)
         return first
 
+    def _plan_copies(self, p: str) -> None:
+        """Where experts are one, what holds for it holds for all, and for what reads with them."""
+        first = p + "experts.0."
+        if first + "gate" in self.plan.columns:
+            factor = self.plan.columns[first + "gate"]
+            readers = ("router", "shared_router", "shared.gate", "shared.up")
+            self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
+        for name, of in self.same.items():
+            for found in (self.plan.rows, self.plan.columns, self.plan.planes):
+                if of.startswith(first) and name.startswith(p) and of in found:
+                    found[name] = found[of]
+
     def _plan(
-        self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]
+        self,
+        p: str,
+        inputs: Mapping[str, Floats],
+        samples: Mapping[str, tuple[Floats, Scheme]],
+        one: str,  # what comes before a feed-forward's names, where copied experts are one
     ) -> None:
         def values_to_output(factor: Floats) -> Floats:
             """Query heads of a group read one value head: they share its factors."""
@@ -242,17 +267,17 @@ class Calibration:
             return factor
 
         attended = ("value", values_to_output, value_rows)
-        gated = ("up", same, same)
+        gated = (one + "up", same, same)
         if self.config.inner_norms:
             attended, gated = ("attention_inner_norm", same, same), ("ffn_inner_norm", same, same)
         # input, the matrices that read it, what produces it, how its factors are shared and seen
         for slot, readers, (producer, share, seen) in (
             ("attention input", ("query", "key", "value"), ("attention_norm", same, same)),
             ("attention output", ("output",), attended),
-            ("feed-forward input", ("gate", "up"), (ffn_norm(self.config), same, same)),
-            ("feed-forward inner", ("down",), gated),
+            ("feed-forward input", (one + "gate", one + "up"), (ffn_norm(self.config), same, same)),
+            ("feed-forward inner", (one + "down",), gated),
         ):
-            if slot not in inputs:  # experts are not folded: what they read, the router reads too
+            if slot not in inputs:  # experts are not folded, unless all are one
                 continue
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:

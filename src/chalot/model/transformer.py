@@ -171,9 +171,11 @@ class Builder:
         if experts.normalised and self.are_one(each):  # weights that sum to 1, of one thing
             self.feed_forward(each[0], experts.width, fed, hidden)
         else:
-            routing = "chosen" if experts.normalised else "softmax"
+            routing = "chosen" if experts.normalised else "ones" if experts.ones else "softmax"
             self.routed(p + "router", each, experts.top, routing, fed, hidden)
-        if experts.shared_width:
+        if experts.shared_width and experts.ones:
+            self.feed_forward(p + "shared.", experts.shared_width, fed, hidden)
+        elif experts.shared_width:
             self.routed(p + "shared_router", [p + "shared."], 1, "sigmoid", fed, hidden)
 
     def are_one(self, experts: list[str]) -> bool:

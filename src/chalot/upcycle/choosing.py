@@ -1,0 +1,164 @@
+"""Which columns of a feed-forward go together, by what they do on a text (CMoE, arXiv 2502.04416).
+
+A column's share in the answer to a token is |h| * |down's column|. Each token marks its largest
+shares. The columns that are marked most often are the shared slices, always on. The others are
+grouped by which tokens mark them: balanced k-means on marks, by cosine. The router is linear, and
+analytic: a few steps of conjugate gradients towards what each group gives (CMoE takes one column of
+each group for that; a linear score predicts better).
+
+Shares come from the kernels, marks are whole numbers, and all other sums have a written order: the
+choice is the same on every machine.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chalot.kernels.backend import Backend
+from chalot.model.calibration import dense
+from chalot.quant.fold import column_sums
+
+Floats = NDArray[np.float32]
+Marks = NDArray[np.bool_]  # (tokens, columns)
+Indices = NDArray[np.int64]
+MARKED = 0.1  # of the columns, by each token; CMoE has 10 of 11,008: docs/upcycling.md
+ROUNDS = 8  # of k-means
+STEPS = 8  # of conjugate gradients; more fit the text's noise
+AT_ONCE = 512  # columns, as float64
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A layer's slices: columns, ascending in each, and the router (groups, hidden)."""
+
+    shared: Indices
+    groups: tuple[Indices, ...]
+    router: Floats
+
+
+def choose(
+    x: Floats, shares: Floats, shared: int, routed: int, backend: Backend
+) -> Chosen:
+    """Slices by a text's inputs x (tokens, hidden) and its columns' shares (tokens, columns).
+
+    `shared` and `routed` are numbers of slices, all of one width, which are all columns.
+    """
+    columns = shares.shape[1]
+    width = columns // (shared + routed)
+    marks = marked(shares)
+    order = np.argsort(-marks.sum(axis=0, dtype=np.int64), kind="stable")
+    rest = np.sort(order[shared * width :])
+    of = balanced(marks[:, rest], routed)
+    groups = tuple(rest[of == g] for g in range(routed))
+    given = np.stack([np.sqrt(column_sums(squares(shares[:, g]).T)) for g in groups], axis=1)
+    return Chosen(np.sort(order[: shared * width]), groups, router(x, given, backend))
+
+
+def squares(x: Floats) -> NDArray[np.float64]:
+    """Exact."""
+    wide = x.astype(np.float64)
+    return wide * wide
+
+
+def marked(shares: Floats) -> Marks:
+    """The largest shares of each token: no fewer than MARKED, more where some are equal."""
+    count = max(1, int(shares.shape[1] * MARKED))
+    least = np.partition(shares, -count, axis=1)[:, -count]
+    marks: Marks = shares >= least[:, None]
+    return marks
+
+
+def balanced(marks: Marks, groups: int) -> Indices:
+    """The group (columns,) of each column; all groups have as many."""
+    columns = marks.shape[1]
+    counts = marks.sum(axis=0, dtype=np.int64)
+    length = np.sqrt(np.maximum(counts, 1).astype(np.float64))
+    centres = marks[:, seeds(marks, counts, groups)].astype(np.float64)
+    of = np.zeros(columns, np.int64)
+    for _ in range(ROUNDS):
+        size = np.sqrt(np.maximum(column_sums(centres * centres), 1))
+        before, of = of, assigned(products(marks, centres) / length[:, None] / size)
+        if np.array_equal(before, of):
+            break
+        centres = np.stack(
+            [marks[:, of == g].sum(axis=1, dtype=np.int64) for g in range(groups)], axis=1
+        ).astype(np.float64)
+    return of
+
+
+def products(marks: Marks, centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(columns, groups): sums of whole numbers far below 2^53, exact in any order."""
+    return np.concatenate(
+        [
+            marks[:, at : at + AT_ONCE].T.astype(np.float64) @ centres
+            for at in range(0, marks.shape[1], AT_ONCE)
+        ]
+    )
+
+
+def seeds(marks: Marks, counts: Indices, groups: int) -> list[int]:
+    """The most active column, then one after another the active one that is least like those."""
+    order = np.argsort(-counts, kind="stable")
+    active = np.sort(order[: max(groups, len(order) // 2)])
+    length = np.sqrt(np.maximum(counts[active], 1).astype(np.float64))
+    found = [int(order[0])]
+    nearest = np.zeros(len(active))
+    while len(found) < groups:
+        last = marks[:, found[-1:]].astype(np.float64)
+        like = products(marks[:, active], last)[:, 0] / length / np.sqrt(max(last.sum(), 1))
+        nearest = np.maximum(nearest, like)
+        nearest[np.isin(active, found)] = np.inf
+        found.append(int(active[int(np.argmin(nearest))]))
+    return found
+
+
+def assigned(likeness: NDArray[np.float64]) -> Indices:
+    """The group of each column: its best one with room, first the columns with most to lose."""
+    columns, groups = likeness.shape
+    wishes = np.argsort(-likeness, axis=1, kind="stable")
+    best = np.sort(likeness, axis=1)[:, ::-1]
+    most_to_lose = np.argsort(best[:, min(1, groups - 1)] - best[:, 0], kind="stable")
+    room = [columns // groups] * groups
+    of = np.empty(columns, np.int64)
+    for column in most_to_lose.tolist():
+        for group in wishes[column].tolist():
+            if room[group]:
+                room[group] -= 1
+                of[column] = group
+                break
+    return of
+
+
+def router(x: Floats, given: NDArray[np.float64], backend: Backend) -> Floats:
+    """(groups, hidden): scores x W^T near what groups give (tokens, groups), by least squares.
+
+    Conjugate gradients on the normal equations, stopped early (Hestenes and Stiefel, 1952).
+    """
+
+    def times(matrix: NDArray[np.float64], inputs: Floats) -> NDArray[np.float64]:
+        """inputs (n, k) times matrix (k, groups), by the kernels."""
+        rows = dense(np.ascontiguousarray(matrix.T, np.float32))
+        return backend.product(rows, inputs, 1).astype(np.float64)
+
+    turned = np.ascontiguousarray(x.T)
+    scale = max(float(given.max(initial=0)), 1e-30)
+    left = given / scale
+    slope = times(left, turned)  # (hidden, groups)
+    found, step = np.zeros_like(slope), slope
+    size = column_sums(slope * slope)
+    for _ in range(STEPS):
+        moved = times(step, x)
+        along = column_sums(moved * moved)
+        length = np.divide(size, along, out=np.zeros_like(size), where=along > 0)
+        found = found + length * step
+        left = left - length * moved
+        slope = times(left, turned)
+        before, size = size, column_sums(slope * slope)
+        step = slope + step * np.divide(size, before, out=np.zeros_like(size), where=before > 0)
+    return np.ascontiguousarray(found.T, np.float32)
+
+
+Watch = Callable[[int, Chosen], None]
+Layers = Sequence[Chosen]

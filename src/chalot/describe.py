@@ -22,8 +22,8 @@ from chalot.formats import hub
 from chalot.formats.bitnet import as_computed
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
-from chalot.formats.files import quoted
 from chalot.formats.experts import listed
+from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, kept, usual_of

@@ -201,7 +201,9 @@ FAMILIES = {
         experts=ExpertKeys("intermediate_size", True),
     ),
     "qwen2_moe": Family(
-        QWEN | QWEN_EXPERTS | {"qkv_bias": True, "moe_intermediate_size": 1408}
+        QWEN
+        | QWEN_EXPERTS
+        | {"qkv_bias": True, "moe_intermediate_size": 1408}
         | {"shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4},
         "qkv_bias",
         windowed=early_odd_layers,
@@ -210,7 +212,9 @@ FAMILIES = {
         ),
     ),
     "qwen3_moe": Family(
-        QWEN | QWEN_EXPERTS | {"moe_intermediate_size": 768, "num_experts": 128}
+        QWEN
+        | QWEN_EXPERTS
+        | {"moe_intermediate_size": 768, "num_experts": 128}
         | {"num_experts_per_tok": 8},
         "attention_bias",
         "attention_bias",

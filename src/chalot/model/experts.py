@@ -27,7 +27,9 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     width: int
     normalised: bool = False  # the chosen ones' weights sum to 1
     shared_width: int = 0  # of the one that all tokens take, times the sigmoid of a score; 0: none
-    ones: bool = False  # slices of a dense model: the chosen count whole, and so does the shared one
+    ones: bool = (
+        False  # slices of a dense model: the chosen count whole, and so does the shared one
+    )
     dense_layers: tuple[int, ...] = ()  # ascending; they have a feed-forward as other models
 
     def __post_init__(self) -> None:

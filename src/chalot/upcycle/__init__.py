@@ -52,9 +52,7 @@ def upcycle(
     view = opened(found, asked, calibration, threads, watch)
     try:
         said = command or shlex.join(["chalot", "upcycle", str(source), "-o", str(out)])
-        options = Options(
-            str(source), type, scheme, command=said, threads=threads, progress=watch
-        )
+        options = Options(str(source), type, scheme, command=said, threads=threads, progress=watch)
         return TARGETS[to].write(view, Path(out), options)
     finally:
         view.close()

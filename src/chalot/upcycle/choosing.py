@@ -1,16 +1,15 @@
 """Which columns of a feed-forward go together, by what they do on a text (CMoE, arXiv 2502.04416).
 
-A column's share in the answer to a token is |h| * |down's column|. Each token marks its largest
-shares. The columns that are marked most often are the shared slices, always on. The others are
-grouped by which tokens mark them: balanced k-means on marks, by cosine. The router is linear, and
-analytic: a few steps of conjugate gradients towards what each group gives (CMoE takes one column of
-each group for that; a linear score predicts better).
+A column's share in the answer to a token is |h| * |down's column|. The columns with the largest
+sum of squared shares are the shared slices, always on (CMoE counts how often a column is among the
+largest; docs/upcycling.md has both). The others are grouped by the tokens that mark them as large:
+balanced k-means on marks, by cosine. The router is linear, as those of all families are: a few
+steps of conjugate gradients towards what each group gives.
 
 Shares come from the kernels, marks are whole numbers, and all other sums have a written order: the
 choice is the same on every machine.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +37,7 @@ class Chosen:
     router: Floats
 
 
-def choose(
-    x: Floats, shares: Floats, shared: int, routed: int, backend: Backend
-) -> Chosen:
+def choose(x: Floats, shares: Floats, shared: int, routed: int, backend: Backend) -> Chosen:
     """Slices by a text's inputs x (tokens, hidden) and its columns' shares (tokens, columns).
 
     `shared` and `routed` are numbers of slices, all of one width, which are all columns.
@@ -48,7 +45,7 @@ def choose(
     columns = shares.shape[1]
     width = columns // (shared + routed)
     marks = marked(shares)
-    order = np.argsort(-marks.sum(axis=0, dtype=np.int64), kind="stable")
+    order = np.argsort(-column_sums(squares(shares)), kind="stable")
     rest = np.sort(order[shared * width :])
     of = balanced(marks[:, rest], routed)
     groups = tuple(rest[of == g] for g in range(routed))
@@ -158,7 +155,3 @@ def router(x: Floats, given: NDArray[np.float64], backend: Backend) -> Floats:
         before, size = size, column_sums(slope * slope)
         step = slope + step * np.divide(size, before, out=np.zeros_like(size), where=before > 0)
     return np.ascontiguousarray(found.T, np.float32)
-
-
-Watch = Callable[[int, Chosen], None]
-Layers = Sequence[Chosen]

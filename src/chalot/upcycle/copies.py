@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from chalot.checking import RUN, check_shapes, read_config
@@ -55,6 +54,14 @@ MIXTURES = {  # a dense family -> the mixture that has its attention
         "qwen3_moe", "Qwen3MoeForCausalLM", "num_experts", "moe_intermediate_size", SPARSE
     ),
 }
+SAID = {
+    "head_dim": "head_dim",
+    "kv_heads": "num_key_value_heads",
+    "feed_forward": "intermediate_size",
+    "context": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
 LEFT_OUT = ("mlp_bias", "pretraining_tp", "quantization_config", "_name_or_path")
 
 
@@ -81,7 +88,9 @@ def config_of(checkpoint: Checkpoint, config: ModelConfig, asked: Settings) -> b
     """config.json of the mixture. Raises UnsupportedError where it would be another model."""
     mixture = mixture_of(checkpoint, config)
     said = {k: v for k, v in settings_of(checkpoint).items() if k not in LEFT_OUT}
-    said |= {"head_dim": config.head_dim, "intermediate_size": config.feed_forward}
+    if said.get("rope_parameters") is None and said.get("rope_theta") is None:
+        said["rope_theta"] = config.rope_theta
+    said |= {theirs: getattr(config, ours) for ours, theirs in SAID.items()}  # defaults differ
     if config.family == "mistral":  # which has a window where nothing is said
         said["sliding_window"] = max(config.windows, default=0) or None
     said |= {

@@ -31,7 +31,7 @@ class Decoder:
 
     def __init__(self, model: "chalot.Model") -> None:
         self.engine = model.engine
-        self.session = model.session(temperature=0, repetition_penalty=1)
+        self.session = model.session(temperature=0, repetition_penalty=1, draft=False)
 
     def timed(self, work: Callable[[], object]) -> tuple[float, float]:
         """Seconds in the native call, and the others."""

@@ -31,7 +31,7 @@ def main() -> None:
         said = {"imports": IMPORTED - BEGIN, "after_imports": ended - IMPORTED}
         print(json.dumps(said), flush=True)
         if fill:
-            with model.session(temperature=0) as session:
+            with model.session(temperature=0, draft=False) as session:
                 session.prefill([n * 7919 % 1000 for n in range(fill - 1)])
                 session.step()
                 session.step()

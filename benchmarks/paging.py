@@ -45,7 +45,7 @@ def used():
     found = resource.getrusage(resource.RUSAGE_SELF)
     return found.ru_majflt, found.ru_inblock * 512
 before, start = used(), time.perf_counter()
-with load.load(path, context=512) as model, model.session(temperature=0) as session:
+with load.load(path, context=512) as model, model.session(temperature=0, draft=False) as session:
     session.prefill(model.tokenizer.encode("Once upon a time"))
     session.step()
     first, after, seconds = time.perf_counter() - start, used(), []

@@ -40,7 +40,7 @@ def main() -> None:
             model = open_models.enter_context(
                 chalot.load(given.model, threads=count, context=64 + TOKENS * (given.rounds + 1))
             )
-            sessions[count] = model.session(temperature=0)
+            sessions[count] = model.session(temperature=0, draft=False)
             sessions[count].prefill(list(range(64)))
         for _ in range(given.rounds):
             for count, session in sessions.items():

@@ -18,6 +18,7 @@ class Stats:
     seed: int | None = None
     prefill_tokens_per_second: float = 100.0
     tokens_per_second: float = 10.0
+    drafting: str = ""
 
 
 class Talker:

@@ -138,6 +138,16 @@ def test_load_undoes_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert "another model" in err
 
 
+def test_saving_replaces_conversations_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.myai"
+    path.write_bytes(b"IAYM\3\0\0\0")
+    _, err = talk(monkeypatch, Talker(), "a", f"/save {path}")
+    assert "of another kind" in err and path.read_bytes() == b"IAYM\3\0\0\0"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_saving_is_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
     path.write_text("{old")

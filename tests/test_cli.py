@@ -236,3 +236,51 @@ def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.startswith("chalot: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+STEERS = "a\x1b[2J\x9b31m\u202eb"
+
+
+def steers(text: str) -> bool:
+    """Whether a terminal would obey any of it."""
+    return any(not c.isprintable() for c in text.replace("\n", "").replace("\t", ""))
+
+
+def test_names_do_not_steer_the_terminal(
+    demo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from chalot.cli import main
+
+    folder = tmp_path / STEERS
+    folder.mkdir()
+    file = folder / f"{STEERS}.myai"
+    file.write_bytes(demo_file.read_bytes())
+    for words, code in (
+        (["describe", file], 0),
+        (["describe", file, "--json"], 0),
+        (["describe", folder / "nowhere"], 1),
+        (["verify", file], 0),
+        (["convert", file, "--dry-run"], 0),
+        (["convert", file, "--scheme", STEERS], 1),
+        (["eval", file, "--text", folder / "t"], 1),
+        (["plan", folder], 1),
+    ):
+        assert main([str(word) for word in words]) == code
+        shown = capsys.readouterr()
+        assert not steers(shown.out) and not steers(shown.err), words
+        assert "1b[2J" in shown.out + shown.err
+    for usage in (["describe", file, STEERS], ["describe", file, f"--{STEERS}"]):
+        with pytest.raises(SystemExit):
+            main([str(word) for word in usage])
+        assert not steers(capsys.readouterr().err)
+
+
+def test_what_steers_is_escaped_in_json_and_the_same_when_read() -> None:
+    from chalot.commands.output import as_json
+    from chalot.table import printable, rows
+
+    every = "".join(map(chr, range(0x250))) + "\u2028\u202e\u2066 text \u65e5"
+    assert json.loads(as_json({"a": every})) == {"a": every}
+    assert not steers(re.sub("[\xa0\xad]", "", as_json({"a": every})))  # a space, a hyphen
+    assert printable("one\n\ttwo \u65e5 \x1b") == "one\n\ttwo \u65e5 \\x1b"
+    assert rows([["a"], ["b\nc"]]).count("\n") == 2

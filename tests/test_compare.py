@@ -11,8 +11,10 @@ import chalot.compare as verb
 from chalot import cli
 from chalot.charts import Point, scatter, strips
 from chalot.compare import Form, named
-from chalot.compare.page import page
+from chalot.compare.page import markdown, page, parted
 from chalot.demo import FOLDER
+from chalot.errors import OutputError
+from chalot.evaluate import Quality
 from chalot.evaluate.report import evaluate
 from chalot.plan import plan
 from checkpoints import Weights, write_checkpoint
@@ -151,11 +153,49 @@ def test_markdown_is_a_table(made: dict[str, Path], report: dict) -> None:
     assert "600" not in rows and report["protocol"] in lines[-1]
 
 
+def test_names_stay_in_their_cell() -> None:
+    quality = Quality(9, 1.0, 0.1, 0.2, 0.01, 0.1, 0.5, 0.9, 0.1, 0.01)
+    forms = (Form("source", "f", 1, 16.0, quality), Form("a|b\n<i>c", "f", 1, 4.0, quality))
+    found = verb.Comparison("s", "t", 9, "p", "k", 1, "v", forms)
+    rows = [line for line in markdown(found).splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and rows[-1].startswith("| a\\|b &lt;i&gt;c | 1 | 4.00 |")
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+def test_errors_and_ranges_stand_below_their_number() -> None:
+    assert parted("24.040 +- 1.070") == ("24.040", "\u00b1 1.070")
+    assert parted("1,234 (1,100-1,300)") == ("1,234", "(1,100-1,300)")
+    assert parted("512 MB") == ("512 MB", "") and parted("-") == ("-", "")
+
+
 def test_no_two_forms_of_one_name() -> None:
     files = [Path("a/x.myai"), Path("b/x.myai"), Path("int8.myai"), Path("source.json")]
     found = named(files, ["int8"])
     assert list(found) == ["x", "x (2)", "int8 (2)", "source (2)", "int8"]
     assert list(found.values()) == [*files, None]
+
+
+def test_a_form_that_would_replace_an_input_is_refused(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verb, "convert", lambda *_, **__: pytest.fail("converted"))
+    mine = tmp_path / "source-int8.myai"
+    mine.write_bytes(made["file"].read_bytes())
+    forms = named([mine], ["int8"])
+    with pytest.raises(OutputError, match="is one of the models to compare.*--folder"):
+        verb.make(made["source"], forms, tmp_path, 1, lambda *_: None)
+    assert mine.read_bytes() == made["file"].read_bytes()
+
+
+def test_two_plans_of_one_stem_are_two_files(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(verb, "convert", lambda _, out, **__: written.append(out))
+    forms = named([tmp_path / "a" / "p.json", tmp_path / "b" / "p.json"], [])
+    found = verb.make(made["source"], forms, tmp_path, 1, lambda *_: None)
+    assert list(found) == ["p", "p (2)"] and written == list(found.values())
+    assert len({path.name for path in written}) == 2
 
 
 def test_pictures_of_strange_numbers() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 import chalot
 from chalot import cli, machine
-from chalot.describe import describe, render
+from chalot.describe import describe
+from chalot.description import render
 from chalot.errors import ChalotError, ContextError, FormatError, SchemeError, UnsupportedError
 from chalot.formats import safetensors
 from chalot.kernels.program import PAGE

@@ -1,6 +1,8 @@
 """Measuring: protocols count what they say, figures equal formulas, runs resume, bad input ends."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from chalot.demo import FOLDER
 from chalot.errors import ChalotError, ContextError, FormatError, KernelError
 from chalot.evaluate import PROTOCOLS, compare, log_softmax, report
 from chalot.evaluate.answers import first_difference, read_prompts
+from chalot.formats.scratch import scratch
 
 VOCABULARY = 37
 
@@ -175,6 +178,9 @@ def test_eval_against_the_source(
         (["--text", "."], "cannot be read"),
         ([], "--text FILE"),
         (["--generate", "p.txt"], "--against"),
+        (["--generate", "p.txt", "--against", str(FOLDER)], "cannot be read"),
+        (["--generate", "p.txt", "--max-tokens", "0"], "--max-tokens 0; expected"),
+        (["--tasks", "mine", "--limit", "-1"], "--limit -1; expected"),
     ],
 )
 def test_bad_input_ends_in_one_line(
@@ -183,6 +189,43 @@ def test_bad_input_ends_in_one_line(
     assert cli.main(["eval", str(demo_file), *options]) == 1
     shown = capsys.readouterr().err
     assert said in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text", "t", "--limit", "3"], "--limit, which is of use with --tasks"),
+        (["--text", "t", "--max-tokens", "3"], "--max-tokens"),
+        (["--tasks", "t", "--protocol", "chalot"], "--protocol"),
+        (["--tasks", "t", "--against", "s"], "--against"),
+        (["--text", ""], "--text: found an empty text"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["eval", "nowhere.myai", *options])
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [["--generate", "p.txt", "--against", str(FOLDER)], ["--tasks", "t"]]
+)
+def test_a_missing_extra_is_said_before_anything_is_measured(
+    demo_file: Path,
+    tmp_path: Path,
+    option: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("import os\n")
+    for name in ("rouge_score", "rouge_score.rouge_scorer", "lm_eval", "lm_eval.evaluator"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(report, "evaluate", lambda *_, **__: pytest.fail("measured"))
+    assert cli.main(["eval", str(demo_file), "--text", str(FOLDER / "heldout.txt"), *option]) == 1
+    assert "pip install 'chalot[eval]'" in capsys.readouterr().err
 
 
 def test_another_models_text_is_refused(demo_file: Path, tmp_path: Path) -> None:
@@ -198,3 +241,33 @@ def test_another_models_text_is_refused(demo_file: Path, tmp_path: Path) -> None
             (folder / path.name).write_bytes(content)
     with pytest.raises(FormatError, match="other tokens"):
         report.evaluate(demo_file, FOLDER / "heldout.txt", against=folder, tokens=600)
+
+
+HELD = """
+import sys, time
+from pathlib import Path
+from chalot.formats.scratch import scratch
+with scratch(Path(sys.argv[1]), "base-") as made:
+    (made / "base.myai").write_bytes(b"much")
+    print(made.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        words = [sys.executable, "-c", HELD, str(tmp_path)]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        return child, tmp_path / child.stdout.readline().strip()
+
+    killed, left = start()
+    killed.kill()
+    killed.communicate()
+    (tmp_path / "base-file").write_text("no folder: not of our making")
+    assert (left / "base.myai").exists()
+    running, used = start()
+    with scratch(tmp_path, "base-") as mine:
+        assert not left.exists() and (used / "base.myai").exists() and mine.is_dir()
+    running.communicate()  # ends its input
+    assert [p.name for p in tmp_path.iterdir()] == ["base-file"]

@@ -248,6 +248,9 @@ def test_a_setting_without_use_is_refused(
         ("--to gguf --dry-run", "--dry-run: --to gguf has no use for it"),
         ("--to gguf --no-validate", "--no-validate: --to gguf has no use for it; it is of npz"),
         ("--no-tokenizer", "--no-tokenizer: --to myai has no use for it; it is of gguf"),
+        ("--context 100", "--context, which is of use with --fit and --dry-run only"),
+        ("--calibration x.txt", "--calibration, which is of use with --refine only"),
+        ("--to npz --no-validate --tolerance 0.1", "--tolerance, which is of use with what is val"),
     ],
 )
 def test_usage(words: str, message: str, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +258,16 @@ def test_usage(words: str, message: str, source: Path, capsys: pytest.CaptureFix
         main(["convert", str(source), *words.split()])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tolerance_is_checked_before_anything_is_written(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in ("-1", "nan", "inf"):
+        words = ["convert", str(source), "--to", "npz", "-o", str(tmp_path / "out")]
+        assert main([*words, f"--tolerance={wrong}"]) == 1
+        assert "expected a share such as 0.1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,6 @@ def test_the_embeddings_factor_is_of_the_checkpoints_type() -> None:
             llama(rope_scaling={"rope_type": "yarn", "factor": 4.0, "truncate": False}),
             "'truncate' is not known",
         ),
-        (bitnet("bitlinear") | {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        (bitnet("bitlinear") | {"quantization_config": "bitnet"}, "quantised"),
     ],
 )
 def test_what_is_not_done_is_refused(config: dict[str, object], message: str) -> None:
@@ -272,7 +270,9 @@ def test_a_damaged_bitnet_folder_is_refused(attack: str, tmp_path: Path) -> None
         ({"linear_class": ["x"]}, "linear_class"),
         ({"quantization_mode": "sometimes"}, "quantization_mode"),
         ({"quantization_mode": "online", "modules_to_not_convert": ["model"]}, "modules"),
-        ({"quant_method": "awq"}, "quantised already"),
+        ({"quant_method": "awq", "bits": 4}, "no matrix is packed so"),
+        ({"quant_method": "bitsandbytes"}, "chalot reads bitnet, gptq"),
+        ({"quant_method": ["gptq"]}, "quantised by"),
     ],
 )
 def test_a_packing_that_is_not_known_is_refused(

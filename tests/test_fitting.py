@@ -179,3 +179,16 @@ def test_converting_takes_what_was_said(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert abs(said / int(done.stdout) - 1) < 0.1, f"measured {int(done.stdout):,}, said {said:,}"
+
+
+def test_what_is_converted_already_is_judged_as_a_source(
+    demo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`keep` leaves its codes as they are, and so takes as many bytes."""
+    out = str(tmp_path / "again.myai")
+    assert cli.main(["convert", str(demo_file), "--dry-run", "--json", "-o", out]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes = {way["scheme"]: way["file_bytes"] for way in found["fit"]["options"]}
+    assert found["scheme"] == "keep" and sizes["keep"] < sizes["int8"]
+    assert cli.main(["convert", str(demo_file), "--fit", "-q", "-o", out]) == 0
+    assert Path(out).stat().st_size == pytest.approx(demo_file.stat().st_size, rel=0.01)

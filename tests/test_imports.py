@@ -29,7 +29,10 @@ MAY_IMPORT = {  # folder -> folders
     "formats": {"formats", "quant"},
     "text": {"text"},
 }
-OF_EXTRAS = {"evaluate": {"lm_eval", "rouge_score", "sacrebleu"}}  # room -> what it imports late
+OF_EXTRAS = {  # room -> what it imports late
+    "evaluate": {"lm_eval", "rouge_score", "sacrebleu"},
+    "serve": {"starlette", "uvicorn", "h11", "llguidance", "prometheus_client"},
+}
 FORBIDDEN = {  # folder -> modules of the standard library and others
     "model": {"pathlib", "os", "io", "tokenizers"},
     "engine": {"pathlib", "tokenizers", "jinja2", "minijinja"},

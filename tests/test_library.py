@@ -173,6 +173,23 @@ def test_a_changed_source_is_converted_again(home: Path, tmp_path: Path) -> None
     assert library.converted(folder, say=said.append) == kept and len(said) == 1
 
 
+def test_an_older_file_moved_in_is_a_changed_source(home: Path, tmp_path: Path) -> None:
+    """It keeps its date; only the time of its change says that it is new here."""
+    folder, other = (checkpoint(tmp_path / n, "bf16") for n in ("m", "other"))
+    old = other / "model.safetensors"
+    os.utime(old, (1e9, 1e9))
+    kept, said = library.converted(folder), []
+    os.utime(kept, (kept.stat().st_mtime - 1,) * 2)  # clocks of file systems are coarse
+    inside = max(p.stat().st_ctime for p in (folder, *folder.iterdir()))
+    os.utime(kept, (inside, inside))
+    library.converted(folder, say=said.append)
+    assert said == []
+    old.replace(folder / "model.safetensors")
+    os.utime(folder, (1e9, 1e9))
+    assert max(p.stat().st_mtime for p in (folder, *folder.iterdir())) <= kept.stat().st_mtime
+    assert library.converted(folder, say=said.append) == kept and len(said) == 1
+
+
 def test_ready_files_are_taken_as_they_are(home: Path, demo_file: Path, tmp_path: Path) -> None:
     assert library.converted(demo_file) == demo_file
     other = tmp_path / "named.bin"

@@ -11,21 +11,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chalot.plan
 from chalot import cli
 from chalot.checking import read_config
 from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, KernelError, LimitError, WeightError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.safetensors import SafetensorsFolder
-from chalot.model.layers import model_tensors
+from chalot.model.layers import TensorSpec, model_tensors
 from chalot.plan import fast_ewq, losses, plan
-from chalot.plan.choose import options
-from chalot.plan.swap import items_of
+from chalot.plan.choose import Chosen, improve, item_bytes, options
+from chalot.plan.swap import Item, items_of
 from chalot.planfile import PlanDocument
 from chalot.quant import codes
 from chalot.quant.entropy import decide, fit
 from chalot.quant.packing import stored_bytes
-from chalot.quant.scheme import SCHEMES
+from chalot.quant.scheme import SCHEMES, Scheme
 from checkpoints import Weights, write_checkpoint
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -59,7 +60,7 @@ def run(*words: object) -> int:
 
 def least_said(error: str) -> tuple[int, float]:
     """Bytes of the file, and bits a weight, that a message names."""
-    said = error.split("a file of ")[1].split(" bits a weight")[0]
+    said = error.split("is a file of ")[1].split(" bits a weight")[0]
     size, bits = said.split(" bytes, ")
     return int(size.replace(",", "")), float(bits)
 
@@ -227,6 +228,34 @@ def test_exchanges_lower_the_true_kl(folder: Path, tmp_path: Path, text: Path) -
     assert many.measured_loss <= one.measured_loss and many.bits_per_weight <= 5.0
 
 
+def test_exchanges_start_from_one_scheme_for_all_where_that_is_better() -> None:
+    """A plan that its table is wrong about; the text knows better."""
+    items = [Item(n, i, (TensorSpec(n, (64, 512), "ffn"),)) for i, n in enumerate("ab")]
+
+    class Known:
+        """Losses that differ from the table's: of `a` stored coarsely, far more."""
+
+        def __init__(self) -> None:
+            self.items = items
+
+        def encoded(self, item: Item, scheme: Scheme) -> dict[str, str]:
+            return {item.name: str(scheme)}
+
+        def kl_by_window(self, stored: dict[str, str]) -> list[float]:
+            cost = {"int8": 0.0, "nl4": 1.0, "nl2": 9.0 if stored["a"] == "nl2" else 4.0}
+            return [cost[stored["a"]] + cost[stored["b"]]] * 2
+
+    schemes = [SCHEMES[n] for n in ("int8", "nl4", "nl2")]
+    table = {"a": {"int8": 0.0, "nl4": 3.0, "nl2": 0.1}, "b": {"int8": 0.0, "nl4": 0.1, "nl2": 9.0}}
+    same = sum(item_bytes(i, SCHEMES["nl4"]) for i in items)
+    wrong = {"a": "nl2", "b": "nl4"}
+    start = Chosen(wrong, sum(item_bytes(i, SCHEMES[wrong[i.name]]) for i in items), 0.2)
+    found, kl = improve(Known(), table, schemes, start, same, tries=0)  # type: ignore[arg-type]
+    assert found.schemes == {"a": "nl4", "b": "nl4"} and kl == 2.0 and found.bytes == same
+    better = Chosen({"a": "int8", "b": "int8"}, 0, 0.0)
+    assert improve(Known(), table, schemes, better, same, tries=0)[0].schemes == better.schemes  # type: ignore[arg-type]
+
+
 def test_a_bounded_kl(folder: Path, tmp_path: Path, text: Path) -> None:
     common = {"text": text, "exchanges": 0, "method": "linear"}
     small = plan(folder, tmp_path / "p.json", max_kl=1e-2, **common)
@@ -283,6 +312,29 @@ def test_an_interrupted_table_is_taken_up_again(
     assert run(*command, "-o", tmp_path / "whole.json", "--bpw", 5) == 0
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert len(asked) == 14 + 13
+
+
+def test_an_edited_table_is_not_believed(
+    folder: Path, tmp_path: Path, text: Path, home: Path
+) -> None:
+    def made() -> dict:
+        options = {"method": "error", "text": text, "exchanges": 0}
+        return plan(folder, tmp_path / "p.json", **options).details["losses"]
+
+    true = made()
+    (kept,) = (home / "plans").iterdir()
+    whole = json.loads(kept.read_text())
+    assert whole["losses"] == true
+    for name, loss in (("nl4", 0.0), ("int8", -1.0), ("nl4", 1e400)):
+        edited = json.loads(kept.read_text())
+        edited["losses"]["embedding"][name] = loss
+        kept.write_text(json.dumps(edited))
+        assert made() == true
+    keeper = losses.Keeper("key")
+    row = dict.fromkeys(("nl4", "int8"), 1.0)
+    keeper.write({"a": row, "b": row | {"nl4": -1.0}, "c": {"nl4": 1.0}})
+    assert keeper.read(["int8", "nl4"]) == {"a": row}
+    assert losses.Keeper("other").read(["int8", "nl4"]) == {}
 
 
 def test_fast_ewq_looks_at_no_weights(
@@ -361,10 +413,13 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, text: Path) -> None:
         (["--text", "WEIGHTS"], "not UTF-8"),
         (["--method", "ewq", "-o", "nowhere/p.json"], "nowhere"),
         (["--method", "ewq", "-o", "TINY"], "is no plan file"),
-        (
-            ["--method", "error", "--simple", "--schemes", "nl4,int6", "--bpw", "6", *NONE],
-            "--simple",
-        ),
+        (["--plot", "nowhere/p.svg"], "nowhere"),
+        (["--plot", "TINY"], "is no .svg file"),
+        (["--method", "ewq", "--simple", "--schemes", "bf16,int8,nl3"], "leave out --simple"),
+        (["--method", "ewq", "--simple", "--ewq-rest", "int8"], "leave out --ewq-rest"),
+        (["--method", "ewq", "--ewq-x", "-1"], "0 or more"),
+        (["--bpw", "-4"], "above 0"),
+        (["--size", "1kB"], "a size of 1,000 bytes"),
     ],
 )
 def test_bad_input_ends_in_one_line(
@@ -377,7 +432,7 @@ def test_bad_input_ends_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     calibration = FOLDER / "calibration.txt"
-    if "--text" not in options:
+    if "--text" not in options and "ewq" not in options:
         Path("SOME").write_text(calibration.read_text("utf-8")[:1100], "utf-8")
         options = [*options, "--text", "SOME"]
     Path("EMPTY").write_text("")
@@ -388,6 +443,58 @@ def test_bad_input_ends_in_one_line(
     assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
     assert sorted(p.name for p in tmp_path.glob("*p*.json*")) == []
     assert Path("TINY").read_text() == "two words"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--context", "100"], "--context, which is of use with --size fit only"),
+        (["--context", "100", "--size", "1MB"], "--context"),
+        (["--ewq-variant", "codes"], "--ewq-variant"),
+        (["--method", "fast-ewq", "--ewq-x", "1"], "--ewq-x"),
+        (["--method", "measured", "--ewq-rest", "int8"], "--ewq-rest"),
+        (["--simple"], "--simple, which is of use with --method ewq or fast-ewq only"),
+        (["--method", "ewq", "--text", "t"], "--text"),
+        (["--method", "fast-ewq", "--exchanges", "0"], "--exchanges"),
+        (["--schemes", "nl4,,int8"], "names with commas"),
+        (["--schemes", ""], "empty"),
+        (["--plot", " "], "empty"),
+        (["--size", "-5MB"], "is no size"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("nowhere", *options)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_places_are_checked_before_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        pytest.fail("planned")
+
+    monkeypatch.setattr(chalot.plan, "by_entropy", work)
+    monkeypatch.setattr(chalot.plan, "by_loss", work)
+    for words in (
+        ["--plot", tmp_path / "nowhere" / "p.svg"],
+        ["--method", "ewq", "--simple", "--schemes", "bf16,int8,nl3"],
+        ["--method", "ewq", "-o", tmp_path / "nowhere" / "p.json"],
+    ):
+        assert run(folder, "-o", tmp_path / "p.json", *words) == 1
+    assert not list(tmp_path.glob("*p.json*"))
+
+
+def test_a_simple_plan_is_for_what_converting_makes_of_it(folder: Path, tmp_path: Path) -> None:
+    """It says nothing of the embedding, so that its size is of the scheme this gets."""
+    made = plan(folder, tmp_path / "p.json", method="ewq", simple=True)
+    assert made.tensors["embedding"] == "nl4"
+    out = tmp_path / "m.myai"
+    report = chalot.convert(folder, out, plan=tmp_path / "p.json")
+    stored = sum(k.bytes for k in report.kinds if k.kind != "vector")
+    assert stored == made.bytes
 
 
 def test_a_file_in_codes_can_be_planned(folder: Path, tmp_path: Path, text: Path) -> None:

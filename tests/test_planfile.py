@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chalot
 from chalot import cli
 from chalot.checking import read_config
 from chalot.errors import ChalotError, FormatError, SchemeError
@@ -99,6 +100,26 @@ def test_another_models_plan_is_refused(
         ):
             with pytest.raises(FormatError, match="make one for it with `chalot plan`"):
                 planned_schemes(wrong, checkpoint, config)
+
+
+def test_tensors_that_a_plan_does_not_name_are_said(
+    folder: Path, made: PlanDocument, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "p.json", tmp_path / "m.myai"
+    path.write_bytes(as_bytes(made))
+    assert not chalot.convert(folder, out, plan=path).notes
+    few = {n: s for n, s in made.tensors.items() if n not in ("embedding", "layers.2.down")}
+    path.write_bytes(as_bytes(msgspec.structs.replace(made, tensors=few)))
+    (note,) = chalot.convert(folder, out, plan=path).notes
+    assert "leaves out 2 of 22 matrices, which get nl4: embedding, layers.2.down" in note
+    path.write_text('{"0": "raw", "1": "raw", "2": "8-bit"}')
+    assert "leaves out 1 of 22 matrices" in chalot.convert(folder, out, plan=path).notes[0]
+    wrong = {"layers.2.dwn": "nl4", "\x1b[2J": "nl4"}
+    for name, said in (("layers.2.dwn", "did you mean layers.2.down"), ("\x1b[2J", r"'\x1b[2J'")):
+        path.write_bytes(as_bytes(msgspec.structs.replace(made, tensors={name: wrong[name]})))
+        with pytest.raises(FormatError) as caught:
+            chalot.convert(folder, out, plan=path)
+        assert said in str(caught.value) and "is no matrix of" in str(caught.value)
 
 
 def changed(made: PlanDocument, **fields: object) -> str:

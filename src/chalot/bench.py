@@ -277,7 +277,7 @@ def bench(
         with load(path, **options):
             loads.append(time.perf_counter() - start)
     energy, found, before = Energy(), [], machine.cpu_time()
-    with load(path, **options) as model, model.session(temperature=0) as session:
+    with load(path, **options) as model, model.session(temperature=0, draft=False) as session:
         loop = ReadLoop(model)
         session.prefill(made_up_ids(model, wanted[0]))  # brings every weight into memory
         for done, depth in enumerate(wanted):

@@ -16,6 +16,7 @@ import msgspec
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.files import whole_file
 from chalot.home import home
+from chalot.table import printable
 
 HELP = """\
 /reset      forget the conversation (the system message stays)
@@ -44,6 +45,9 @@ class Stats(Protocol):
 
     @property
     def tokens_per_second(self) -> float: ...
+
+    @property
+    def drafting(self) -> str: ...
 
 
 class File(Protocol):
@@ -120,7 +124,7 @@ def read_saved(path: Path) -> Saved:
 
 def say(*words: object) -> None:
     """A line for the person at the terminal."""
-    print(*words, file=sys.stderr, flush=True)
+    print(*(printable(str(word)) for word in words), file=sys.stderr, flush=True)
 
 
 class Chat:
@@ -178,7 +182,7 @@ class Chat:
         stats = self.model.last_stats
         say(
             f"{stats.prompt_tokens} prompt tokens at {stats.prefill_tokens_per_second:.1f}/s, "
-            f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s, "
+            f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
             f"seed {self.options['seed']}, {len(self.messages)} messages"
         )
 

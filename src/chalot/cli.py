@@ -16,6 +16,7 @@ from chalot.errors import ChalotError
 
 # benchmarks/threads.py: with twice as many threads as cores
 SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
+PROSE = ("system", "stop")  # options that may be empty or blank, or say themselves why not
 NEXT = """\
 chalot shrinks a language model and runs it on this machine. What to do next:
 
@@ -26,6 +27,13 @@ chalot shrinks a language model and runs it on this machine. What to do next:
   chalot describe FOLDER_OR_FILE              sizes, and whether it fits here
   chalot --help                               all commands
 """
+
+
+def printable(text: str) -> str:
+    """Names in it must not steer the terminal."""
+    from chalot.table import printable as escaped
+
+    return escaped(text)
 
 
 def whole_number(text: str) -> int:
@@ -61,9 +69,20 @@ class Parser(argparse.ArgumentParser):
                 f"found {value!r:.80}, expected one of {', '.join(known)}{meant(value, known)}",
             )
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Raise for an option that is given an empty text: a name or a path is never that."""
+        if action.option_strings and action.dest not in PROSE:
+            for text in arg_strings:
+                if not text.strip():
+                    what = action.metavar if isinstance(action.metavar, str) else action.dest
+                    raise argparse.ArgumentError(
+                        action, f"found an empty text, expected {what.upper()}; or leave it out"
+                    )
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> Any:
         """Two lines, exit code 2."""
-        self.exit(2, f"chalot: {message}\nTry: {self.prog} --help\n")
+        self.exit(2, f"chalot: {printable(message)}\nTry: {self.prog} --help\n")
 
 
 def with_values(argv: list[str]) -> list[str]:
@@ -149,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(import_module(f"chalot.commands.{arguments.verb}").main(arguments))
     except ChalotError as error:
-        sys.stderr.write(f"chalot: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"chalot: {printable(' '.join(str(error).split()))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("chalot: interrupted\n")
@@ -158,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:  # a name too long, a disk that fails: whatever no room has foreseen
-        sys.stderr.write(f"chalot: {str(error)[:300]}\n")
+        sys.stderr.write(f"chalot: {printable(str(error)[:300])}\n")
         return 1
     except UnicodeEncodeError as error:
         found = ascii(error.object)[:80]

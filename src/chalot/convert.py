@@ -29,6 +29,7 @@ from chalot.storing import (
     planned_bytes,
     schemes_for,
 )
+from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def convert(
     """
     from chalot.sources import called, resolve
 
+    check_types(
+        source=(source, PATH),
+        out=(out, PATH),
+        scheme=(scheme, MAY_TEXT),
+        threads=(threads, MAY_COUNT),
+        plan=(plan, MAY_PATH),
+        refine=(refine, ("a chalot.refining.Refine or None", (Refine, type(None)))),
+    )
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
     asked += [] if plan is None else ["--plan", str(plan)]
@@ -81,12 +90,12 @@ def convert(
     check_place(Path(out), found)
     checkpoint = open_checkpoint(found)
     try:
-        how = Storing(
-            schemes_for(scheme, checkpoint, None if plan is None else Path(plan)),
-            parse_schemes(balance) if balance else None,
-            ternary,
-            refine,
+        notes: list[str] = []
+        schemes = schemes_for(
+            scheme, checkpoint, None if plan is None else Path(plan), notes.append
         )
+        balanced = parse_schemes(balance) if balance else None
+        how = Storing(schemes, balanced, ternary, refine, notes)
         watch = progress or (lambda *_: None)
         return write_myai(checkpoint, Path(out), how, name, said, threads, watch)
     finally:
@@ -130,7 +139,7 @@ def write_myai(
     held = work.total - sum(int(np.prod(s.shape)) for s in work.specs if s.name in work.shared)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
     becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
-    noted = [*notes(checkpoint.path, checkpoint.tensors, becomes)]
+    noted = [*notes(checkpoint.path, checkpoint.tensors, becomes), *how.notes]
     if any(schemes[kind].is_coarse for kind in KINDS):  # and no plan's choice
         noted += coarse_note(work.schemes, work.errors)
     if refine is not None:

@@ -8,6 +8,7 @@ ChalotError
 |- TokenizerError     a tokenizer or chat template that is missing, broken or changed by conversion
 |- ContextError       more tokens than the context holds
 |- LimitError         memory, disk or time would not suffice
+|- WrongTypeError     an argument of another Python type than a function takes
 |- OutputError        the output cannot be written, or another process is writing it
 |- KernelError        no kernel can run here, or a computation went wrong
 `- HubError           the model hub refused or did not answer
@@ -48,6 +49,10 @@ class ContextError(ChalotError, ValueError):
 
 class LimitError(ChalotError):
     """Memory, disk or time would not suffice."""
+
+
+class WrongTypeError(ChalotError, TypeError):
+    """An argument of another Python type than a function takes."""
 
 
 class OutputError(ChalotError):

@@ -18,6 +18,7 @@ from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.refining import Refine
 from chalot.storing import TERNARY, Storing, schemes_for
+from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,9 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     """A `.myai` file with the schemes of `options.scheme`."""
     from chalot.sources import called
 
-    how = Storing(
-        schemes_for(options.scheme, checkpoint, options.plan),
-        ternary=options.ternary,
-        refine=options.refine,
-    )
+    notes: list[str] = []
+    schemes = schemes_for(options.scheme, checkpoint, options.plan, notes.append)
+    how = Storing(schemes, None, options.ternary, options.refine, notes)
     name, threads = called(options.source), options.threads
     return write_myai(checkpoint, out, how, name, options.command, threads, options.progress)
 
@@ -161,6 +160,16 @@ def export(
     """
     from chalot.sources import resolve
 
+    check_types(
+        source=(source, PATH),
+        out=(out, PATH),
+        to=(to, MAY_TEXT),
+        type=(type, MAY_TEXT),
+        scheme=(scheme, MAY_TEXT),
+        plan=(plan, MAY_PATH),
+        bits=(bits, MAY_TEXT),
+        threads=(threads, MAY_COUNT),
+    )
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}

@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
+from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
+from chalot.engine.drafting import Drafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
+from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
+from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import byte_pairs, open_backend
+from chalot.kernels.backend import Backend, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
-from chalot.model.transformer import Weights, build, cache_shape
+from chalot.model.transformer import Weights, build, cache_shape, head_input
+from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -76,6 +82,12 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
+def cache_budget(texts: int, budget: int | None) -> int | None:
+    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
+    free = machine.memory_available()
+    return free // 2 if texts > 1 and budget is None and free is not None else budget
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -91,6 +103,10 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        texts: int = 1,
+        draft: Draft = True,
+        draft_tokens: int = MOST,
+        backend: Backend | None = None,
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
@@ -100,8 +116,15 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
-        Raises FormatError, ContextError, KernelError, LimitError.
+        The cache has room for `texts` of the whole context, as far as memory goes.
+        Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
+        model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
+        answer depends on it. `backend`: kernels that are open already, for their threads.
+        Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
+        draft model with other ids.
         """
+        counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)
@@ -116,26 +139,31 @@ class Model:
         if context is None:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = context
+        self.kv_budget = kv_budget
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
             )
-        self.backend = open_backend(isa, threads)
+        self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
         program = build(self.config, weights, frequencies, kv)
+        self.head_input = head_input(program)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK, kv_budget),
+            PageCache(shape, texts * self.context + CHUNK, cache_budget(texts, kv_budget)),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
             self.file.check_length,
+            costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.last_stats = Stats()
         self.lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
+        self._talk_drafting: tuple[Draft, int] | None = None
+        self.drafters = Drafters(self.engine, self._draft_model, draft, draft_tokens)
 
     # ---- text
 
@@ -181,7 +209,8 @@ class Model:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
-        choice. Ends at an end-of-text token, a stop string, `max_tokens`, or the context's end.
+        choice; draft and draft_tokens as for the model. Ends at an end-of-text token, a stop
+        string, `max_tokens`, or the context's end.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         with self.session(**options) as session:
@@ -202,8 +231,8 @@ class Model:
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
         room = self.context - len(session.tokens)
-        for _ in range(room if max_tokens is None else min(max_tokens, room)):
-            token = session.step()
+        for left in range(room if max_tokens is None else min(max_tokens, room), 0, -1):
+            token = session.step(left)
             if token in ends:
                 break
             piece = text.push(token)
@@ -225,6 +254,8 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        draft: Draft | None = None,
+        draft_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """The answer to a conversation by the model's own template; what the cache holds is reused.
@@ -234,8 +265,11 @@ class Model:
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             sampling = self.sampling(**options)
-            session = self._talk or Session(self.engine, sampling)
-            self._talk = session
+            session = self._talk = self._talk or Session(self.engine, sampling)
+            drafting = self.drafters.chosen(draft, draft_tokens)
+            if drafting != self._talk_drafting:
+                session.use(self.drafters.make(*drafting))
+                self._talk_drafting = drafting
             session.sampling = sampling
             session.stats = Stats(seed=sampling.seed)
             same = 0
@@ -252,9 +286,40 @@ class Model:
 
     # ---- ids
 
-    def session(self, **options: Any) -> "OpenSession":
+    def session(
+        self, *, draft: Draft | None = None, draft_tokens: int | None = None, **options: Any
+    ) -> "OpenSession":
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
-        return OpenSession(self, self.sampling(**options))
+        drafter = self.drafters.make(*self.drafters.chosen(draft, draft_tokens))
+        return OpenSession(self, self.sampling(**options), drafter)
+
+    def _draft_model(self, path: Path) -> "Model":
+        """A small model with the same ids, on the same threads. Raises TokenizerError."""
+        kv = self.engine.cache.shape.kind
+        small = Model(path, kv=kv, draft=False, backend=self.backend)
+        check_same_ids(self, small)
+        return small
+
+    def scheduler(
+        self,
+        slots: int = 16,
+        *,
+        chunk: int = CHUNK,
+        queue: int = 256,
+        kv_budget: int | None = None,
+        prefix_pages: int | None = None,
+    ) -> Scheduler:
+        """Many requests at once, in a cache of their own: a context for each slot.
+
+        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
+        model's, else half of what is free. Raises ContextError where that is no page.
+        """
+        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
+        if budget is None and (free := machine.memory_available()) is not None:
+            budget = max(free // 2, shape.page_bytes)
+        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
+        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
+        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
@@ -310,6 +375,8 @@ class Model:
         if self._talk is not None:
             self._talk.close()
             self._talk = None
+        self.drafters.close()
+        keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 
     def __enter__(self) -> "Model":
@@ -322,8 +389,8 @@ class Model:
 class OpenSession(Session, AbstractContextManager["OpenSession"]):
     """A session that locks its model for each call and gives its pages back at the block's end."""
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
-        super().__init__(model.engine, sampling)
+    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
+        super().__init__(model.engine, sampling, drafter)
         self.model = model
 
     def prefill(self, ids: Iterable[int]) -> None:
@@ -331,10 +398,10 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         with self.model.lock:
             super().prefill(list(ids))
 
-    def step(self) -> int:
+    def step(self, most: int | None = None) -> int:
         """See Session."""
         with self.model.lock:
-            return super().step()
+            return super().step(most)
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -6,6 +6,7 @@ which speaks of blocks only; what is no block takes the default scheme.
 
 import hashlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ import msgspec
 from chalot.errors import FormatError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
+from chalot.formats.files import quoted
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.quant.scheme import SCHEMES, Scheme
@@ -75,7 +77,7 @@ def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
     for name, scheme in plan.tensors.items():
         if scheme not in SCHEMES:
             raise SchemeError(
-                f"{path}: tensor {name[:80]!r}: scheme {scheme[:40]!r} is not known; "
+                f"{path}: tensor {quoted(name)}: scheme {quoted(scheme, 40)} is not known; "
                 f"choose of: {', '.join(SCHEMES)}"
             )
     return plan
@@ -116,13 +118,20 @@ def planned_schemes(
     plan: PlanDocument, checkpoint: Checkpoint, config: ModelConfig
 ) -> dict[str, Scheme]:
     """The schemes of the matrices that it names. Raises FormatError for another model's plan."""
-    known = {s.name for s in model_tensors(config) if s.kind != "vector"}
-    if plan.tensors.keys() - known or (
-        plan.fingerprint and plan.fingerprint != fingerprint(checkpoint)
-    ):
+    if plan.fingerprint and plan.fingerprint != fingerprint(checkpoint):
+        made_for = quoted(plan.source) if plan.source else "another model"
         raise FormatError(
-            f"the plan was made for {plan.source or 'another model'}, and {checkpoint.path} is not "
-            "that; make one for it with `chalot plan`"
+            f"the plan was made for {made_for}, and {checkpoint.path} is not that; make one for it "
+            "with `chalot plan`"
+        )
+    known = {s.name for s in model_tensors(config) if s.kind != "vector"}
+    unknown = sorted(plan.tensors.keys() - known)
+    if unknown:
+        like = get_close_matches(unknown[0][:80], known, n=1)
+        raise FormatError(
+            f"the plan names {quoted(unknown[0])}, which is no matrix of {checkpoint.path}"
+            + (f" (did you mean {like[0]}?)" if like else "")
+            + "; mend the plan, or make one for it with `chalot plan`"
         )
     found = {name: SCHEMES[scheme] for name, scheme in plan.tensors.items()}
     if "embedding" in found:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import FormatError, SchemeError, TokenizerError, WeightError
 from chalot.formats.checkpoint import Checkpoint
+from chalot.formats.files import read_text
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
 from chalot.model.config import ModelConfig
@@ -39,7 +40,6 @@ WINDOWS = {"gptq": 32, "hqq": 4}  # of PAGE tokens, at most
 LEAST = 2  # windows: one to learn from, one to measure with
 HELD = 8  # of so many windows one takes no part
 TOGETHER = 4  # windows whose products are summed at once
-LARGEST = 64 << 20  # bytes of a text
 READ = 1 << 18  # characters of it that are looked at
 READ_AS_ROWS = 0.1  # damping of a tied embedding: what the head's inputs do not excite counts too
 
@@ -67,29 +67,11 @@ class Refine:
         if path is None:
             text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
             return Refine(method, text, f"chalot/{'/'.join(CALIBRATION_TEXT)}")
-        return Refine(method, read_text(Path(path)), str(path))
+        return Refine(method, read_text(Path(path), f"--calibration {path}"), str(path))
 
     def __str__(self) -> str:
         digest = hashlib.sha256(self.text.encode()).hexdigest()
         return f"{self.method} on {self.name}, sha256 {digest[:16]}"
-
-
-def read_text(path: Path) -> str:
-    """A calibration text. Raises FormatError where there is none in the file."""
-    where = f"--calibration {path}"
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST + 1)
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be read ({error.strerror})") from None
-    if len(raw) > LARGEST:
-        raise FormatError(f"{where}: more than {LARGEST:,} bytes; a few hundred KB are enough")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"{where}: not UTF-8 at byte {error.start}; expected plain text"
-        ) from None
 
 
 def token_ids(asked: Refine, checkpoint: Checkpoint, config: ModelConfig) -> list[int]:

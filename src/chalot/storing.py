@@ -1,6 +1,6 @@
 """Which scheme each tensor is stored in, and what else was asked of storing it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Storing:
     balance: Mapping[str, Scheme] | None = None
     ternary: str = TERNARY[0]
     refine: Refine | None = None
+    notes: Sequence[str] = ()  # what a user should know of the schemes, a line each
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
@@ -71,11 +72,15 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
 
 
 def schemes_for(
-    text: str | None, checkpoint: Checkpoint, plan: Path | None = None
+    text: str | None,
+    checkpoint: Checkpoint,
+    plan: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Scheme]:
     """Schemes by kind, and by tensor where a plan or a source in codes names its own.
 
-    Without a text, as is usual for such a source. Raises SchemeError or FormatError.
+    Without a text, as is usual for such a source. `say` gets a line on matrices that a plan does
+    not name. Raises SchemeError or FormatError.
     """
     text = text or usual_of(checkpoint.tensors, DEFAULT_SCHEME)
     schemes = parse_schemes(text)
@@ -83,7 +88,15 @@ def schemes_for(
     if text.strip().lower() == KEEP:
         schemes |= kept(checkpoint.tensors, config)
     if plan is not None:
-        schemes |= planned_schemes(read_plan(plan, config), checkpoint, config)
+        planned = planned_schemes(read_plan(plan, config), checkpoint, config)
+        schemes |= planned
+        matrices = [s for s in model_tensors(config) if s.kind != "vector"]
+        beside = [s for s in matrices if s.name not in planned]
+        if beside:
+            names = ", ".join(s.name for s in beside[:3]) + (", ..." if len(beside) > 3 else "")
+            given = ", ".join(sorted({str(scheme_of(schemes, s)) for s in beside}))
+            count = f"{len(beside)} of {len(matrices)} matrices"
+            say(f"the plan leaves out {count}, which get {given}: {names}")
     return schemes
 
 

@@ -2,9 +2,22 @@
 
 import re
 
+# What could steer a terminal or turn a line round, out of names of files and tensors: shown as
+# Python would write it. A line's end is one in prose, and none in a cell.
+STEERING = [*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F)]
+STEERING += range(0x2066, 0x206A)
+ESCAPES = {code: ascii(chr(code))[1:-1] for code in STEERING}
+IN_PROSE = {code: text for code, text in ESCAPES.items() if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text that may hold names, safe for a terminal."""
+    return text.translate(IN_PROSE)
+
 
 def rows(table: list[list[str]]) -> str:
     """Columns under their headings: the first to the left, the others to the right."""
+    table = [[cell.translate(ESCAPES) for cell in row] for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
     for n, row in enumerate(table):

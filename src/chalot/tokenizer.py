@@ -22,7 +22,7 @@ from chalot.errors import (
 from chalot.formats import corpus, hub
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json, read_document
-from chalot.formats.files import whole_file
+from chalot.formats.files import check_kind, whole_file
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import byte_pairs
 from chalot.machine import resident_bytes
@@ -30,6 +30,7 @@ from chalot.sources import as_path, hub_id, on_hub
 from chalot.text.byte_pairs import TABLES
 from chalot.text.tokenizer import Source, Tokenizer, compiled, from_source
 from chalot.text.training import SPECIALS, Recipe, check, configuration, train
+from chalot.typed import PATH, check_types
 
 NAME, CONFIGURATION = "tokenizer.json", "tokenizer_config.json"
 LONG = 300_000  # characters that pay for compiling tables first
@@ -73,6 +74,8 @@ def train_tokenizer(
     recipe = Recipe(style, vocabulary, chosen, min_frequency)
     check(recipe)
     folder, path = _target(out)
+    for place in (path, path.with_name(CONFIGURATION)) if folder is not None else (path,):
+        check_kind(place, b"{")
     read = corpus.find(sources)
     content = train(read.pieces(), recipe, show_progress)
     if folder is not None:
@@ -171,6 +174,7 @@ def tokenizer(model: str | Path, *, fast: bool = False) -> Tokenizer:
     `fast` compiles the tables that a `.myai` file has (a second for 150,000 tokens), which pays for
     texts of a megabyte. Raises FormatError, TokenizerError, HubError.
     """
+    check_types(model=(model, PATH))
     return _open(model, fast)[0]
 
 

@@ -73,6 +73,12 @@ class ValidateReport:
     tensors: tuple[TensorCheck, ...]
 
 
+def check_tolerance(tolerance: float | None) -> None:
+    """Raise SchemeError for what is no share."""
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise SchemeError(f"--tolerance {tolerance}: expected a share such as 0.1 for 10 %")
+
+
 def validate(
     path: str | Path,
     against: str | Path,
@@ -88,8 +94,7 @@ def validate(
     """
     from chalot.sources import resolve
 
-    if tolerance is not None and not 0 <= tolerance < float("inf"):
-        raise SchemeError(f"--tolerance {tolerance}: expected a share such as 0.1 for 10 %")
+    check_tolerance(tolerance)
     with Opened(resolve(path)) as made, Opened(resolve(against)) as source:
         backend = open_backend(threads=threads)
         work = Validation(made, source, backend, tolerance, progress or (lambda *_: None))

@@ -5,6 +5,7 @@ VERBS = {  # in the order of `chalot --help`
     "upcycle": "make a mixture of experts of a dense model: copies, or slices of it",
     "run": "generate text after a prompt",
     "chat": "talk to a model by its own chat template",
+    "serve": "serve a model over HTTP, as OpenAI's API",
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
     "eval": "what a model costs in quality: perplexity, KL to its source, tasks",
@@ -19,4 +20,4 @@ VERBS = {  # in the order of `chalot --help`
     "doctor": "what this machine has, and what chalot makes of it",
     "demo": "convert, measure and run the bundled model",
 }
-TALKS = {"chat"}  # and so has no --json
+TALKS = {"chat", "serve"}  # and so has no --json

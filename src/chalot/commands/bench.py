@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
 from chalot.commands.opening import MODEL, cache_type, converted
-from chalot.commands.output import as_json, progress, say
+from chalot.commands.output import as_json, progress, say, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def main(arguments: Arguments) -> int:
     options = {"threads": arguments.threads, "depths": arguments.depths, "kv": arguments.kv}
     with progress(arguments, "measuring") as advance:
         report = run_it(path, **options, progress=advance)
-    print(as_json(report) if arguments.json else render(report))
+    show(as_json(report) if arguments.json else render(report))
     if report.disturbed:
         say(f"chalot: {report.disturbed} while measuring; these figures mean little")
     return 0

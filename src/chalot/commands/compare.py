@@ -4,7 +4,9 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 from pathlib import Path
 
-from chalot.commands.output import as_json, progress
+from chalot.commands.opening import names
+from chalot.commands.output import as_json, progress, show
+from chalot.commands.unused import refuse_unused
 from chalot.errors import FormatError, OutputError
 from chalot.table import rows
 
@@ -13,11 +15,11 @@ def arguments(parser: ArgumentParser) -> None:
     """What it takes."""
     parser.add_argument("source", help="what the forms are made from: a folder, file or hub id")
     parser.add_argument("models", nargs="*", help=".myai files made from it, or plans (.json)")
-    parser.add_argument("--schemes", default="", help="forms to make too, as nl4,int8")
+    parser.add_argument("--schemes", type=names, help="forms to make too, as nl4,int8")
     parser.add_argument("--text", required=True, metavar="FILE", help="text to measure on")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
     parser.add_argument("--prompts", metavar="FILE", help="prompts that every form answers")
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer (default: 64)")
+    parser.add_argument("--max-tokens", type=int, help="of each answer (default: 64)")
     parser.add_argument(
         "-o", "--out", default="report.html", help="the page; .md and .json are put beside it"
     )
@@ -41,6 +43,7 @@ def main(arguments: Arguments) -> int:
     out = Path(arguments.out).expanduser()
     if out.suffix != ".html":
         raise FormatError(f"{out}: the page is HTML; give it a name that ends in .html")
+    refuse_unused(arguments, (bool(arguments.prompts), "--prompts", "--max-tokens"))
     check_place(out)
     prompts = read_prompts(Path(arguments.prompts).expanduser()) if arguments.prompts else []
     with progress(arguments, "comparing") as advance:
@@ -49,19 +52,19 @@ def main(arguments: Arguments) -> int:
             arguments.models,
             arguments.text,
             arguments.folder or out.parent,
-            schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],
+            schemes=arguments.schemes or [],
             tokens=arguments.tokens,
             prompts=prompts,
-            max_tokens=arguments.max_tokens,
+            max_tokens=64 if arguments.max_tokens is None else arguments.max_tokens,
             threads=arguments.threads,
             progress=advance,
         )
     data = as_json(found)
     paths = write(found, out, data)
     if arguments.json:
-        print(data)
+        show(data)
         return 0
-    print(rows(table(found)))
+    show(rows(table(found)))
     if not arguments.quiet:
-        print(f"{note(found)}\n{', '.join(map(str, paths))}")
+        show(f"{note(found)}\n{', '.join(map(str, paths))}")
     return 0

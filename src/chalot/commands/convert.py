@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chalot.commands.output import as_json, progress, say
-from chalot.errors import OutputError, SchemeError, UnsupportedError
+from chalot.commands.output import as_json, progress, say, show
+from chalot.commands.unused import refuse_unused
+from chalot.errors import OutputError, SchemeError
 from chalot.short_names import BITS
 from chalot.table import rows
 
@@ -82,8 +83,12 @@ def main(arguments: Arguments) -> int:
         arguments.parser.error("-o names one file; expected --output-dir DIR for several")
     if not (arguments.source or arguments.all):
         arguments.parser.error("found no SOURCE; expected short names, hub ids, folders or files")
-    if arguments.calibration and not arguments.refine:
-        arguments.parser.error("--calibration is the text of --refine; give that too")
+    refuse_unused(
+        arguments,
+        (bool(arguments.refine), "--refine", "--calibration"),
+        (arguments.fit or arguments.dry_run, "--fit and --dry-run", "--context"),
+        (arguments.validate, "what is validated", "--tolerance"),
+    )
     check_settings(arguments)
     if arguments.plan and arguments.dry_run:
         arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
@@ -91,7 +96,7 @@ def main(arguments: Arguments) -> int:
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
         if arguments.json:
-            print(as_json(report))
+            show(as_json(report))
         return 0 if passed(report) else 1
 
     def failed(failure: batch.Failure) -> None:
@@ -99,7 +104,7 @@ def main(arguments: Arguments) -> int:
 
     found = batch.run(named, lambda source: one(source, arguments), failed)
     if arguments.json:
-        print(as_json(found))
+        show(as_json(found))
     say(f"{len(found.reports)} of {len(named)} {'read' if arguments.dry_run else 'converted'}")
     for failure in found.failed:
         say(f"failed: {failure.source}")
@@ -118,6 +123,10 @@ def check_settings(arguments: Arguments) -> None:
         )
     except SchemeError as error:
         arguments.parser.error(str(error))
+    if arguments.tolerance is not None:
+        from chalot.validate import check_tolerance
+
+        check_tolerance(arguments.tolerance)  # before what is validated is written
 
 
 def one(source: str, arguments: Arguments) -> Any:
@@ -144,7 +153,7 @@ def one(source: str, arguments: Arguments) -> Any:
         out = str(batch.place(source, kind, to, Path(arguments.output_dir or "")))
     if fit is not None and arguments.dry_run:
         if not arguments.json:
-            print(f"{fitting.render(fit)}\n{source} would become {out}, in {scheme}.")
+            show(f"{fitting.render(fit)}\n{source} would become {out}, in {scheme}.")
         return {"source": source, "path": out, "scheme": scheme, "fit": fit}
     make_folder(arguments.output_dir)
     command = "chalot " + " ".join(sys.argv[1:])
@@ -166,7 +175,7 @@ def one(source: str, arguments: Arguments) -> Any:
             refine=refine,
         )
     if not arguments.json:
-        show(report, arguments)
+        tell(report, arguments)
     if to == "npz" and arguments.validate:
         report = validated(report, source, arguments)
     return report
@@ -183,16 +192,12 @@ def usual_scheme(source: str, arguments: Arguments) -> str:
 
 
 def judged(source: str, arguments: Arguments) -> tuple[str | None, Any]:
-    """The usual scheme, and what the source would take in each. Raises UnsupportedError."""
+    """The usual scheme, and what the source would take in each."""
     from chalot.describe import describe
 
     place = arguments.out and Path(arguments.out).parent
     folder = Path(place or arguments.output_dir or "")
-    found = describe(source, context=arguments.context, folder=folder)
-    if found.fit is None:
-        raise UnsupportedError(
-            f"{source}: is a .myai file; --fit and --dry-run judge what is not converted yet"
-        )
+    found = describe(source, context=arguments.context, folder=folder, again=True)
     return found.scheme, found.fit
 
 
@@ -209,7 +214,7 @@ def validated(report: Any, source: str, arguments: Arguments) -> Any:
             progress=advance,
         )
     if not arguments.json:
-        print(render(found, arguments.verbose))
+        show(render(found, arguments.verbose))
     return replace(report, validation=found)
 
 
@@ -229,13 +234,13 @@ def make_folder(name: str | None) -> None:
         ) from None
 
 
-def show(report: Any, arguments: Arguments) -> None:
+def tell(report: Any, arguments: Arguments) -> None:
     """The cost of each kind of tensor on stderr, the file on stdout."""
     if not arguments.quiet:
         for note in report.notes:
             say(note)
         say(losses(report.kinds))
-    print(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
+    show(f"{report.path}: {report.bytes:,} bytes, {report.bits_per_weight:.2f} bits a weight")
 
 
 def losses(kinds: Any) -> str:

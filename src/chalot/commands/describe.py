@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.output import as_json
+from chalot.commands.output import as_json, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -16,8 +16,8 @@ def arguments(parser: ArgumentParser) -> None:
 def main(arguments: Arguments) -> int:
     """The exit code."""
     from chalot.describe import describe as run_it
-    from chalot.describe import render
+    from chalot.description import render
 
     report = run_it(arguments.model, scheme=arguments.scheme, context=arguments.context)
-    print(as_json(report) if arguments.json else render(report, verbose=arguments.verbose))
+    show(as_json(report) if arguments.json else render(report, verbose=arguments.verbose))
     return 0

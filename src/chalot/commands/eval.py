@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from chalot.commands.opening import MODEL, converted
-from chalot.commands.output import as_json, progress, say
+from chalot.commands.output import as_json, progress, say, show
+from chalot.commands.unused import refuse_unused
 from chalot.errors import FormatError
 from chalot.table import rows
+
+PROTOCOL = "chalot"
+MOST = 64  # tokens of an answer
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -16,14 +20,44 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument("--against", metavar="SOURCE", help="what it was made from: adds the KL")
     parser.add_argument("--text", metavar="FILE", help="text to measure perplexity on")
-    parser.add_argument("--protocol", default="chalot", help="chalot, llama.cpp or huggingface")
+    parser.add_argument("--protocol", help="chalot (default), llama.cpp or huggingface")
     parser.add_argument("--tokens", type=int, help="only so many tokens of the text")
     parser.add_argument(
         "--generate", metavar="PROMPTS", help="compare answers; a prompt a line, or .jsonl"
     )
-    parser.add_argument("--max-tokens", type=int, default=64, help="of each answer (default: 64)")
+    parser.add_argument("--max-tokens", type=int, help="of each answer (default: 64)")
     parser.add_argument("--tasks", nargs="+", help="tasks of lm-eval, or .yaml files of your own")
     parser.add_argument("--limit", type=int, help="only so many questions of each task")
+
+
+def check(arguments: Arguments) -> None:
+    """Raise for what would only come out after an hour's measuring."""
+    from chalot.evaluate.protocols import check_count, check_protocol
+
+    text, generate, tasks = arguments.text, arguments.generate, arguments.tasks
+    if not (text or generate or tasks):
+        raise FormatError("nothing to measure; give --text FILE, --generate PROMPTS or --tasks")
+    refuse_unused(
+        arguments,
+        (bool(text), "--text", "--protocol --tokens"),
+        (bool(generate), "--generate", "--max-tokens"),
+        (bool(tasks), "--tasks", "--limit"),
+        (bool(text or generate), "--text or --generate", "--against"),
+    )
+    check_protocol(arguments.protocol or PROTOCOL)
+    for option in ("tokens", "max_tokens", "limit"):
+        check_count(f"--{option.replace('_', '-')}", getattr(arguments, option))
+    if generate:
+        from chalot.evaluate.answers import read_prompts, scorers
+
+        if arguments.against is None:
+            raise FormatError("--generate compares with the source; name it: --against SOURCE")
+        read_prompts(Path(generate).expanduser())
+        scorers()
+    if tasks:
+        from chalot.evaluate.tasks import evaluator
+
+        evaluator()
 
 
 def answers(arguments: Arguments, path: Path) -> Any:
@@ -32,8 +66,6 @@ def answers(arguments: Arguments, path: Path) -> Any:
     from chalot.evaluate.report import uncut
     from chalot.load import Model
 
-    if arguments.against is None:
-        raise FormatError("--generate compares with the source; name it: --against SOURCE")
     prompts = read_prompts(Path(arguments.generate).expanduser())
     with (
         uncut(arguments.against, arguments.threads) as made,
@@ -41,7 +73,7 @@ def answers(arguments: Arguments, path: Path) -> Any:
         Model(path, threads=arguments.threads) as model,
         progress(arguments, "answering") as advance,
     ):
-        most = arguments.max_tokens
+        most = arguments.max_tokens or MOST
         return compare_answers(base, model, prompts, most, lambda n, of: advance("", n, of))
 
 
@@ -73,8 +105,7 @@ def main(arguments: Arguments) -> int:
     """The exit code."""
     from chalot.evaluate.report import evaluate, render
 
-    if not (arguments.text or arguments.generate or arguments.tasks):
-        raise FormatError("nothing to measure; give --text FILE, --generate PROMPTS or --tasks")
+    check(arguments)
     path = converted(arguments.model, arguments)
     reports: dict[str, Any] = {}
     shown: list[str] = []
@@ -85,7 +116,7 @@ def main(arguments: Arguments) -> int:
                     path,
                     arguments.text,
                     against=arguments.against,
-                    protocol=arguments.protocol,
+                    protocol=arguments.protocol or PROTOCOL,
                     tokens=arguments.tokens,
                     threads=arguments.threads,
                     progress=lambda n, of: advance(f"window {n} of {of}", n, of),
@@ -105,9 +136,9 @@ def main(arguments: Arguments) -> int:
             table += [[task, name, f"{value:.4f}"] for name, value in metrics.items()]
         shown.append(rows(table))
     if arguments.json:
-        print(as_json(reports))
+        show(as_json(reports))
     else:
-        print("\n\n".join(shown))
+        show("\n\n".join(shown))
     if not arguments.quiet and arguments.text and arguments.against is None:
         say("perplexity alone says little of a form; --against SOURCE shows what it cost")
     return 0

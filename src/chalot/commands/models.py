@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.output import as_json
+from chalot.commands.output import as_json, show
 
 
 def arguments(_: ArgumentParser) -> None:
@@ -15,5 +15,5 @@ def main(arguments: Arguments) -> int:
     from chalot.shelf import models, render
 
     report = models()
-    print(as_json(report) if arguments.json else render(report))
+    show(as_json(report) if arguments.json else render(report))
     return 0

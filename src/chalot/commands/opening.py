@@ -28,6 +28,14 @@ def size(text: str) -> int:
         raise ArgumentTypeError(str(error)) from None
 
 
+def names(text: str) -> list[str]:
+    """Names, with commas between."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise ArgumentTypeError(f"found {text!r:.40}, expected names with commas between: nl4,int8")
+    return found
+
+
 def cache_type(parser: ArgumentParser, default: str | None) -> None:
     """--kv"""
     kinds = ("int8", "f16", "f32")
@@ -45,10 +53,23 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
+    drafting_arguments(parser)
     cache_type(parser, "int8")
     parser.add_argument(
         "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 512MB"
     )
+
+
+def drafting_arguments(parser: ArgumentParser) -> None:
+    """--draft, --no-draft, --draft-tokens"""
+    which = parser.add_mutually_exclusive_group()
+    text = "a small model that guesses ahead; the answer stays the same"
+    which.add_argument("--draft", metavar="SMALL", help=text)
+    text = "guess nothing ahead, from the text so far either"
+    which.add_argument("--no-draft", dest="draft", action="store_false", help=text)
+    parser.set_defaults(draft=True)
+    text = "most tokens to guess ahead (default: 16; fewer where they do not pay)"
+    parser.add_argument("--draft-tokens", type=int, metavar="N", default=16, help=text)
 
 
 def converted(model: str, arguments: Arguments) -> Path:
@@ -73,5 +94,8 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
-    return load(path, **{name: getattr(arguments, name) for name in options})
+    names = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")
+    options = {name: getattr(arguments, name) for name in names}
+    if isinstance(arguments.draft, str):
+        options["draft"] = converted(arguments.draft, arguments)
+    return load(path, **options)

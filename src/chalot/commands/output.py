@@ -11,11 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chalot.table import IN_PROSE, printable
+
 
 def say(text: str) -> None:
     """A line on stderr."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()
+
+
+def show(text: str) -> None:
+    """An answer on stdout, with a line's end."""
+    print(printable(text))
 
 
 def speaker(arguments: Arguments) -> Callable[[str], None]:
@@ -29,6 +36,10 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 warnings.showwarning = show_warning
+
+
+# json.dumps leaves some of them as they are; beyond its own line ends they stand in texts only
+ESCAPED = {code: f"\\u{code:04x}" for code in IN_PROSE}
 
 
 def as_json(report: Any) -> str:
@@ -46,6 +57,9 @@ def as_json(report: Any) -> str:
                 "perplexity_error",
                 "tokens_per_second",
                 "prefill_tokens_per_second",
+                "acceptance",
+                "tokens_per_pass",
+                "speed_up",
             )
             return fields | {n: plain(getattr(value, n)) for n in extra if hasattr(value, n)}
         if isinstance(value, dict):
@@ -56,7 +70,7 @@ def as_json(report: Any) -> str:
             return None
         return str(value) if isinstance(value, Path) else value
 
-    return json.dumps(plain(report), indent=1, ensure_ascii=False)
+    return json.dumps(plain(report), indent=1, ensure_ascii=False).translate(ESCAPED)
 
 
 @contextmanager
@@ -71,9 +85,9 @@ def progress(arguments: Arguments, what: str) -> Iterator[Callable[[str, int, in
         nonlocal bar
         if bar is None:
             bar = new_bar()
-            bar.add_task(what, total=None, name="")
+            bar.add_task(printable(what), total=None, name="")
             bar.start()
-        bar.update(bar.task_ids[0], completed=done, total=total, name=name)
+        bar.update(bar.task_ids[0], completed=done, total=total, name=printable(name))
 
     try:
         yield advance
@@ -88,11 +102,11 @@ def new_bar() -> Any:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}"),
+        TextColumn("{task.fields[name]}", markup=False),
         console=Console(stderr=True),
         transient=True,
     )

@@ -5,8 +5,9 @@ from argparse import Namespace as Arguments
 from pathlib import Path
 from typing import Any
 
-from chalot.commands.opening import size
-from chalot.commands.output import as_json, progress, say
+from chalot.commands.opening import names, size
+from chalot.commands.output import as_json, progress, say, show
+from chalot.commands.unused import refuse_unused
 from chalot.table import pairs
 
 AGREEMENT = (
@@ -27,11 +28,11 @@ def arguments(parser: ArgumentParser) -> None:
         default="fisher",
         help="ewq, fast-ewq, error, activation, fisher (default), linear, measured",
     )
+    parser.add_argument("--ewq-variant", help="softmax (default), softmax-eps, histogram or codes")
+    parser.add_argument("--ewq-x", type=float, help="sigmas below the mean (default: 1)")
     parser.add_argument(
-        "--ewq-variant", default="softmax", help="softmax, softmax-eps, histogram or codes"
+        "--ewq-rest", help="scheme of embedding and head (default: int8; nl4 with --simple)"
     )
-    parser.add_argument("--ewq-x", type=float, default=1.0, help="sigmas below the mean")
-    parser.add_argument("--ewq-rest", default="int8", help="scheme of embedding and head")
     parser.add_argument(
         "--simple", action="store_true", help='write {"0": "raw", "1": "8-bit", ...}: of EWQ only'
     )
@@ -43,14 +44,29 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-kl", type=float, help="largest expected KL, nats a token")
     parser.add_argument(
         "--schemes",
-        default="",
+        type=names,
         help="what to choose from (default: bf16,int8,int6,nl4,nl3,nl2; of ewq: bf16,int8,nl4)",
     )
     parser.add_argument("--text", help="calibration text (default: the bundled one)")
     parser.add_argument(
-        "--exchanges", type=int, default=40, help="pairs tried by their true KL; 0: none"
+        "--exchanges", type=int, help="pairs tried by their true KL (default: 40); 0: none"
     )
     parser.add_argument("--plot", metavar="FILE", help="a picture of the plan, .svg")
+
+
+def check(arguments: Arguments) -> None:
+    """Usage error for options that the method has no use for."""
+    from chalot.plan import BY_BLOCK, FIT, METHODS
+
+    method = arguments.method
+    if method in METHODS:  # else it is refused as such
+        refuse_unused(
+            arguments,
+            (method == "ewq", "--method ewq", "--ewq-variant --ewq-x"),
+            (method in BY_BLOCK, f"--method {' or '.join(BY_BLOCK)}", "--ewq-rest --simple"),
+            (method not in BY_BLOCK, "methods that look at losses", "--text --exchanges"),
+        )
+    refuse_unused(arguments, (arguments.size == FIT, "--size fit", "--context"))
 
 
 def size_or_fit(text: str) -> int | str:
@@ -85,30 +101,33 @@ def summary(plan: Any) -> str:
 def main(arguments: Arguments) -> int:
     """The exit code."""
     from chalot.plan import plan
-    from chalot.plan.picture import write_picture
+    from chalot.plan.picture import new_picture
 
-    with progress(arguments, "planning") as advance:
+    check(arguments)
+    options = {
+        "variant": arguments.ewq_variant,
+        "x": arguments.ewq_x,
+        "rest": arguments.ewq_rest,
+        "exchanges": arguments.exchanges,
+    }
+    with new_picture(arguments.plot) as draw, progress(arguments, "planning") as advance:
         made = plan(
             arguments.source,
             Path(arguments.out).expanduser(),
             method=arguments.method,
-            variant=arguments.ewq_variant,
-            x=arguments.ewq_x,
-            rest=arguments.ewq_rest,
             simple=arguments.simple,
             size=arguments.size,
             context=arguments.context,
             bits=arguments.bpw,
             max_kl=arguments.max_kl,
-            schemes=[s.strip() for s in arguments.schemes.split(",") if s.strip()],
+            schemes=arguments.schemes,
             text=arguments.text,
-            exchanges=arguments.exchanges,
             threads=arguments.threads,
             progress=advance,
+            **{name: value for name, value in options.items() if value is not None},
         )
-    if arguments.plot:
-        write_picture(made, Path(arguments.plot).expanduser())
+        draw(made)
     if made.details.get("indistinct"):
         say("the blocks' entropies differ by less than a millionth: chance decides this plan")
-    print(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")
+    show(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")
     return 0

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.output import as_json
+from chalot.commands.output import as_json, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -18,9 +18,9 @@ def main(arguments: Arguments) -> int:
 
     done = remove(arguments.name, arguments.dry_run)
     if arguments.json:
-        print(as_json({"removed": done, "dry_run": arguments.dry_run}))
+        show(as_json({"removed": done, "dry_run": arguments.dry_run}))
         return 0
     said = "would be removed" if arguments.dry_run else "removed"
     for kept in done:
-        print(f"{kept.name}: {kept.bytes:,} bytes {said}")
+        show(f"{kept.name}: {kept.bytes:,} bytes {said}")
     return 0

@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> int:
         if arguments.verbose:
             say(
                 f"{stats.prompt_tokens} prompt tokens at {stats.prefill_tokens_per_second:.1f}/s, "
-                f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s, "
+                f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
                 f"{model.backend.name} on {model.backend.threads} threads"
             )
     return 0

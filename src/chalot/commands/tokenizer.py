@@ -8,7 +8,7 @@ from argparse import Namespace as Arguments
 from pathlib import Path
 from typing import Any
 
-from chalot.commands.output import as_json, say
+from chalot.commands.output import as_json, say, show
 from chalot.errors import FormatError, TokenizerError
 from chalot.table import pairs, rows, size
 
@@ -97,7 +97,7 @@ def _train(arguments: Arguments) -> int:
         if report.vocabulary < report.asked:
             say(f"the text has no more pairs that are frequent enough; {report.asked:,} were asked")
         say(f"{report.files:,} files, {size(report.bytes)}, {report.seconds:.1f} s")
-    print(f"{report.path}: {report.vocabulary:,} tokens")
+    show(f"{report.path}: {report.vocabulary:,} tokens")
     return 0
 
 
@@ -189,7 +189,7 @@ def _stats(arguments: Arguments) -> int:
             ("encoding", f"{use.megabytes_per_second:.1f} MB/s"),
             ("decodes to the text", "yes" if use.round_trip else "no"),
         ]
-    print(pairs(facts))
+    show(pairs(facts))
     return 0
 
 

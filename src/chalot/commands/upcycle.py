@@ -4,8 +4,8 @@ import sys
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.convert import show
-from chalot.commands.output import as_json, progress
+from chalot.commands.convert import tell
+from chalot.commands.output import as_json, progress, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def main(arguments: Arguments) -> int:
             command="chalot " + " ".join(sys.argv[1:]),
         )
     if arguments.json:
-        print(as_json(report))
+        show(as_json(report))
     else:
-        show(report, arguments)
+        tell(report, arguments)
     return 0

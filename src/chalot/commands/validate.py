@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.output import as_json, progress
+from chalot.commands.output import as_json, progress, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -30,5 +30,5 @@ def main(arguments: Arguments) -> int:
             threads=arguments.threads,
             progress=advance,
         )
-    print(as_json(report) if arguments.json else render(report, arguments.verbose))
+    show(as_json(report) if arguments.json else render(report, arguments.verbose))
     return 0 if report.ok else 1

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
-from chalot.commands.output import as_json, progress
+from chalot.commands.output import as_json, progress, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -18,5 +18,5 @@ def main(arguments: Arguments) -> int:
 
     with progress(arguments, "verifying") as advance:
         report = run_it(arguments.file, progress=advance)
-    print(as_json(report) if arguments.json else render(report))
+    show(as_json(report) if arguments.json else render(report))
     return 0 if report.ok else 1

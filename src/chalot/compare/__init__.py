@@ -21,7 +21,8 @@ from chalot.errors import FormatError, LimitError, OutputError
 from chalot.evaluate.protocols import PROTOCOL, check_count, windows
 from chalot.evaluate.quality import Quality
 from chalot.evaluate.quality import compare as compare_quality
-from chalot.evaluate.report import bits_per_weight, read_text, uncut
+from chalot.evaluate.report import bits_per_weight, uncut
+from chalot.formats.files import read_text
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
 from chalot.load import Model
@@ -77,7 +78,7 @@ def measure_speed(model: Model) -> tuple[float, float]:
     """Tokens a second of prefill and of decoding, once."""
     room = min(PREFILL, model.context - DECODED)
     ids = [(i * 97) % model.config.vocabulary for i in range(max(room, 1))]
-    with model.session(temperature=0) as session:
+    with model.session(temperature=0, draft=False) as session:
         start = time.perf_counter()
         session.prefill(ids)
         read = time.perf_counter() - start
@@ -229,7 +230,7 @@ def compare(
     answered by every form after a warm-up. Raises FormatError, ContextError for too short a text,
     LimitError where it does not fit, and what converting raises.
     """
-    words = read_text(Path(text).expanduser())
+    words = read_text(Path(text))
     if len(prompts) > MOST_PROMPTS:
         raise LimitError(f"{len(prompts)} prompts; expected at most {MOST_PROMPTS}")
     check_count("--tokens", tokens)

@@ -1,5 +1,6 @@
 """A comparison as a page of its own, as Markdown, and as one table of text."""
 
+from html import escape
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -54,11 +55,25 @@ def note(found: Comparison) -> str:
     )
 
 
+def parted(cell: str) -> tuple[str, str]:
+    """A cell's number, and its error or range, which stands below it on the page."""
+    for sign, shown in ((" +- ", "\u00b1 "), (" (", "(")):
+        number, found, rest = cell.partition(sign)
+        if found:
+            return number, shown + rest
+    return cell, ""
+
+
+def in_markdown(cell: str) -> str:
+    """Text of a cell that neither ends it nor is markup."""
+    return escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
+
+
 def markdown(found: Comparison) -> str:
     """The table and its note."""
     head, *body = table(found)
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    lines += [f"| {' | '.join(row)} |" for row in body]
+    lines += [f"| {' | '.join(map(in_markdown, row))} |" for row in body]
     return "\n".join([*lines, "", note(found)]) + "\n"
 
 
@@ -91,7 +106,8 @@ def page(found: Comparison) -> str:
     values: dict[str, Any] = {
         "found": found,
         "name": Path(found.source).name or found.source,
-        "table": table(found),
+        "heads": HEADS,
+        "table": [[(row[0], ""), *map(parted, row[1:])] for row in table(found)[1:]],
         "note": note(found),
         "pareto": pareto(found),
         "speeds": speeds(found),

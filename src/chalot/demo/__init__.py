@@ -69,7 +69,7 @@ def write_twin(source: Path, out: Path) -> None:
 
 def decode_speed(model: Model) -> float:
     """Tokens a second, decoding one text after a short prompt."""
-    with model.session(temperature=0) as session:
+    with model.session(temperature=0, draft=False) as session:
         session.prefill([int(i) for i in np.arange(16) * 97 % model.config.vocabulary])
         for _ in range(4):
             session.step()

@@ -1,10 +1,12 @@
 """The step that everything shares, and a session on top of it. Ids in, ids out.
 
 `Engine.step` runs any mix of work, chunks of prompts and single tokens of many sequences, through
-one forward pass. A `Session` is one text: prefill it, then step token by token.
+one forward pass. A `Session` is one text: prefill it, then step token by token. With a drafter
+(drafting.py) a pass takes drafted tokens along; those that it confirms wait to be asked for.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
@@ -13,6 +15,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.engine.drafting import Drafter, most_wanted, verified
+from chalot.engine.pacing import StepCosts
 from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import ContextError
 from chalot.kernels.backend import Runnable
@@ -35,6 +39,10 @@ class Stats:
     decode_seconds: float = 0.0
     native_seconds: float = 0.0  # of decode_seconds, inside the forward pass
     seed: int | None = None
+    passes: int = 0  # forward passes that decoded
+    drafted: int = 0  # tokens that passes took along on trial
+    accepted: int = 0  # of those, the ones that were right
+    plain_seconds: float = 0.0  # what decoding token by token would have taken, as far as known
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -51,6 +59,31 @@ class Stats:
         """What batching and sampling cost outside the forward pass."""
         host = self.decode_seconds - self.native_seconds
         return host / self.new_tokens * 1e6 if self.new_tokens else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that were right."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a decoding pass gave, on average."""
+        return 1 + self.accepted / self.passes if self.passes else 1.0
+
+    @property
+    def speed_up(self) -> float:
+        """Decoding speed over that of one token a pass, by the running average of such passes."""
+        return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
+
+    @property
+    def drafting(self) -> str:
+        """What drafting did, for people; "" for nothing."""
+        if not self.drafted:
+            return ""
+        return (
+            f" ({self.acceptance:.0%} of {self.drafted} drafted tokens kept, "
+            f"{self.tokens_per_pass:.1f} tokens a pass, about {self.speed_up:.1f} x plain decoding)"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +106,7 @@ class Engine:
     exp: Exp
     before_step: Callable[[], None] = field(default=lambda: None)
     native_seconds: float = 0.0  # spent in forward passes so far
+    costs: StepCosts = field(default_factory=StepCosts)  # of decoding, by tokens in a pass
 
     def step(self, work: list[Work]) -> NDArray[np.float32]:
         """Logits (wanted tokens, vocabulary), in the order of the work.
@@ -125,22 +159,46 @@ class Engine:
             w.sequence.length += len(w.tokens)
         return result
 
-    def session(self, sampling: Sampling | None = None) -> "Session":
+    def candidates(
+        self, work: list[Work], count: int
+    ) -> Callable[[int], tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """Like `best`, row by row: where all are to be sorted, only rows that are asked for are."""
+        if count > FEW:
+            every = self.step(work)
+
+            def row(n: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+                ids, logits = best_of(every[n : n + 1], count)
+                return ids[0], logits[0]
+
+            return row
+        ids, logits = self.best(work, count)
+        return lambda n: (ids[n], logits[n])
+
+    def session(
+        self, sampling: Sampling | None = None, drafter: Drafter | None = None
+    ) -> "Session":
         """A new, empty text."""
-        return Session(self, sampling or Sampling(temperature=0))
+        return Session(self, sampling or Sampling(temperature=0), drafter)
 
 
 class Session:
-    """One text in the cache: `prefill(ids)`, then `step()` gives one new token at a time."""
+    """One text in the cache: `prefill(ids)`, then `step()` gives one new token at a time.
 
-    def __init__(self, engine: Engine, sampling: Sampling) -> None:
+    The cache may be ahead of `tokens` by what is confirmed already and not yet asked for.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, drafter: Drafter | None = None) -> None:
         self.engine = engine
         self.sampling = sampling
+        self.drafter = drafter
         self.sequence = Sequence(engine.cache)
         self.tokens: list[int] = []
+        self.start = 0  # where the answer begins: behind what was given last
         self.stats = Stats(seed=sampling.seed)
         # the candidates after the last token fed: ids and logits
         self.next: tuple[NDArray[np.int32], NDArray[np.float32]] | None = None
+        self.confirmed: deque[int] = deque()  # what follows `tokens`, drawn with `drawn_by`
+        self.drawn_by = sampling
 
     def prefill(self, ids: list[int]) -> None:
         """Read tokens. Raises ContextError, before any work, if they do not fit."""
@@ -159,17 +217,16 @@ class Session:
                 "shorten it or choose a larger --context"
             )
         start = time.perf_counter()
+        self._forget()
         self.tokens += ids
+        self.start = total
         self._feed()
         self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - start
 
     def _feed(self) -> None:
         """Run what is not in the cache yet, a chunk at a time; keep what may come next."""
-        count = wanted(self.tokens, self.sampling, self.engine.vocabulary)
-        fed = self.sequence.length == len(self.tokens)
-        if fed and self.next is not None and self.next[0].size < count:  # sampling has changed
-            self.rewind(len(self.tokens))
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
         while self.sequence.length < len(self.tokens):
             done = self.sequence.length
             part = self.tokens[done : done + CHUNK]
@@ -180,24 +237,90 @@ class Session:
             if last:
                 self.next = ids[0], logits[0]
 
-    def step(self) -> int:
-        """The next token. Raises ContextError when nothing was read, or the context is full."""
+    def step(self, most: int | None = None) -> int:
+        """The next token; the caller will take at most `most` in all, this one among them.
+
+        Raises ContextError when nothing was read, or the context is full.
+        """
         start, native = time.perf_counter(), self.engine.native_seconds
-        self._feed()
-        if self.next is None:
-            raise ContextError("nothing was read yet; call prefill(ids) with at least one token")
-        token = choose(*self.next, self.tokens, self.sampling, len(self.tokens), self.engine.exp)
+        if self.confirmed and self.drawn_by is not self.sampling:
+            self._forget()
+        if not self.confirmed:
+            self._decode(most)
+        token = self.confirmed.popleft()
         self.tokens.append(token)
         self.stats.new_tokens += 1
         self.stats.native_seconds += self.engine.native_seconds - native
         self.stats.decode_seconds += time.perf_counter() - start
         return token
 
+    def _decode(self, most: int | None) -> None:
+        """Draw the next token, and drafted ones behind it as far as they are right."""
+        count = wanted(self.tokens, self.sampling, self.engine.vocabulary, self.start)
+        unread = len(self.tokens) - self.sequence.length
+        if unread <= 0 and (self.next is None or self.next[0].size < count):
+            self.rewind(len(self.tokens))  # sampling has changed, or a step was interrupted
+            unread = len(self.tokens) - self.sequence.length
+        if unread == 1:
+            found = self._verify(self._draft(most))
+        else:
+            self._feed()
+            if self.next is None:
+                raise ContextError(
+                    "nothing was read yet; call prefill(ids) with at least one token"
+                )
+            before, exp = self.tokens, self.engine.exp
+            found = [choose(*self.next, before, self.sampling, len(before), exp, self.start)]
+        self.next = None
+        self.confirmed.extend(found)
+        self.drawn_by = self.sampling
+
+    def _draft(self, most: int | None) -> list[int]:
+        """What the drafter expects, as far as context, cache and caller have room for it."""
+        if self.drafter is None:
+            return []
+        room = min(self.engine.context, self.sequence.room()) - len(self.tokens)
+        room = min(room, CHUNK - 1, room if most is None else most - 1)
+        return self.drafter.propose(self, room) if room > 0 else []
+
+    def _verify(self, draft: list[int]) -> list[int]:
+        """Run the last token and the draft; the right ones of it, and the token behind them."""
+        start, costs, stats = time.perf_counter(), self.engine.costs, self.stats
+        part = [*self.tokens[-1:], *draft]
+        count = most_wanted(self, draft, self.engine.vocabulary)
+        candidates = self.engine.candidates([Work(self.sequence, part, "all")], count)
+        found = verified(self, draft, candidates, self.engine.exp)
+        self.sequence.truncate(len(self.tokens) + len(found) - 1)
+        seconds = time.perf_counter() - start
+        costs.note(len(part), seconds)
+        if draft and self.drafter is not None:
+            self.drafter.learn(len(found) - 1)
+        stats.passes += 1
+        stats.drafted += len(draft)
+        stats.accepted += len(found) - 1
+        stats.plain_seconds += len(found) * (costs.one or seconds) if draft else seconds
+        return found
+
+    def _forget(self) -> None:
+        """Drop tokens that are confirmed and not asked for, from the cache too."""
+        self.confirmed.clear()
+        self.sequence.truncate(len(self.tokens))
+
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; what the cache holds of them is kept."""
+        self.confirmed.clear()
         del self.tokens[length:]
+        self.start = min(self.start, length)
         self.sequence.truncate(max(length - 1, 0))  # the last one is read again for its logits
         self.next = None
+        if self.drafter is not None:
+            self.drafter.truncate(len(self.tokens))
+
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft by another drafter from here on."""
+        if self.drafter is not None:
+            self.drafter.close()
+        self.drafter = drafter
 
     def with_sampling(self, **changes: float) -> None:
         """Change sampling options from here on."""
@@ -205,6 +328,9 @@ class Session:
 
     def close(self) -> None:
         """Give the text's pages back to the cache."""
+        self.confirmed.clear()
         self.sequence.close()
         self.tokens.clear()
         self.next = None
+        if self.drafter is not None:
+            self.drafter.close()

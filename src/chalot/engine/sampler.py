@@ -1,11 +1,14 @@
 """From logits to a token, the same on every machine.
 
-Order of the rules: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Candidates
-stand in descending order of logit, then ascending id; probabilities come from the project's own
-exponential and are summed one after another in float64.
+Order of the rules: repetition penalty, frequency and presence penalties, temperature, top-k, top-p,
+min-p, then one draw. The repetition penalty looks at all of the text, the other two at what was
+generated alone (OpenAI's: logit - frequency * count - presence). Candidates stand in descending
+order of logit, then ascending id; probabilities come from the project's own exponential and are
+summed one after another in float64.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -34,6 +37,8 @@ class Sampling:
     repetition_window: int = 64
     seed: int = 0
     choice: int = 0  # which of several answers to one prompt
+    presence_penalty: float = 0.0  # once a token that was generated before
+    frequency_penalty: float = 0.0  # each time that it was
 
     RANGES = {
         "temperature": (0.0, 100.0),
@@ -44,6 +49,8 @@ class Sampling:
         "repetition_window": (0, 1 << 24),
         "seed": (-(1 << 63), (1 << 64) - 1),
         "choice": (0, 1 << 32),
+        "presence_penalty": (-2.0, 2.0),
+        "frequency_penalty": (-2.0, 2.0),
     }
 
     def __post_init__(self) -> None:
@@ -61,14 +68,24 @@ def penalized(
     logits: NDArray[np.float32],
     before: Sequence[int],
     sampling: Sampling,
+    start: int = 0,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Candidates, with tokens of the recent text made less likely, each once (arXiv 1909.05858)."""
-    if not repeats(before, sampling):
+    """Candidates, with tokens of the recent text made less likely, each once (arXiv 1909.05858).
+
+    Those of `before[start:]` become less likely by the presence and frequency penalties too.
+    """
+    recent, counts = repeats(before, sampling), counted(before, sampling, start)
+    if not (recent or counts):
         return ids, logits
-    seen = np.isin(ids, list(repeats(before, sampling)))
-    factor = np.float32(sampling.repetition_penalty)
-    less = np.where(logits > 0, logits / factor, logits * factor)
-    return in_order(ids, np.where(seen, less, logits))
+    if recent:
+        factor = np.float32(sampling.repetition_penalty)
+        less = np.where(logits > 0, logits / factor, logits * factor)
+        logits = np.where(np.isin(ids, list(recent)), less, logits)
+    if counts:
+        of, once = sampling.frequency_penalty, sampling.presence_penalty
+        less = np.array([of * counts[i] + once if i in counts else 0.0 for i in ids.tolist()])
+        logits = logits - less.astype(np.float32)
+    return in_order(ids, logits)
 
 
 def repeats(before: Sequence[int], sampling: Sampling) -> set[int]:
@@ -76,6 +93,13 @@ def repeats(before: Sequence[int], sampling: Sampling) -> set[int]:
     if sampling.repetition_penalty == 1 or not sampling.repetition_window:
         return set()
     return set(before[-sampling.repetition_window :])
+
+
+def counted(before: Sequence[int], sampling: Sampling, start: int) -> Counter[int]:
+    """The tokens that presence and frequency penalties meet, and how often they were generated."""
+    if not (sampling.presence_penalty or sampling.frequency_penalty):
+        return Counter()
+    return Counter(before[start:])
 
 
 def in_order(
@@ -86,17 +110,18 @@ def in_order(
     return ids[order], logits[order]
 
 
-def wanted(before: Sequence[int], sampling: Sampling, vocabulary: int) -> int:
+def wanted(before: Sequence[int], sampling: Sampling, vocabulary: int, start: int = 0) -> int:
     """How many of the best candidates `choose` needs to see.
 
-    A penalty above 1 only lowers: one of the best few stays among the best few and as many as the
-    penalty meets. One below 1 lifts, and needs all, as does sampling without top-k.
+    A penalty that lowers leaves the best few among the best few and as many as it meets. One that
+    lifts (a repetition penalty below 1, others below 0) needs all, as does sampling without top-k.
     """
     few = 1 if sampling.temperature == 0 else sampling.top_k
-    met = len(repeats(before, sampling))
-    if not few or (met and sampling.repetition_penalty < 1):
+    recent, counts = repeats(before, sampling), counted(before, sampling, start)
+    least = min(sampling.presence_penalty, sampling.frequency_penalty)
+    if not few or (recent and sampling.repetition_penalty < 1) or (counts and least < 0):
         return vocabulary
-    return min(few + met, vocabulary)
+    return min(few + len(recent) + len(counts), vocabulary)
 
 
 def choose(
@@ -106,18 +131,19 @@ def choose(
     sampling: Sampling,
     position: int,
     exp: Exp,
+    start: int = 0,
 ) -> int:
     """The token that follows `before` at `position`, of the `wanted` best candidates in order.
 
-    Raises KernelError if the first id is -1: logits were not finite.
+    `before[start:]` was generated, what comes before it was given. Raises KernelError if the first
+    id is -1: logits were not finite.
     """
     if ids[0] < 0:
         raise KernelError(
             "the model computed NaN or Inf; its file may be damaged (chalot verify FILE), "
             "or its weights overflow"
         )
-    if sampling.repetition_penalty != 1:
-        ids, logits = penalized(ids, logits, before, sampling)
+    ids, logits = penalized(ids, logits, before, sampling, start)
     if sampling.temperature == 0:
         return int(ids[0])
     if sampling.top_k:

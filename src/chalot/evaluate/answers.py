@@ -8,9 +8,11 @@ by sacrebleu: both from the extra `eval`. They measure likeness to the base's te
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.documents import parse_json
+from chalot.formats.files import read_text
 from chalot.load import Model
 
 MOST_PROMPTS = 10_000
@@ -40,12 +42,8 @@ class Answers:
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line; or JSON lines (.jsonl) with "prompt". Raises FormatError."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path}: cannot be read as text ({error})") from None
     prompts = []
-    for n, line in enumerate(lines, start=1):
+    for n, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
@@ -84,6 +82,18 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
     )
 
 
+def scorers() -> tuple[Any, Any]:
+    """ROUGE-L of two texts, BLEU of many. Raises UnsupportedError without the extra `eval`."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu import corpus_bleu
+    except ImportError as error:
+        raise UnsupportedError(
+            f"comparing answers needs {error.name}; install it: pip install 'chalot[eval]'"
+        ) from None
+    return RougeScorer(["rougeL"]), corpus_bleu
+
+
 def compare_answers(
     base: Model,
     model: Model,
@@ -92,14 +102,7 @@ def compare_answers(
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Answers:
     """What both write after each prompt. Raises UnsupportedError without the extra `eval`."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu import corpus_bleu
-    except ImportError as error:
-        raise UnsupportedError(
-            f"comparing answers needs {error.name}; install it: pip install 'chalot[eval]'"
-        ) from None
-    scorer = RougeScorer(["rougeL"])
+    scorer, corpus_bleu = scorers()
     out = []
     for done, prompt in enumerate(prompts, start=1):
         a, b = (greedy(m, prompt, max_tokens) for m in (base, model))

@@ -65,3 +65,9 @@ def check_count(what: str, count: int | None) -> None:
     """Raise FormatError for a count below one."""
     if count is not None and count < 1:
         raise FormatError(f"{what} {count}; expected at least 1")
+
+
+def check_protocol(name: str) -> None:
+    """Raise FormatError for one that is not known."""
+    if name not in PROTOCOLS:
+        raise FormatError(f"protocol {name!r} is not known; choose {', '.join(PROTOCOLS)}")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
@@ -14,9 +13,11 @@ import numpy as np
 from chalot import __version__
 from chalot.convert import convert
 from chalot.errors import FormatError
-from chalot.evaluate.protocols import PROTOCOLS, check_count
+from chalot.evaluate.protocols import PROTOCOLS, check_count, check_protocol
 from chalot.evaluate.quality import Quality, Window, compare
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.files import read_text
+from chalot.formats.scratch import scratch
 from chalot.home import home
 from chalot.load import Model
 from chalot.quant.packing import DENSE
@@ -76,18 +77,6 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
-def read_text(path: Path) -> str:
-    """A text file. Raises FormatError where it is none."""
-    if path.is_char_device():
-        raise FormatError(f"{path}: is a device that never ends; expected a text file")
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start} is not UTF-8; expected text") from None
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 @contextmanager
 def uncut(source: str | Path, threads: int | None, balance: str | None = None) -> Iterator[Path]:
     """A `.myai` of a source's own numbers: itself, or made for as long as this lasts.
@@ -104,10 +93,8 @@ def uncut(source: str | Path, threads: int | None, balance: str | None = None) -
         yield path
         return
     scheme = next(iter(kinds)) if len(kinds) == 1 else "f32"
-    folder = home() / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix="base-") as made:
-        out = Path(made) / "base.myai"
+    with scratch(home() / "eval", "base-") as made:
+        out = made / "base.myai"
         stored = scheme if scheme in DENSE else "f32"
         convert(path, out, stored, threads=threads, balance=balance)
         yield out
@@ -137,11 +124,10 @@ def evaluate(
     for a text that is none, ContextError for one of fewer than two tokens, TokenizerError where
     the models read text differently.
     """
-    if protocol not in PROTOCOLS:
-        raise FormatError(f"protocol {protocol!r} is not known; choose {', '.join(PROTOCOLS)}")
+    check_protocol(protocol)
     check_count("--tokens", tokens)
     way = PROTOCOLS[protocol]
-    written = read_text(Path(text).expanduser())
+    written = read_text(Path(text))
     with Model(path, threads=threads) as model:
         ids = model.tokenizer.encode(written)[:tokens]
         said_of = str(way.within(model.context, len(ids)))

@@ -102,6 +102,18 @@ def counted(requests: list[Any], progress: Progress) -> Iterator[Any]:
         progress(n, len(requests))
 
 
+def evaluator() -> tuple[Any, Any]:
+    """What runs tasks, and what finds them. Raises UnsupportedError without the extra `eval`."""
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UnsupportedError(
+            f"tasks need {error.name}; install it: pip install 'chalot[eval]'"
+        ) from None
+    return simple_evaluate, TaskManager
+
+
 def run_tasks(
     model: Model,
     tasks: list[str],
@@ -112,16 +124,10 @@ def run_tasks(
 
     Raises UnsupportedError without the extra `eval`, FormatError for a task that is not there.
     """
-    try:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UnsupportedError(
-            f"tasks need {error.name}; install it: pip install 'chalot[eval]'"
-        ) from None
+    simple_evaluate, manager_of = evaluator()
     files = [Path(t) for t in tasks if t.endswith((".yaml", ".yml"))]
     missing = [str(f) for f in files if not f.is_file()]
-    manager = TaskManager(include_path=sorted({str(f.resolve().parent) for f in files}) or None)
+    manager = manager_of(include_path=sorted({str(f.resolve().parent) for f in files}) or None)
     names = [Path(t).stem if t.endswith((".yaml", ".yml")) else t for t in tasks]
     missing += [n for n in names if n not in manager.all_tasks]
     if missing:

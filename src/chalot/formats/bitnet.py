@@ -17,18 +17,16 @@ for each token; chalot in eight bits for each 128 columns, where it stores the m
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError, WeightError
-from chalot.formats.checkpoint import Checkpoint, TensorInfo
-from chalot.formats.documents import parse_json
+from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.files import quoted
 from chalot.formats.floats import STORED
+from chalot.formats.folder_view import FolderView
 from chalot.formats.safetensors import SafetensorsFolder
 
 ROWS_A_BYTE = 4
@@ -47,12 +45,8 @@ class Packing:
     online: bool
 
 
-def read_packing(config: bytes | None, where: object) -> Packing | None:
-    """What config.json says; None where it is no BitNet's. Raises UnsupportedError, FormatError."""
-    parsed = parse_json(config, where) if config is not None else None
-    found = parsed.get("quantization_config") if isinstance(parsed, dict) else None
-    if not isinstance(found, dict) or found.get("quant_method") != "bitnet":
-        return None
+def read_packing(found: Mapping[str, Any], where: object) -> Packing:
+    """What a quantization_config says. Raises UnsupportedError."""
     linear = found.get("linear_class", "bitlinear")
     mode = found.get("quantization_mode", "offline")
     known = linear in ("bitlinear", "autobitlinear") and mode in ("offline", "online")
@@ -104,29 +98,16 @@ def describe_tensors(
     return out
 
 
-class BitNetFolder:
+class BitNetFolder(FolderView):
     """A `Checkpoint` over a folder whose matrices are ternary; `float32` gives what they stand for.
 
     Raises FormatError for codes or scales that mean nothing, as `SafetensorsFolder` for the rest.
     """
 
     def __init__(self, folder: SafetensorsFolder, packing: Packing) -> None:
-        self.folder = folder
-        self.path: Path = folder.path
+        super().__init__(folder, describe_tensors(folder.tensors, packing, folder.path))
         self.packing = packing
-        self._tensors = describe_tensors(folder.tensors, packing, folder.path)
         self._units: dict[str, np.float32] = {}
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its name in the files, scales left out; read-only."""
-        return MappingProxyType(self._tensors)
-
-    def raw(self, name: str) -> NDArray[Any]:
-        """See Checkpoint. Raises UnsupportedError for a ternary matrix: ask for `float32`."""
-        if self._is_ternary(name):
-            raise UnsupportedError(f"{self.path}: tensor {quoted(name)} is packed; read its floats")
-        return self.folder.raw(name)
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """See Checkpoint: rows of numbers, 0 and plus or minus one number for the whole matrix."""
@@ -138,18 +119,6 @@ class BitNetFolder:
             raise IndexError(f"{name}: rows {first}:{last} of {rows}")
         out: Floats = self._signs(name, first, last) * self._unit(name)
         return out
-
-    def document(self, name: str) -> bytes | None:
-        """See Checkpoint."""
-        return self.folder.document(name)
-
-    def check_unchanged(self) -> None:
-        """See Checkpoint."""
-        self.folder.check_unchanged()
-
-    def close(self) -> None:
-        """See Checkpoint."""
-        self.folder.close()
 
     def _is_ternary(self, name: str) -> bool:
         return name in self._tensors and self._tensors[name].dtype == DTYPE
@@ -216,22 +185,3 @@ class BitNetFolder:
                 "another checkpoint"
             )
         return mean
-
-
-def as_computed(
-    tensors: Mapping[str, TensorInfo], config: bytes | None, where: object
-) -> Mapping[str, TensorInfo]:
-    """The tensors of headers as `open_folder` would give them, before there is a folder."""
-    packing = read_packing(config, f"{where}: config.json")
-    return tensors if packing is None else describe_tensors(tensors, packing, where)
-
-
-def open_folder(path: Path) -> Checkpoint:
-    """A Hugging Face folder; one whose matrices are BitNet's gives the numbers they stand for."""
-    folder = SafetensorsFolder(path)
-    try:
-        packing = read_packing(folder.document("config.json"), path / "config.json")
-        return folder if packing is None else BitNetFolder(folder, packing)
-    except BaseException:
-        folder.close()
-        raise

@@ -66,15 +66,9 @@ READERS = (  # how a file begins -> where its reader is
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint on disk. Raises FormatError when `path` holds none that is known."""
     if path.is_dir():
-        from chalot.formats.bitnet import open_folder
-        from chalot.formats.experts import expert_by_expert
+        from chalot.formats.folders import open_folder
 
-        folder = open_folder(path)
-        try:
-            return expert_by_expert(folder)
-        except BaseException:
-            folder.close()
-            raise
+        return open_folder(path)
     try:
         with path.open("rb") as file:
             begin = file.read(64).lstrip(b" \t\r\n")

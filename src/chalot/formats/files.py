@@ -25,6 +25,7 @@ def quoted(name: object, width: int = 80) -> str:
     return repr(name) if len(name) <= width else f"{name[:width]!r}..."
 
 
+LARGEST_TEXT = 256 << 20  # bytes: of a text to measure on, or to calibrate with
 REMEDIES = {  # what the system said -> what helps
     errno.ENOSPC: "Free some space, or choose another place",
     errno.EDQUOT: "Free some space, or choose another place",
@@ -119,6 +120,25 @@ def read_at(file: BinaryIO, path: Path, offset: int, size: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def read_text(path: Path, where: str = "") -> str:
+    """A text file that a user named; `where` is what errors call it. Raises FormatError."""
+    where = where or str(path)
+    try:
+        with path.expanduser().open("rb") as file:
+            raw = file.read(LARGEST_TEXT + 1)  # a device may never end
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte; ~ of nobody
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"{where}: cannot be read ({reason})") from None
+    if len(raw) > LARGEST_TEXT:
+        raise FormatError(f"{where}: more than {LARGEST_TEXT:,} bytes; take a part of it")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{where}: not UTF-8 at byte {error.start}; expected plain text"
+        ) from None
+
+
 def is_other_file(path: Path, magic: bytes) -> bool:
     """Whether `path` holds something that does not begin with `magic`: a source's weights, say."""
     if not path.exists():
@@ -130,6 +150,12 @@ def is_other_file(path: Path, magic: bytes) -> bool:
     return begin not in (b"", magic)
 
 
+def check_kind(path: Path, magic: bytes) -> None:
+    """Raise OutputError where a file of another kind would be replaced; without `magic`, none."""
+    if magic and is_other_file(path, magic):
+        raise OutputError(f"{path}: is there, and is of another kind; choose another name")
+
+
 @contextmanager
 def whole_file(path: Path, magic: bytes = b"") -> Iterator[BinaryIO]:
     """A new file that appears at `path` only if the block ends without an error.
@@ -139,8 +165,7 @@ def whole_file(path: Path, magic: bytes = b"") -> Iterator[BinaryIO]:
     A killed process can leave the temporary file (`.NAME.*.part`), never a part under `path`. With
     `magic`, a file that is there must begin with it.
     """
-    if magic and is_other_file(path, magic):
-        raise OutputError(f"{path}: is there, and is of another kind; choose another name")
+    check_kind(path, magic)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb") as file:

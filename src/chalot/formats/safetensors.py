@@ -41,7 +41,12 @@ from chalot.formats.safetensors_writer import TensorPlan, header
 
 PIECE = 1 << 20  # bytes read at a time while widening to float32
 
-INTEGERS = ("u8",)
+INTEGERS: dict[str, np.dtype[Any]] = {  # types of codes
+    "u8": np.dtype("u1"),
+    "i8": np.dtype("i1"),
+    "i32": np.dtype("<i4"),
+    "i64": np.dtype("<i8"),
+}
 
 Source = NDArray[Any] | Callable[[], NDArray[Any]]
 
@@ -84,9 +89,9 @@ class _Shard:
                     f"{self.path}: {self.size:,} bytes cannot be mapped ({error.strerror}); "
                     "raise the limits that `ulimit -v` and `ulimit -n` show"
                 ) from error
-        values = np.frombuffer(
+        values: NDArray[Any] = np.frombuffer(
             self.mapping,
-            dtype=STORED[extent.info.dtype],
+            dtype=(STORED | INTEGERS)[extent.info.dtype],
             count=math.prod(extent.info.shape),
             offset=self.payload + extent.begin,
         ).reshape(extent.info.shape)
@@ -163,13 +168,18 @@ class SafetensorsFolder:
 
     def integers(self, name: str, first: int, last: int) -> NDArray[np.uint8]:
         """Rows `first:last` of a matrix of bytes ("u8"). Raises as `float32`."""
-        shard, extent = self._place(name, INTEGERS)
+        shard, extent = self._place(name, ("u8",))
         rows, columns = extent.info.shape
         if not 0 <= first <= last <= rows:
             raise IndexError(f"{name}: rows {first}:{last} of {rows}")
         begin = shard.payload + extent.begin + first * columns
         content = shard.read(begin, (last - first) * columns)
         return np.frombuffer(content, np.uint8).reshape(last - first, columns)
+
+    def held(self, name: str) -> NDArray[Any]:
+        """A tensor of whole numbers (INTEGERS), mapped as by `raw`. Raises as `raw`."""
+        shard, extent = self._place(name, INTEGERS)
+        return shard.view(extent)
 
     def document(self, name: str) -> bytes | None:
         """One of `DOCUMENTS`, or None if the folder has none. Raises FormatError (size, UTF-8)."""

@@ -33,7 +33,7 @@ KINDS = (
     *("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore"),
     *("route", "experts"),
 )
-# of scores: the softmax; that of the chosen alone; 1 for each of the chosen; of each score by itself
+# of scores: the softmax; that of the chosen alone; 1 for each of those; of each score by itself
 ROUTINGS = ("softmax", "chosen", "ones", "sigmoid")
 GATES = ("silu", "gelu_tanh", "relu2")
 CACHE_TYPES = ("f32", "f16", "int8")

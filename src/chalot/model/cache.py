@@ -30,6 +30,26 @@ class Sequence:
         while len(self.pages) * PAGE < positions:
             self.pages.append(self.cache.take())
 
+    def missing(self, positions: int) -> int:
+        """How many pages `reserve` would take, a copy of one that is shared included."""
+        shared = positions > self.length and self.length % PAGE
+        copies = int(bool(shared) and self.cache.users[self.pages[self.length // PAGE]] > 1)
+        return copies + max(0, -(-positions // PAGE) - len(self.pages))
+
+    def take_over(self, page: int) -> None:
+        """Go on with a full page that holds just what follows here; pages must be full so far."""
+        self.truncate(self.length)  # a page reserved, and empty
+        self.cache.share(page)
+        self.pages.append(page)
+        self.length += PAGE
+
+    def room(self) -> int:
+        """The positions that `reserve` would grant now."""
+        free = len(self.cache.free)
+        if self.length % PAGE and self.cache.users[self.pages[self.length // PAGE]] > 1:
+            free -= 1  # a copy of the page in hand
+        return (len(self.pages) + free) * PAGE if free >= 0 else self.length
+
     def truncate(self, length: int) -> None:
         """Forget positions from `length` on, and give back pages that hold nothing else."""
         self.length = min(self.length, length)

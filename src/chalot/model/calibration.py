@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chalot.errors import WeightError
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE, Batch, padded_vector
-from chalot.kernels.reference import rms_norm
+from chalot.kernels.reference import gate, rms_norm, route
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm, layer_tensors
@@ -119,9 +119,13 @@ class Trial:
             least = int(np.argmin(errors))
             chosen = least if errors[least] < fold.GAIN * errors[0] else 0
             kept[planes] = errors[chosen], tried[chosen]
-        extra = kept[1][0] - kept[2][0]
-        planes = 2 if extra > max(NOTABLE, 0.1 * kept[2][0]) else 1
+        planes = planes_for(kept[1][0], kept[2][0])
         return kept[planes][1], planes
+
+
+def planes_for(eight: float, sixteen: float) -> int:
+    """Planes of an input whose products have these errors with 8 and with 16 bits."""
+    return 2 if eight - sixteen > max(NOTABLE, 0.1 * sixteen) else 1
 
 
 def dense(rows: Floats) -> Matrix:
@@ -188,10 +192,11 @@ class Calibration:
 
         Returns what its matrices are multiplied with, by slot.
         """
-        matrices, vectors, samples = {}, {}, {}
+        matrices: dict[str, Matrix] = {}
+        vectors, samples = {}, {}
         for spec in layer_tensors(self.config, i):
             of = self.same.get(spec.name)
-            if of in matrices:
+            if of is not None and of in matrices:
                 matrices[spec.name] = matrices[of]
                 continue
             weights = read(spec.name)
@@ -207,9 +212,12 @@ class Calibration:
             del weights  # before the next one is read
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
-            one = "experts.0." if self.config.experts_of(i) else ""
+            one = "experts.0." if self._are_one(i) else ""
             self._plan(f"layers.{i}.", inputs, samples, one)
-            self._plan_copies(f"layers.{i}.")
+            if one:
+                self._plan_copies(f"layers.{i}.")
+            elif self.config.experts_of(i) is not None:
+                self._plan_experts(i, inputs["feed-forward input"], matrices, samples)
             self._balance_keys(f"layers.{i}.", inputs[ROTATED], vectors)
         return inputs
 
@@ -233,17 +241,33 @@ class Calibration:
         self.hidden = np.concatenate(after)
         return first
 
+    def _are_one(self, i: int) -> bool:
+        """Whether a layer's experts are one tensor each, which is computed as a dense one is."""
+        experts, p = self.config.experts_of(i), f"layers.{i}.experts."
+        return (
+            experts is not None
+            and experts.normalised
+            and experts.count > 1
+            and all(
+                self.same.get(f"{p}{e}.{part}") == f"{p}0.{part}"
+                for e in range(1, experts.count)
+                for part in ("gate", "up", "down")
+            )
+        )
+
     def _plan_copies(self, p: str) -> None:
-        """Where experts are one, what holds for it holds for all, and for what reads with them."""
+        """What holds for experts that are one holds for all, and for what reads with them."""
         first = p + "experts.0."
         if first + "gate" in self.plan.columns:
             factor = self.plan.columns[first + "gate"]
             readers = ("router", "shared_router", "shared.gate", "shared.up")
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
+        factors, planes = (self.plan.rows, self.plan.columns), self.plan.planes
         for name, of in self.same.items():
-            for found in (self.plan.rows, self.plan.columns, self.plan.planes):
-                if of.startswith(first) and name.startswith(p) and of in found:
-                    found[name] = found[of]
+            if of.startswith(first):
+                for found in factors:
+                    found.update({name: found[of]} if of in found else {})
+                planes.update({name: planes[of]} if of in planes else {})
 
     def _plan(
         self,
@@ -291,6 +315,39 @@ class Calibration:
             self.plan.rows[p + producer] = inverse
             self.plan.rows[p + producer + ".bias"] = inverse
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
+
+    def _plan_experts(
+        self,
+        i: int,
+        x: Floats,
+        matrices: Mapping[str, Matrix],
+        samples: Mapping[str, tuple[Floats, Scheme]],
+    ) -> None:
+        """Activation bits of experts: all of a layer have the same, by the mean of their errors.
+
+        Each down is tried on what its own expert makes of the tokens that the router sends it.
+        """
+        experts, p = self.config.experts_of(i), f"layers.{i}."
+        assert experts is not None
+        scores = self.backend.product(matrices[p + "router"], x, 1)
+        routes = route(experts.routing, experts.top, scores)
+        each = {f"{p}experts.{e}.": x[routes[:, e] != -1] for e in range(experts.count)}
+        for of_kind in (each, {p + "shared.": x} if experts.shared_width else {}):
+            readers = [n + part for n in of_kind for part in ("gate", "up") if n + part in samples]
+            if readers:
+                trial = Trial(self.backend, x, {n: samples[n] for n in readers})
+                self.plan.planes.update(dict.fromkeys(readers, trial.best(None)[1]))
+            errors = []
+            for n, mine in of_kind.items():
+                if len(mine) and n + "down" in samples:
+                    g, up = (self.backend.product(matrices[n + m], mine, 1) for m in ("gate", "up"))
+                    inner = gate(self.config.activation, g, up)
+                    trial = Trial(self.backend, inner, {n + "down": samples[n + "down"]})
+                    errors.append(trial.errors(np.ones(inner.shape[1], np.float32)))
+            if errors:
+                eight, sixteen = (sum(e[j] for e in errors) / len(errors) for j in (0, 1))
+                downs = [n + "down" for n in of_kind]
+                self.plan.planes.update(dict.fromkeys(downs, planes_for(eight, sixteen)))
 
     def _balance_keys(self, p: str, rotated: Floats, vectors: Mapping[str, Floats]) -> None:
         """Factors of the rows that make queries and keys, from queries after rope and keys.

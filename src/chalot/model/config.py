@@ -160,7 +160,13 @@ def late_layers(config: Settings, layer: int) -> bool:
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
     "layer_types": None
 }
-QWEN_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
+COUNTS: Settings = {"num_experts": None, "num_local_experts": None}
+QWEN_EXPERTS = {
+    **COUNTS,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
+}
 GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
     "llama": Family({}, "attention_bias", "attention_bias", "mlp_bias"),
@@ -195,39 +201,37 @@ FAMILIES = {
         post_norms=True,
     ),
     "mixtral": Family(
-        {"sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2}
-        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+        COUNTS
+        | {"sliding_window": None, "num_experts_per_tok": 2}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         windowed=lambda config, layer: True,
-        experts=ExpertKeys("intermediate_size", True),
+        experts=ExpertKeys("intermediate_size", True, usual=8),
     ),
     "qwen2_moe": Family(
         QWEN
         | QWEN_EXPERTS
         | {"qkv_bias": True, "moe_intermediate_size": 1408}
-        | {"shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4},
+        | {"shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4},
         "qkv_bias",
         windowed=early_odd_layers,
         experts=ExpertKeys(
-            "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True
+            "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True, 60
         ),
     ),
     "qwen3_moe": Family(
-        QWEN
-        | QWEN_EXPERTS
-        | {"moe_intermediate_size": 768, "num_experts": 128}
-        | {"num_experts_per_tok": 8},
+        QWEN | QWEN_EXPERTS | {"moe_intermediate_size": 768, "num_experts_per_tok": 8},
         "attention_bias",
         "attention_bias",
         windowed=switched_on,
         head_norms=True,
-        experts=ExpertKeys("moe_intermediate_size", "norm_topk_prob", sparse=True),
+        experts=ExpertKeys("moe_intermediate_size", "norm_topk_prob", sparse=True, usual=128),
     ),
     "olmoe": Family(
-        {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+        COUNTS | {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
         "attention_bias",
         "attention_bias",
         whole_norms=True,
-        experts=ExpertKeys("intermediate_size", "norm_topk_prob"),
+        experts=ExpertKeys("intermediate_size", "norm_topk_prob", usual=64),
     ),
     "bitnet": Family(
         {"hidden_act": "relu2", "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
@@ -317,14 +321,6 @@ def check_supported(config: Settings, row: Family) -> None:
                 f"config.json: {key} is {shown(config[key])}, which chalot does not know of the "
                 f"family {config['model_type']}; expected none"
             )
-    quantization = config.get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, Mapping) and quantization.get("quant_method") == "bitnet"
-        if not known or quantization.get("use_rms_norm"):
-            raise UnsupportedError(
-                "config.json: the checkpoint is quantised already, in a way that chalot does not "
-                "read; convert the original weights"
-            )
 
 
 def activation(config: Settings, row: Family) -> str:
@@ -354,7 +350,10 @@ def windows(config: Settings, row: Family) -> tuple[int, ...]:
     """Each layer's window, 0 where it has none; () if no layer has one."""
     layers, kinds = whole(config, "num_hidden_layers"), config.get("layer_types")
     rule = row.windowed or (lambda config, layer: False)
-    size = whole(config, "sliding_window") if config.get("sliding_window") is not None else 0
+    given = config.get("sliding_window")
+    if given == 0 and not config.get("use_sliding_window", True):  # as transformers 5 saves it
+        given = None
+    size = 0 if given is None else whole(config, "sliding_window")
     chosen = by_rule = [size != 0 and rule(config, i) for i in range(layers)]
     if kinds is not None:
         by_kind = {"full_attention": False, "sliding_attention": True}

@@ -12,6 +12,7 @@ import msgspec
 
 from chalot.model.settings import LARGEST, Settings, flag, whole, wrong
 
+COUNTS = ("num_experts", "num_local_experts")  # two spellings of one number
 MOST = 1024  # experts of a layer
 MOST_MATRICES = 1 << 16  # layers x experts: a list of their tensors stays small
 
@@ -27,10 +28,8 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     width: int
     normalised: bool = False  # the chosen ones' weights sum to 1
     shared_width: int = 0  # of the one that all tokens take, times the sigmoid of a score; 0: none
-    ones: bool = (
-        False  # slices of a dense model: the chosen count whole, and so does the shared one
-    )
     dense_layers: tuple[int, ...] = ()  # ascending; they have a feed-forward as other models
+    ones: bool = False  # slices of a dense model: all count whole, the shared one too
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST:
@@ -45,6 +44,11 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             raise ValueError("dense_layers: expected ascending numbers of layers")
         if self.ones and self.normalised:
             raise ValueError("experts that count whole have no weights to be normalised")
+
+    @property
+    def routing(self) -> str:
+        """What scores become: one of kernels' ROUTINGS."""
+        return "chosen" if self.normalised else "ones" if self.ones else "softmax"
 
     def check(self, layers: int) -> None:
         """Raise ValueError where they do not go with so many layers."""
@@ -63,7 +67,7 @@ class ExpertKeys(msgspec.Struct, frozen=True):
     normalised: bool | str
     shared: str = ""  # the key of the shared expert's width; "": there is none
     sparse: bool = False  # decoder_sparse_step and mlp_only_layers say which layers are dense
-    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    usual: int = 0  # experts where it does not say how many
 
 
 def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | None:
@@ -77,11 +81,11 @@ def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | 
         return read_slices(config)
     if keys is None:
         return None
-    given = {k: config[k] for k in keys.count if config.get(k) is not None}
-    if len(set(map(str, given.values()))) > 1:
-        raise wrong(*next(iter(given.items())), f"what {' and '.join(given)} both say")
-    count = whole(config, next(iter(given), keys.count[0]))
-    dense = dense_layers(config, count) if keys.sparse else ()
+    counts = {whole(config, key) for key in COUNTS if config.get(key) is not None}
+    if len(counts) > 1:
+        raise wrong(COUNTS[0], config[COUNTS[0]], f"what {COUNTS[1]} says: {config[COUNTS[1]]}")
+    count = counts.pop() if counts else keys.usual
+    dense = dense_layers(config) if keys.sparse else ()
     return {
         "count": count,
         "top": whole(config, "num_experts_per_tok"),
@@ -113,7 +117,7 @@ def read_slices(config: Settings) -> dict[str, Any]:
     }
 
 
-def dense_layers(config: Mapping[str, Any], count: int) -> tuple[int, ...]:
+def dense_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Layers without experts: those named, and all but each `decoder_sparse_step`-th."""
     layers, step = whole(config, "num_hidden_layers"), whole(config, "decoder_sparse_step", 1)
     named = config.get("mlp_only_layers") or []

@@ -171,8 +171,7 @@ class Builder:
         if experts.normalised and self.are_one(each):  # weights that sum to 1, of one thing
             self.feed_forward(each[0], experts.width, fed, hidden)
         else:
-            routing = "chosen" if experts.normalised else "ones" if experts.ones else "softmax"
-            self.routed(p + "router", each, experts.top, routing, fed, hidden)
+            self.routed(p + "router", each, experts.top, experts.routing, fed, hidden)
         if experts.shared_width and experts.ones:
             self.feed_forward(p + "shared.", experts.shared_width, fed, hidden)
         elif experts.shared_width:
@@ -269,6 +268,12 @@ def build_from(
     b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0}, cap=config.logit_cap)
     shape = replace(cache_shape(config, cache), layers=max(config.layers - first, 1))
     return b.program(shape, inverse_frequency)
+
+
+def head_input(program: Program) -> int:
+    """The slot with what the head is multiplied with: the last hidden state, normed."""
+    last = next(op.target for op in program.ops if op.kind == "gather")
+    return next(op.target for op in program.ops if op.kind == "norm" and op.source == last)
 
 
 INPUT_OF = {  # a layer's matrices -> the slot that they are multiplied with

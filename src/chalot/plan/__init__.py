@@ -19,8 +19,9 @@ from pathlib import Path
 
 from chalot.conversion import Conversion
 from chalot.errors import FormatError, SchemeError
-from chalot.evaluate.report import read_text, uncut
+from chalot.evaluate.report import uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.formats.files import read_text
 from chalot.formats.myai import MyaiFile
 from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend
@@ -35,13 +36,14 @@ from chalot.plan.budget import (
 from chalot.plan.choose import Chosen, cheapest, choose, improve, item_bytes
 from chalot.plan.losses import DEPTHS, KNOWS_KL, Table, loss_table
 from chalot.plan.swap import Swaps
-from chalot.planfile import VERSION, PlanDocument, as_bytes, fingerprint
+from chalot.planfile import SIMPLE, VERSION, PlanDocument, as_bytes, fingerprint
 from chalot.quant.entropy import fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.refining import CALIBRATION_TEXT
 from chalot.sources import resolve
-from chalot.storing import Storing, parse_schemes
+from chalot.storing import DEFAULT_SCHEME, Storing, parse_schemes
+from chalot.typed import MAY_COUNT, MAY_PATH, PATH, check_types
 
 BY_BLOCK = ("ewq", "fast-ewq")
 METHODS = (*BY_BLOCK, *DEPTHS)
@@ -220,8 +222,10 @@ def check_choice(
         raise FormatError(f"method {method!r} is not known; choose {', '.join(METHODS)}")
     if variant not in ewq.VARIANTS:
         raise FormatError(f"variant {variant!r} is not known; choose {', '.join(ewq.VARIANTS)}")
-    if not math.isfinite(x):
-        raise FormatError(f"found {x} sigmas below the mean; expected a finite number, as 1.0")
+    if not 0 <= x < math.inf:
+        raise FormatError(
+            f"found {x} sigmas below the mean; expected a finite number of 0 or more, as 1.0"
+        )
     if isinstance(size, str) and size != FIT:
         raise FormatError(f"size {size!r}; expected bytes, or {FIT!r}")
     if sum(v is not None for v in (size, bits, max_kl)) > 1:
@@ -232,6 +236,26 @@ def check_choice(
         )
     if max_kl is not None and not 0 < max_kl < math.inf:
         raise FormatError(f"found a largest KL of {max_kl}; expected nats a token above 0, as 0.02")
+
+
+def check_simple(method: str, schemes: Sequence[Scheme], rest: str | None) -> None:
+    """Raise SchemeError for a plan that the simple form could not say."""
+    if method not in BY_BLOCK:
+        raise SchemeError(
+            f"found --method {method} with --simple, which has a level for each block; leave out "
+            f"--simple, or choose {' or '.join(BY_BLOCK)}"
+        )
+    unknown = [str(s) for s in schemes if str(s) not in SIMPLE.values()]
+    if unknown:
+        raise SchemeError(
+            f"found {', '.join(unknown)} with --simple, which knows {', '.join(SIMPLE.values())}; "
+            "leave out --simple, or choose of these with --schemes"
+        )
+    if rest is not None and Scheme.parse(rest) != SCHEMES[DEFAULT_SCHEME]:
+        raise SchemeError(
+            f"found {rest} for embedding and head with --simple, which has no place for it: "
+            f"converting gives them {DEFAULT_SCHEME}; leave out --ewq-rest, or --simple"
+        )
 
 
 def plan(
@@ -248,7 +272,7 @@ def plan(
     schemes: Sequence[str] | None = None,
     text: str | Path | None = None,
     exchanges: int = 40,
-    rest: str = "int8",
+    rest: str | None = None,
     simple: bool = False,
     threads: int | None = None,
     progress: Progress = lambda *_: None,
@@ -258,10 +282,18 @@ def plan(
     At most one of `size` (bytes of the file, or "fit": what this machine can run at `context`),
     `bits` (a weight, of all matrices) and `max_kl` (expected, nats a token) bounds it; without one
     a planner's file has the size of `nl4`, and EWQ is free. EWQ's levels are the `schemes`, three
-    or four; `rest` is what it gives embedding and head. `simple` writes {"0": "raw", ...}. The file
+    or four; `rest` is what it gives embedding and head, "int8" unless said. `simple` writes
+    {"0": "raw", ...}: of blocks only, so that `rest` is what converting gives the others. The file
     appears whole or not at all. Raises LimitError for a budget below what is possible, and says
     the least; SchemeError, FormatError, WeightError.
     """
+    check_types(
+        source=(source, PATH),
+        out=(out, PATH),
+        text=(text, MAY_PATH),
+        context=(context, MAY_COUNT),
+        threads=(threads, MAY_COUNT),
+    )
     check_choice(method, variant, x, size, bits, max_kl)
     if exchanges < 0:
         raise FormatError(f"found {exchanges} exchanges; expected 0 or more")
@@ -271,6 +303,9 @@ def plan(
         raise SchemeError("a plan needs two schemes to choose from; name more with --schemes")
     if method in BY_BLOCK:
         ewq.levels_of(known)
+    if simple:
+        check_simple(method, known, rest)
+    last = Scheme.parse(rest or (DEFAULT_SCHEME if simple else "int8"))
     checkpoint = open_checkpoint(resolve(source))
     with closing(checkpoint), NewFile(Path(out), PLAN, "plan") as file:
         work = Conversion(
@@ -281,7 +316,6 @@ def plan(
         )
         most = fitting_bytes(checkpoint, context) if isinstance(size, str) else size
         budget = budget_of(work, most, bits)
-        last = Scheme.parse(rest)
         if method == "ewq":
             made = by_entropy(work, checkpoint, variant, x, known, budget, last, progress)
         elif method == "fast-ewq":

@@ -61,10 +61,11 @@ def check_budget(
         stored = {n: lowest if n.startswith("layers.") else rest for n, _ in matrices}
         least = sum(stored_bytes(stored[n], *shape) for n, shape in matrices)
     if budget < least:
-        bits = least * 8 / sum(r * c for _, (r, c) in matrices)
+        beside, weights = overhead(work), sum(r * c for _, (r, c) in matrices)
         raise LimitError(
-            f"too small a size: the least that {', '.join(map(str, schemes))} can do here is a "
-            f"file of {least + overhead(work):,} bytes, {bits:.3f} bits a weight; ask for that "
+            f"found a size of {budget + beside:,} bytes, {budget * 8 / weights:.3f} bits a weight: "
+            f"too small; the least that {', '.join(map(str, schemes))} can do here is a file of "
+            f"{least + beside:,} bytes, {least * 8 / weights:.3f} bits a weight; ask for that "
             "much, or allow smaller schemes with --schemes"
             + ("" if rest is None else f" or --ewq-rest (now {rest})")
         )

@@ -13,9 +13,9 @@ nothing.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -127,9 +127,50 @@ DEPTHS: Mapping[str, Callable[[Swaps, Item, Sequence[Scheme]], dict[str, float]]
 KNOWS_KL = ("fisher", "linear", "measured")  # tables in nats a token
 
 
-def kept_at(key: str) -> Path:
-    """Where the table of that key is kept."""
-    return home() / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+class Kept(msgspec.Struct):
+    """A table on disk. `digest` is of `key` and `losses`: what was edited or cut is not believed"""
+
+    key: str
+    losses: Table
+    digest: str
+
+
+def digest_of(key: str, losses: Table) -> str:
+    """Of what is kept."""
+    raw = msgspec.json.encode([key, losses], order="sorted")
+    return hashlib.sha256(raw).hexdigest()
+
+
+class Keeper:
+    """The table of a key, on disk: what an interrupted run left, and what comes to it."""
+
+    def __init__(self, key: str) -> None:
+        self.key = f"{__version__} {key}"
+        name = hashlib.sha256(self.key.encode()).hexdigest()[:24]
+        self.path = home() / "plans" / f"{name}.json"
+
+    def read(self, names: Sequence[str]) -> Table:
+        """Rows that have a loss of 0 or more for each of the schemes; none of a damaged file."""
+        try:
+            kept = msgspec.json.decode(self.path.read_bytes(), type=Kept)
+        except (OSError, msgspec.DecodeError):
+            return {}
+        if kept.key != self.key or kept.digest != digest_of(kept.key, kept.losses):
+            return {}
+        return {
+            item: row
+            for item, row in kept.losses.items()
+            if row.keys() == set(names) and all(0 <= loss < math.inf for loss in row.values())
+        }
+
+    def write(self, losses: Table) -> None:
+        """Keep a table; a full disk costs only the keeping."""
+        kept = Kept(self.key, losses, digest_of(self.key, losses))
+        partial = self.path.with_suffix(".partial")
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(msgspec.json.encode(kept))
+            partial.replace(self.path)
 
 
 def loss_table(
@@ -141,19 +182,14 @@ def loss_table(
 ) -> Table:
     """item -> scheme -> expected loss. `key` names model and text, for what is kept on disk."""
     names = [str(s) for s in schemes]
-    place = kept_at(f"{__version__} {key} {depth} {names}")
+    keeper = Keeper(f"{key} {depth} {names}")
+    kept = keeper.read(names)
     table: Table = {}
-    with suppress(OSError, msgspec.DecodeError, msgspec.ValidationError):
-        table = msgspec.json.decode(place.read_bytes(), type=Table)
     for n, item in enumerate(swaps.items):
-        if table.get(item.name, {}).keys() != set(names):
+        if item.name in kept:
+            table[item.name] = kept[item.name]
+        else:
             table[item.name] = DEPTHS[depth](swaps, item, schemes)
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                partial = place.with_suffix(".partial")
-                partial.write_bytes(msgspec.json.encode(table))
-                partial.replace(place)
-            except OSError:  # a full disk costs only the keeping
-                pass
+            keeper.write(table)
         progress(item.name, n + 1, len(swaps.items))
     return table

@@ -1,5 +1,7 @@
 """A plan as a picture: bits of each tensor by layer, and the entropies of EWQ's blocks."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from chalot.charts import strips
@@ -31,8 +33,19 @@ def picture(plan: PlanDocument) -> str:
     return strips(rows, f"bits a weight by layer, {plan.method}: {plan.bits_per_weight:.2f} in all")
 
 
-def write_picture(plan: PlanDocument, path: Path) -> None:
-    """Whole or not at all; over another .svg only. Raises OutputError."""
-    with NewFile(path, b"<svg", ".svg") as file:
-        file.write(picture(plan).encode())
-        file.commit()
+@contextmanager
+def new_picture(path: str | None) -> Iterator[Callable[[PlanDocument], None]]:
+    """What draws a plan to a file, whose place is checked now; to none without a path.
+
+    Whole or not at all; over another .svg only. Raises OutputError.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    with NewFile(Path(path).expanduser(), b"<svg", ".svg") as file:
+
+        def draw(plan: PlanDocument) -> None:
+            file.write(picture(plan).encode())
+            file.commit()
+
+        yield draw

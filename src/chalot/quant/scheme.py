@@ -21,7 +21,7 @@ ROW = 1 << 24  # a segment that is the whole row; matrices have no more columns
 
 
 class Coding(NamedTuple):
-    """How the codes of a block, 16 rows x 128 columns, lie in bytes (quant/packing.py)."""
+    """How the codes of a block, 16 rows x 128 columns, lie in bytes (quant/codings.py)."""
 
     codes: int  # different codes
     block_bytes: int
@@ -66,7 +66,7 @@ class Scheme:
     @staticmethod
     def parse(text: str) -> "Scheme":
         """The scheme of that name. Raises SchemeError, which lists the names there are."""
-        scheme = SCHEMES.get(text.strip().lower())
+        scheme = SCHEMES.get(text.strip().lower()) if isinstance(text, str) else None
         if scheme is None:
             raise SchemeError(f"scheme {text!r} is not known; choose one of: {', '.join(SCHEMES)}")
         return scheme

@@ -144,13 +144,13 @@ class Tokenizer:
 
     # ---- text
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of a text, with a beginning of text where the model's tokenizer adds one.
+    def encode(self, text: str, *, specials: bool = False, start: bool = True) -> list[int]:
+        """Ids of a text; at its `start`, with a beginning where the model's tokenizer adds one.
 
         Special tokens in it are text, unless `specials`. Raises TokenizerError for text that is not
         Unicode (half of a surrogate pair).
         """
-        return self._opened.encode(text, marks=specials, post_process=True)
+        return self._opened.encode(text, marks=specials, post_process=start)
 
     def decode(self, ids: Iterable[int], skip_specials: bool = True) -> str:
         """Text of ids. Bytes that are not UTF-8 become U+FFFD, ids without a token nothing."""

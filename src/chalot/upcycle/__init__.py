@@ -12,6 +12,7 @@ from chalot.convert import ConvertReport, check_place
 from chalot.errors import SchemeError
 from chalot.export import TARGETS, Options, refuse_useless, target_of
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.typed import MAY_PATH, MAY_TEXT, PATH, check_types
 from chalot.upcycle.settings import Settings, UpcycleError
 from chalot.upcycle.view import View
 
@@ -33,13 +34,15 @@ def upcycle(
 ) -> ConvertReport:
     """Write the mixture `asked` for, made of the dense model `source`, to `out`.
 
-    `to` is "myai" (by default, with `scheme` as for `convert`) or "safetensors" (with `type`), which
-    slices cannot be. `calibration` is the text that slices are chosen by (default: chalot's own).
-    Raises UpcycleError for settings that make no mixture, and any other ChalotError for what is
+    `to` is "myai" (by default, with `scheme` as for `convert`) or "safetensors" (with `type`),
+    which slices cannot be. `calibration` is the text that slices are chosen by (default: chalot's
+    own). Raises UpcycleError for settings that make no mixture, and any other ChalotError for what is
     wrong with source or place. The file or folder appears whole or not at all.
     """
     from chalot.sources import resolve
 
+    check_types(source=(source, PATH), out=(out, PATH), calibration=(calibration, MAY_PATH))
+    check_types(to=(to, MAY_TEXT), scheme=(scheme, MAY_TEXT), type=(type, MAY_TEXT))
     asked = asked or Settings()
     to = checked_target(to, out, asked)
     given = {"type": type, "scheme": scheme}

@@ -31,7 +31,7 @@ class Mixture(NamedTuple):
 
     family: str
     architecture: str
-    count: str  # the key of the number of experts
+    number: str  # the key of the number of experts
     width: str  # and of their width
     more: Mapping[str, Any] = {}
     shared: bool = False  # whether it has a shared expert
@@ -96,7 +96,7 @@ def config_of(checkpoint: Checkpoint, config: ModelConfig, asked: Settings) -> b
     said |= {
         "model_type": mixture.family,
         "architectures": [mixture.architecture],
-        mixture.count: asked.experts,
+        mixture.number: asked.experts,
         mixture.width: config.feed_forward,
         "num_experts_per_tok": asked.top,
         **mixture.more,

@@ -1,6 +1,6 @@
 """Experts that are slices of a dense model's feed-forward: all of them together are the dense one.
 
-    down(activation(gate x) * up x) = sum over slices s of down[:, s](activation(gate[s] x) * up[s] x)
+    down(act(gate x) * up x) = sum over slices s of down[:, s](act(gate[s] x) * up[s] x)
 
 Each slice counts whole, not by a softmax; no family of transformers says so, and so config.json
 keeps the dense family and adds `chalot_slices` (model/experts.py).
@@ -16,6 +16,7 @@ import numpy as np
 from chalot.checking import RUN, check_shapes, read_config
 from chalot.errors import FormatError, TokenizerError, UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint
+from chalot.formats.files import read_text
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
@@ -26,7 +27,7 @@ from chalot.model.layers import model_tensors
 from chalot.quant.fold import column_sums
 from chalot.quant.packing import DENSE
 from chalot.quant.scheme import SCHEMES
-from chalot.refining import CALIBRATION_TEXT, read_text
+from chalot.refining import CALIBRATION_TEXT
 from chalot.unfolding import Rows
 from chalot.upcycle.choosing import Chosen, Indices, choose
 from chalot.upcycle.copies import refuse_mixture, settings_of
@@ -50,7 +51,7 @@ def token_ids(checkpoint: Checkpoint, config: ModelConfig, text: Path | None) ->
     if text is None:
         said = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
     else:
-        said = read_text(text)
+        said = read_text(text, f"--calibration {text}")
     ids = Tokenizer.from_documents(raw, None, None, None).encode(said[:CHARACTERS])
     if ids and max(ids) >= config.vocabulary:
         raise TokenizerError(

@@ -1,4 +1,4 @@
-"""What copies and slices share: a dense checkpoint seen as another one, read when it is asked for."""
+"""What copies and slices share: a dense checkpoint seen as another one, read when asked for."""
 
 from collections.abc import Mapping
 from pathlib import Path

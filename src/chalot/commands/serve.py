@@ -1,0 +1,100 @@
+"""chalot serve MODEL"""
+
+from argparse import ArgumentParser
+from argparse import Namespace as Arguments
+from pathlib import Path
+
+from chalot.commands.opening import MODEL, cache_type, converted, size
+from chalot.commands.output import say, speaker
+from chalot.errors import FormatError, UnsupportedError
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What it takes."""
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8080, help="default: 8080")
+    parser.add_argument("--name", help="what clients call the model (default: the file's name)")
+    parser.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="may be given several times"
+    )
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="a key a line; `ps` does not show it"
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page's origin that may call (default: none but the server's own page)",
+    )
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a further Host to serve"
+    )
+    parser.add_argument("--context", type=int, help="most tokens of one prompt and answer")
+    parser.add_argument("--slots", type=int, default=16, help="answers at once (default: 16)")
+    parser.add_argument("--queue", type=int, default=128, help="answers that wait (default: 128)")
+    parser.add_argument(
+        "--drain", type=int, default=30, metavar="SECONDS", help="to end answers when stopped"
+    )
+    parser.add_argument("--mlock", action="store_true", help="keep the model's file in memory")
+    parser.add_argument(
+        "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
+    )
+    cache_type(parser, "int8")
+    parser.add_argument(
+        "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 2GB"
+    )
+
+
+def keys_of(arguments: Arguments) -> tuple[str, ...]:
+    """Keys of the command line and of the file. Raises FormatError."""
+    keys = list(arguments.api_key)
+    if arguments.api_key_file:
+        path = Path(arguments.api_key_file).expanduser()
+        try:
+            keys += path.read_text("utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(f"{path}: cannot be read as a file of keys ({error})") from None
+        if not keys:
+            raise FormatError(f"{path}: holds no key; expected one a line")
+    if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in keys):
+        raise FormatError("--api-key: expected 8 or more printable ASCII characters")
+    return tuple(keys)
+
+
+def main(arguments: Arguments) -> int:
+    """The exit code."""
+    try:
+        from chalot.serve.app import run
+    except ImportError as error:
+        raise UnsupportedError(
+            f'serving needs {error.name}; install it: pip install "chalot[serve]"'
+        ) from None
+    from chalot.load import load
+    from chalot.serve.settings import Settings
+
+    for name, low, high in (("port", 0, 65535), ("slots", 1, 1024), ("queue", 0, 65536)):
+        if not low <= getattr(arguments, name) <= high:
+            found = getattr(arguments, name)
+            arguments.parser.error(f"--{name}: found {found}, expected {low} to {high}")
+    keys = keys_of(arguments)
+    path = converted(arguments.model, arguments)
+    settings = Settings(
+        host=arguments.host,
+        port=arguments.port,
+        name=arguments.name or path.stem,
+        keys=keys,
+        origins=tuple(arguments.allow_origin),
+        hosts=tuple(arguments.allow_host),
+        slots=arguments.slots,
+        queue=arguments.queue,
+        drain_seconds=max(0, arguments.drain),
+    )
+    if not settings.on_loopback and not keys:
+        say("chalot: others can reach this server, and it asks for no key: see --api-key-file")
+    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
+    given = {name: getattr(arguments, name) for name in options}
+    with load(path, texts=settings.slots, **given) as model:
+        run(model, settings, speaker(arguments), arguments.verbose)
+    return 0

@@ -122,7 +122,7 @@ def write_myai(
         )
     check_space(
         out,
-        planned_bytes(work.config, schemes)
+        planned_bytes(work.config, schemes, work.same)
         + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
     )
     said = command if refine is None else f"{command}  # {refine}"

@@ -2,7 +2,6 @@
 
 VERBS = {  # in the order of `chalot --help`
     "convert": "convert a checkpoint to one .myai file",
-    "upcycle": "make a mixture of experts of a dense model: copies, or slices of it",
     "run": "generate text after a prompt",
     "chat": "talk to a model by its own chat template",
     "serve": "serve a model over HTTP, as OpenAI's API",
@@ -10,6 +9,7 @@ VERBS = {  # in the order of `chalot --help`
     "bench": "how fast a model runs here, beside what memory allows",
     "eval": "what a model costs in quality: perplexity, KL to its source, tasks",
     "plan": "which scheme for which tensor, by measured loss or by entropy",
+    "upcycle": "make a mixture of experts of a dense model: copies, or slices of it",
     "compare": "a model and its smaller forms in one table and one page",
     "verify": "check every extent and checksum of a .myai file",
     "models": "short names, what is converted, what was downloaded",

@@ -36,8 +36,8 @@ def upcycle(
 
     `to` is "myai" (by default, with `scheme` as for `convert`) or "safetensors" (with `type`),
     which slices cannot be. `calibration` is the text that slices are chosen by (default: chalot's
-    own). Raises UpcycleError for settings that make no mixture, and any other ChalotError for what is
-    wrong with source or place. The file or folder appears whole or not at all.
+    own). Raises UpcycleError for settings that make no mixture, and any other ChalotError for what
+    is wrong with source or place. The file or folder appears whole or not at all.
     """
     from chalot.sources import resolve
 

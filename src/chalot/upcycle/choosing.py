@@ -45,25 +45,29 @@ def choose(x: Floats, shares: Floats, shared: int, routed: int, backend: Backend
     columns = shares.shape[1]
     width = columns // (shared + routed)
     marks = marked(shares)
-    order = np.argsort(-column_sums(squares(shares)), kind="stable")
+    order = np.argsort(-summed_squares(shares), kind="stable")
     rest = np.sort(order[shared * width :])
     of = balanced(marks[:, rest], routed)
     groups = tuple(rest[of == g] for g in range(routed))
-    given = np.stack([np.sqrt(column_sums(squares(shares[:, g]).T)) for g in groups], axis=1)
+    given = np.stack([np.sqrt(summed_squares(shares[:, g].T)) for g in groups], axis=1)
     return Chosen(np.sort(order[: shared * width]), groups, router(x, given, backend))
 
 
-def squares(x: Floats) -> NDArray[np.float64]:
-    """Exact."""
-    wide = x.astype(np.float64)
-    return wide * wide
+def summed_squares(x: Floats) -> NDArray[np.float64]:
+    """Sums over the rows (columns,), one row after another: no machine's own order."""
+    total = np.zeros(x.shape[1])
+    for row in x:
+        wide = row.astype(np.float64)
+        total += wide * wide
+    return total
 
 
 def marked(shares: Floats) -> Marks:
     """The largest shares of each token: no fewer than MARKED, more where some are equal."""
     count = max(1, int(shares.shape[1] * MARKED))
-    least = np.partition(shares, -count, axis=1)[:, -count]
-    marks: Marks = shares >= least[:, None]
+    marks = np.empty(shares.shape, np.bool_)
+    for some, marked_here in zip(shares, marks, strict=True):
+        np.greater_equal(some, np.partition(some, -count)[-count], out=marked_here)
     return marks
 
 

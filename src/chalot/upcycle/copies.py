@@ -3,7 +3,7 @@
 The router's weights of the chosen experts sum to 1, so that equal copies give what the dense model
 gives. They are then one tensor with many names: `aliases`. With noise each copy is its own:
 
-    w[e] = w + noise * deviation(w) * bell
+    w[e] = w + noise * deviation(w) * bell, rounded to the source's own type
 
 The families of mixtures, as Hugging Face names them, follow from the dense one's: `MIXTURES`.
 """
@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from chalot.checking import RUN, check_shapes, read_config
-from chalot.errors import UnsupportedError
+from chalot.errors import UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
+from chalot.formats.files import quoted
+from chalot.formats.floats import narrowed, widened
 from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.upcycle.numbers import bell, key
 from chalot.upcycle.settings import Settings, UpcycleError
@@ -141,7 +143,7 @@ class Copies(View):
             own = f"model.layers.{layer}.mlp.experts.{e}.{PARTS[part]}.weight"
             self.copied[own] = name
             if self.asked.noise:
-                self.infos[own] = numbers(own, info.shape)
+                self.infos[own] = numbers(own, info.shape, info.dtype)
                 continue
             self.infos[own] = info._replace(name=own)
             if e:
@@ -157,8 +159,9 @@ class Copies(View):
             for part, shape in (("gate", wide), ("up", wide), ("down", wide[::-1])):
                 shapes[f"{p}shared_expert.{PARTS[part]}.weight"] = shape
             self.zeros |= shapes.keys() - self.routers
+        dtype = self.source.tensors[dense_name(layer, "gate")].dtype
         for name, shape in shapes.items():
-            self.infos[name] = numbers(name, shape)
+            self.infos[name] = numbers(name, shape, dtype if name in self.zeros else "f32")
 
     def rows(self, name: str, first: int, last: int) -> Floats:
         """Rows of a tensor that is there."""
@@ -175,7 +178,19 @@ class Copies(View):
         if self.asked.noise:
             drawn = bell(key(self.asked.seed, name), first * columns, (last - first) * columns)
             values += drawn.reshape(-1, columns) * self._deviation(dense)
+            values = self._rounded(name, values)
         return values
+
+    def _rounded(self, name: str, values: Floats) -> Floats:
+        """Numbers of the type that the source has."""
+        dtype = self.infos[name].dtype
+        try:
+            return widened(narrowed(values, dtype)).astype(np.float32)
+        except OverflowError:
+            raise WeightError(
+                f"{self.path}: --noise {self.asked.noise} makes weights of {quoted(name)} too "
+                f"large for {dtype}; choose less"
+            ) from None
 
     def _deviation(self, name: str) -> np.float32:
         """The noise's size in a tensor: its standard deviation times --noise."""

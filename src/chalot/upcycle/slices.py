@@ -7,7 +7,7 @@ keeps the dense family and adds `chalot_slices` (model/experts.py).
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from chalot.upcycle.copies import refuse_mixture, settings_of
 from chalot.upcycle.settings import Settings
 from chalot.upcycle.view import PARTS, Floats, View, dense_name, numbers
 
-WINDOWS = 8  # of PAGE tokens
+WINDOWS = 16  # of PAGE tokens
 CHARACTERS = 1 << 18  # of the text that are looked at
 Progress = Callable[[str, int, int], None]
 
@@ -76,15 +76,15 @@ def choose_all(
 ) -> list[Chosen]:
     """The slices of every layer, as the text goes through one layer after another.
 
-    In memory are one layer, and of the text its states, inputs and shares:
-    tokens * (2 hidden + 2 feed-forward) numbers.
+    In memory are one layer, and of the text its states, inputs and shares: as many tokens times
+    2 hidden + feed-forward float32.
     """
     rows = Rows(checkpoint, config)
     hidden = np.concatenate([rows.read("embedding", i, i + 1) for i in ids])
     hidden *= np.float32(config.embedding_scale)
-    inputs: list[Floats] = []
-    inner: list[Floats] = []
-    lengths = np.zeros(0, np.float32)
+    x = np.empty((len(ids), config.hidden), np.float32)
+    shares = np.empty((len(ids), config.feed_forward), np.float32)
+    lengths, done = np.zeros(0, np.float32), 0
 
     def read(name: str) -> Floats:
         nonlocal lengths
@@ -98,10 +98,13 @@ def choose_all(
             lengths = np.sqrt(column_sums(values.astype(np.float64) ** 2)).astype(np.float32)
         return values
 
-    def watch(slots: object) -> None:
-        assert isinstance(slots, dict)
-        inputs.append(slots["feed-forward input"])
-        inner.append(np.abs(slots["feed-forward inner"]) * lengths)
+    def watch(slots: Mapping[str, Floats]) -> None:
+        nonlocal done
+        inner = slots["feed-forward inner"]
+        here = slice(done % len(ids), done % len(ids) + len(inner))
+        x[here] = slots["feed-forward input"]
+        np.multiply(np.abs(inner), lengths, out=shares[here])
+        done += len(inner)
 
     schemes = {s.name: SCHEMES["f32"] for s in model_tensors(config)}
     frequencies = inverse_frequencies(config)
@@ -111,9 +114,6 @@ def choose_all(
         types = {checkpoint.tensors[dense_name(i, part)].dtype for part in PARTS}
         dtype = types.pop()
         states.layer(i, read, SCHEMES[dtype if not types and dtype in DENSE else "f32"])
-        x, shares = np.concatenate(inputs), np.concatenate(inner)
-        inputs.clear()
-        inner.clear()
         chosen.append(choose(x, shares, asked.shared, asked.routed, backend))
         progress(f"layers.{i}", i + 1, config.layers)
     return chosen

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from chalot.errors import FormatError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import quoted
+from chalot.formats.floats import STORED
 
 Floats = NDArray[np.float32]
 PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -21,9 +22,10 @@ def dense_name(layer: int, part: str) -> str:
     return f"model.layers.{layer}.mlp.{PARTS[part]}.weight"
 
 
-def numbers(name: str, shape: tuple[int, ...]) -> TensorInfo:
-    """A tensor that is made up, or changed, as it is read."""
-    return TensorInfo(name, "f32", shape, 4 * int(np.prod(shape)))
+def numbers(name: str, shape: tuple[int, ...], dtype: str = "f32") -> TensorInfo:
+    """A tensor that is made up, or changed, as it is read; of f32 where the type has codes."""
+    dtype = dtype if dtype in STORED else "f32"
+    return TensorInfo(name, dtype, shape, STORED[dtype].itemsize * int(np.prod(shape)))
 
 
 class View:

@@ -117,7 +117,7 @@ struct Model {
       expect(t.size() == 16, "operation: expected sixteen fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]), routing = nb::cast<int>(t[12]);
-      expect(kind >= 0 && kind <= int(OpKind::experts) && gate >= 0 && gate <= int(Gate::relu2) && routing >= 0 &&
+      expect(kind >= 0 && kind <= int(OpKind::prefetch) && gate >= 0 && gate <= int(Gate::relu2) && routing >= 0 &&
                  routing <= int(Routing::sigmoid),
              "operation: unknown kind");
       op.kind = OpKind(kind);
@@ -391,5 +391,6 @@ NB_MODULE(_native, m) {
                                     Out<uint8_t>, Out<float>>(&Model::run))
       .def("best", &Model::best)
       .def("copy_slot", &Model::copy_slot)
+      .def_prop_ro("taken", [](const Model& m) { return m.program.taken(); })
       .def_prop_ro("page_bytes", [](const Model& s) { return s.program.cache().page_bytes(); });
 }

@@ -77,7 +77,7 @@ void Program::check() {
     };
     const int queries = heads_ * cache_.head_dim, keys = cache_.kv_heads * cache_.head_dim;
     const bool all_tokens = op.kind == OpKind::embed || op.kind == OpKind::rope_store || op.kind == OpKind::attend ||
-                            op.kind == OpKind::gather || op.kind == OpKind::experts;
+                            op.kind == OpKind::gather || op.kind == OpKind::experts || op.kind == OpKind::prefetch;
     if (gathered && all_tokens) invalid(i, "after gather only the wanted tokens are there");
     if (op.kind != OpKind::embed) {
       slot(op.in);
@@ -150,6 +150,10 @@ void Program::check() {
         slot(op.out);
         if (!filled[size_t(op.routes)]) invalid(i, "nothing has written what it reads");
         check_experts(i);
+        break;
+      case OpKind::prefetch:
+        numbers(op.in, int(op.parts.size() / 3));
+        if (op.parts.size() % 3 || op.out >= 0) invalid(i, "prefetch takes gate, up and down of each expert");
         break;
       case OpKind::gather:
         numbers(op.in, slot(op.out).width);

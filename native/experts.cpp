@@ -4,6 +4,11 @@
 #include <algorithm>
 #include <cstring>
 
+#ifndef _WIN32
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "offset.h"
 #include "program.h"
 
@@ -51,6 +56,28 @@ void Program::route(const Op& op, const Run& run) {
   }
 }
 
+// Asks the system for the pages of the experts that a thread's tokens are expected to take; reading goes on meanwhile.
+void Program::prefetch(const Op& op, const Run& run) const {
+#ifndef _WIN32
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  for (size_t e = 0; e < op.parts.size() / 3; e++) {
+    bool taken = false;
+    for (int t = run.from(); t < run.to() && !taken; t++) taken = numbers(op.in, t)[e] != -1.0f;
+    for (size_t i = 0; i < 3 && taken; i++) {
+      const Matrix& w = op.parts[e * 3 + i].w;
+      const size_t begin = reinterpret_cast<size_t>(w.data) / page * page;
+      const size_t bytes = is_coded(w.scheme) ? size_t(w.panels()) * w.panel_bytes()
+                                              : size_t(w.rows) * size_t(round_up(w.columns, 16)) *
+                                                    (w.scheme == Scheme::f32 ? 4 : 2);
+      // a hint: what it does not bring, page faults will
+      (void)madvise(reinterpret_cast<void*>(begin), reinterpret_cast<size_t>(w.data) + bytes - begin, MADV_WILLNEED);
+    }
+  }
+#else
+  (void)op, (void)run;
+#endif
+}
+
 // By one thread: the tokens of each expert, one expert after another.
 void Program::group(const Op& op, int tokens) {
   const int experts = slots_[size_t(op.routes)].width;
@@ -62,6 +89,7 @@ void Program::group(const Op& op, int tokens) {
       if (numbers(op.routes, t)[e] != -1.0f) pairs_.push_back(t);
     const int count = int(pairs_.size()) - first;
     if (count) groups_.push_back({e, first, count});
+    taken_[op.taken][size_t(e)] += count;
   }
 }
 

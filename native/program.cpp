@@ -19,7 +19,7 @@ size_t to_lines(size_t n) { return (n + 63) / 64 * 64; }
 // Operations whose work is split over tokens: between two of them no thread needs another's result.
 bool by_token(OpKind k) {
   return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate ||
-         k == OpKind::restore || k == OpKind::route;
+         k == OpKind::restore || k == OpKind::route || k == OpKind::prefetch;
 }
 
 // sin and cos of a float32 angle, in double, rounded to float32: pi / 2 in three parts (33 + 33 + 53 bits), so that
@@ -79,6 +79,11 @@ Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache,
   scratch_bytes_ = to_lines(std::max(scratch_bytes_, attention_scratch_bytes()));
   for (const Op& op : ops_)
     if (of_all_heads(op)) scratch_bytes_ = std::max(scratch_bytes_, to_lines(op.weight_size * 4));
+  for (Op& op : ops_)
+    if (op.kind == OpKind::experts) {
+      op.taken = taken_.size();
+      taken_.emplace_back(op.parts.size() / 3);
+    }
   written_.assign(slots_.size(), false);
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
@@ -229,6 +234,9 @@ void Program::apply(const Op& op, const Run& run) {
     }
     case OpKind::linear:
       linear(op, run);
+      break;
+    case OpKind::prefetch:
+      prefetch(op, run);
       break;
     case OpKind::route:
       route(op, run);

@@ -22,7 +22,8 @@ enum class OpKind : int {
   gather,
   restore,
   route,
-  experts
+  experts,
+  prefetch
 };
 // weights: of all scores, of the chosen, 1 for each of the chosen, of each by itself
 enum class Routing : int { softmax, chosen, ones, sigmoid };
@@ -54,6 +55,7 @@ struct Op {
   int top = 0;                         // route, experts: experts that a token takes
   int routes = -1;                     // experts: the slot with their weights, -1 where they are not taken
   int planes = 0;                      // experts: of what down is multiplied with; 0: numbers
+  size_t taken = 0;                    // experts: where its counts are; set by Program
 };
 
 struct Slot {
@@ -123,6 +125,8 @@ class Program {
   int width(int slot) const { return slot < 0 || size_t(slot) >= slots_.size() ? -1 : slots_[size_t(slot)].width; }
   int vocabulary() const { return vocabulary_; }
   const CacheShape& cache() const { return cache_; }
+  // For each operation that runs experts, in order: tokens that each one had, since the program was made.
+  const std::vector<std::vector<int64_t>>& taken() const { return taken_; }
 
  private:
   struct Storage {
@@ -173,6 +177,7 @@ class Program {
   void make_block(const Op& op, const Run& run, const Group& g, const Slot& inner, int block, float* both);
   void add_panels(const Op& op, const Run& run, const Group& g, const Slot& inner, int first, int last, float* made);
   void check_experts(size_t op) const;
+  void prefetch(const Op& op, const Run& run) const;
   void norm_all_heads(const Op& op, const Run& run);
   bool of_all_heads(const Op& op) const {
     return op.weight && op.weight_size != size_t(2 * cache_.stride());
@@ -205,6 +210,7 @@ class Program {
   Storage gathered_, inner_;   // what experts multiply, their tokens together; what gate and up make of it
   std::vector<Group> groups_;  // of experts that some token takes
   std::vector<int> pairs_;     // tokens, those of one expert together
+  std::vector<std::vector<int64_t>> taken_;
   std::vector<Block> blocks_;
   std::vector<int> held_;  // by thread and wanted row
   int most_pages_ = 0;

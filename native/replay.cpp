@@ -88,7 +88,7 @@ Matrix read_matrix(File& f) {
 
 Op read_op(File& f) {
   Op op;
-  op.kind = f.one_of(OpKind::experts);
+  op.kind = f.one_of(OpKind::prefetch);
   op.in = f.whole();
   op.out = f.whole();
   op.parts.resize(f.count());

@@ -23,6 +23,7 @@ from chalot.formats.names import hugging_face
 from chalot.keeping import keeps
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
+from chalot.mixture import check_alike, refuse_mixture
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, layer_tensors, model_tensors
@@ -85,6 +86,7 @@ class Conversion:
         matrices = [s for s in self.specs if s.kind != "vector"]
         self.schemes = {s.name: scheme_of(how.schemes, s) for s in matrices}
         self.balanced = {s.name: scheme_of(how.balance or how.schemes, s) for s in matrices}
+        check_alike(self.schemes)
         self.absmean = how.ternary == "absmean"
         if self.absmean:
             own = {n for n, s in self.schemes.items() if s.fit == "ternary"}
@@ -98,6 +100,7 @@ class Conversion:
         self.plan = Plan()
         self.refining: Refining | None = None
         if how.refine is not None:
+            refuse_mixture(self.config, "--refine", "leave --refine out")
             self.refining = Refining(how.refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
         self.taken: set[str] = set()  # tensors that have the source's own codes

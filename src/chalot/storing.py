@@ -49,9 +49,9 @@ class Storing:
 def parse_schemes(text: str) -> dict[str, Scheme]:
     """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
 
-    Routers stay f32 unless they are named. Any other kind that is not takes the default; a head that is not named goes with the embedding.
-    "keep" gives the default too: see `schemes_for`. Raises SchemeError for unknown kinds or
-    schemes.
+    A kind that is not named takes the default, but for a head, which goes with the embedding, and
+    routers, which stay f32. "keep" gives the default too: see `schemes_for`. Raises SchemeError for
+    unknown kinds or schemes.
     """
     if text.strip().lower() == KEEP:
         text = DEFAULT_SCHEME

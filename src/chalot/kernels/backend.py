@@ -46,6 +46,10 @@ class Runnable(Protocol):
         An id of -1 comes first where logits were infinite or not a number.
         """
 
+    @property
+    def taken(self) -> list[NDArray[np.int64]]:
+        """Tokens that each expert had so far, for each operation that runs experts, in order."""
+
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
         """(tokens, width): what the last batch left in a float slot that is written."""
 

@@ -115,6 +115,11 @@ class NativeProgram:
         except (IndexError, ValueError) as error:
             raise KernelError(f"batch: {error}") from None
 
+    @property
+    def taken(self) -> list[NDArray[np.int64]]:
+        """See Runnable."""
+        return [np.array(counts, np.int64) for counts in self.native.taken]
+
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
         """See Runnable."""
         out = np.empty((tokens, self.slots[index].width), np.float32)

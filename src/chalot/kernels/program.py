@@ -17,6 +17,7 @@ one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a
     route     target <- each expert's weight, of its score; -1 for those that a token does not take
     experts   target += weight * down(activation(gate x) * up x), expert after expert, for each
               token's own; `parts` are gate, up and down of each; the weights are in slot `routes`
+    prefetch  asks the system for the pages of the experts that source's weights choose
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
 KINDS = (
     *("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore"),
-    *("route", "experts"),
+    *("route", "experts", "prefetch"),
 )
 # of scores: the softmax; that of the chosen alone; 1 for each of those; of each score by itself
 ROUTINGS = ("softmax", "chosen", "ones", "sigmoid")
@@ -65,7 +66,7 @@ class Op:
     source: int = LOGITS
     target: int = LOGITS
     parts: tuple[Part, ...] = ()
-    # norm: padded to 16; rope_store: q's and k's for one head, or for all, each padded to 16, or None
+    # norm: padded to 16; rope_store: q's and k's, of one head or all, each padded to 16, or None
     weight: NDArray[np.float32] | None = None
     number: float = 0.0  # embed: factor; norm, rope_store: epsilon; attend: factor of the scores
     layer: int = 0

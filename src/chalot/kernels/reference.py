@@ -340,6 +340,9 @@ class ReferenceProgram:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.slots: dict[int, Floats] = {}
+        mixtures = [op for op in program.ops if op.kind == "experts"]
+        self.order = {id(op): i for i, op in enumerate(mixtures)}
+        self.taken = [np.zeros(len(op.parts) // 3, np.int64) for op in mixtures]
 
     def best(
         self, batch: Batch, arena: NDArray[np.uint8], count: int
@@ -364,6 +367,8 @@ class ReferenceProgram:
         for op in self.program.ops:
             if op.kind == "gather" and not len(batch.wanted):
                 break
+            if op.kind == "prefetch":
+                continue
             if op.kind == "restore":
                 width = self.program.slots[op.target].width
                 slots[op.target] = restore(*codes[op.source])[:, :width]
@@ -380,6 +385,7 @@ class ReferenceProgram:
             elif op.kind == "experts":
                 x = codes[op.source] if op.source in codes else slots[op.source]
                 run_experts(op, x, slots[op.routes], slots[op.target])
+                self.taken[self.order[id(op)]] += (slots[op.routes] != -1).sum(axis=0)
             else:
                 slots[op.target] = self.simple(op, slots, batch)
         return logits

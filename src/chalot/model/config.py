@@ -6,6 +6,7 @@ something passed over in silence.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -160,7 +161,7 @@ def late_layers(config: Settings, layer: int) -> bool:
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
     "layer_types": None
 }
-COUNTS: Settings = {"num_experts": None, "num_local_experts": None}
+COUNTS: dict[str, Any] = {"num_experts": None, "num_local_experts": None}
 QWEN_EXPERTS = {
     **COUNTS,
     "decoder_sparse_step": 1,

@@ -38,7 +38,8 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             raise ValueError(f"a token takes {self.top} of {self.count} experts; expected 1 to all")
         if not 1 <= self.width <= LARGEST or not 0 <= self.shared_width <= LARGEST:
             raise ValueError(
-                f"experts of width {self.width}, shared {self.shared_width}; expected 1 to {LARGEST}"
+                f"experts of width {self.width}, shared {self.shared_width}; expected 1 to "
+                f"{LARGEST}"
             )
         if any(a >= b for a, b in zip(self.dense_layers, self.dense_layers[1:], strict=False)):
             raise ValueError("dense_layers: expected ascending numbers of layers")
@@ -56,7 +57,8 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             raise ValueError(f"dense_layers: expected numbers from 0 to {layers - 1}")
         if layers * self.count > MOST_MATRICES:
             raise ValueError(
-                f"{layers} layers of {self.count} experts; expected at most {MOST_MATRICES:,} experts"
+                f"{layers} layers of {self.count} experts; expected at most {MOST_MATRICES:,} "
+                "experts"
             )
 
 

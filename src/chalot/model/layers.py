@@ -59,7 +59,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     norm(ffn_norm(c), c.hidden)
     experts = c.experts_of(layer)
     if experts is not None:
-        return out + [TensorSpec(p + name, *rest) for name, *rest in expert_tensors(c, experts)]
+        return out + [t._replace(name=p + t.name) for t in expert_tensors(c, experts)]
     for name in ("gate", "up"):
         matrix(name, (c.feed_forward, c.hidden), "ffn")
         bias(name, c.feed_forward, c.feed_forward_bias)

@@ -24,6 +24,7 @@ from chalot.model.experts import Experts
 from chalot.model.layers import ffn_norm
 from chalot.quant.packing import Matrix
 
+FEED_FORWARD = ("gate", "up", "down")
 ROTATED = "queries, keys, values"  # the slot; rope turns what it holds
 
 
@@ -34,6 +35,7 @@ class Weights:
     matrices: Mapping[str, Matrix]
     vectors: Mapping[str, NDArray[np.float32]]
     planes: Mapping[str, int] = field(default_factory=dict)
+    paged: bool = False  # experts come from a file when they are used: they are asked for ahead
 
 
 class Builder:
@@ -132,6 +134,8 @@ class Builder:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
         both = self.slot(ROTATED, queries + 2 * keys)
+        if self.weights.paged and c.experts_of(i) is not None:
+            self.foresee(i)
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
@@ -177,12 +181,33 @@ class Builder:
         elif experts.shared_width:
             self.routed(p + "shared_router", [p + "shared."], 1, "sigmoid", fed, hidden)
 
+    def foresee(self, i: int) -> None:
+        """Ask for the experts that layer i's router chooses by the state that layer i begins with.
+
+        Attention adds little to it, so most are those that the layer will take (docs/experts.md).
+        Nothing that is computed depends on it.
+        """
+        c, p = self.config, f"layers.{i}."
+        experts = c.experts_of(i)
+        assert experts is not None
+        hidden, guessed = self.slot("hidden", c.hidden), self.slot("expected input", c.hidden)
+        scores = self.slot(f"scores {experts.count}", experts.count)
+        routes = self.slot(f"routes {experts.count}", experts.count)
+        self.norm(hidden, guessed, p + ffn_norm(c))
+        self.linear(guessed, scores, {p + "router": 0})
+        self.ops.append(Op("route", scores, routes, top=experts.top))
+        names = [f"{p}experts.{e}.{m}" for e in range(experts.count) for m in FEED_FORWARD]
+        parts = tuple(Part(self.weights.matrices[n]) for n in names)
+        self.ops.append(Op("prefetch", routes, parts=parts))
+
     def are_one(self, experts: list[str]) -> bool:
         """Whether all experts are the same bytes of a file."""
         held = self.weights.matrices
+        if not held[experts[0] + "gate"].data.size:  # shapes alone
+            return False
         return all(
             len({held[e + name].data.ctypes.data for e in experts}) == 1 and len(experts) > 1
-            for name in ("gate", "up", "down")
+            for name in FEED_FORWARD
         )
 
     def routed(
@@ -193,7 +218,7 @@ class Builder:
         routes = self.slot(f"routes {len(experts)}", len(experts))
         self.linear(fed, scores, {router: 0})
         self.ops.append(Op("route", scores, routes, routing=routing, top=top))
-        names = [e + part for e in experts for part in ("gate", "up", "down")]
+        names = [e + part for e in experts for part in FEED_FORWARD]
         readers, downs = ([n for n in names if n.endswith("down") == d] for d in (False, True))
         planes, coded = self.one_kind(readers)
         inner, _ = self.one_kind(downs)

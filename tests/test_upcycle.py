@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 import chalot
+from chalot.bench import weight_bytes
 from chalot.checking import check_shapes, read_config
 from chalot.describe import describe
+from chalot.description import render
 from chalot.errors import ChalotError, FormatError, SchemeError, TokenizerError, UnsupportedError
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.floats import float32_to_bf16
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
-from chalot.upcycle import Settings, UpcycleError, upcycle
+from chalot.upcycle import Settings, UpcycleError, choosing, upcycle
 from chalot.upcycle.choosing import assigned, balanced, choose
 from chalot.upcycle.copies import MIXTURES, Copies
 from chalot.upcycle.numbers import bell, key, words
@@ -101,6 +104,12 @@ def test_equal_copies_are_stored_once(tmp_path: Path, model: Path) -> None:
     found = describe(mixture)
     assert found.parameters == report.weights > 5 * found.stored_parameters / 2
     assert report.bits_per_weight == pytest.approx(found.bits_per_weight)
+    assert found.mixture is not None and found.mixture.distinct == 1
+    assert found.mixture.active_parameters == found.stored_parameters
+    with chalot.load(mixture) as a, chalot.load(dense) as b:
+        extra = weight_bytes(a) - weight_bytes(b)
+    assert 0 < extra < 100_000
+    assert render(found).count("are stored") == 1
 
 
 def test_a_mixture_of_the_same_seed_is_the_same(tmp_path: Path, model: Path) -> None:
@@ -227,8 +236,7 @@ def test_columns_that_work_together_are_found() -> None:
         shares[token, of == k] += 1
     mixed = rng.permutation(80)
     x = np.eye(4, 16, dtype=np.float32)[kind] + rng.standard_normal((400, 16)).astype("f4") * 0.1
-    shares = shares[:, mixed]
-    from chalot.upcycle import choosing
+    shares = float32_to_bf16(shares[:, mixed])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "MARKED", 0.4)

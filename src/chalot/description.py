@@ -191,7 +191,7 @@ def mixture_facts(found: MixtureReport | None) -> list[tuple[str, str]]:
             "experts",
             f"{found.experts} of width {found.width:,} in {found.layers} layers, "
             f"a token takes {found.top}{shared}"
-            + (f"; {found.distinct} differ" if found.distinct < found.experts else ""),
+            + ("; all are one" if found.distinct == 1 < found.experts else ""),
         ),
         (
             "a token",

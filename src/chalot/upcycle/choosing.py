@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.formats.floats import widened
 from chalot.kernels.backend import Backend
 from chalot.model.calibration import dense
 from chalot.quant.fold import column_sums
@@ -22,6 +23,7 @@ from chalot.quant.fold import column_sums
 Floats = NDArray[np.float32]
 Marks = NDArray[np.bool_]  # (tokens, columns)
 Indices = NDArray[np.int64]
+Stored = NDArray[np.uint16]  # bfloat16's bits
 MARKED = 0.1  # of the columns, by each token; CMoE has 10 of 11,008: docs/upcycling.md
 ROUNDS = 8  # of k-means
 STEPS = 8  # of conjugate gradients; more fit the text's noise
@@ -37,10 +39,11 @@ class Chosen:
     router: Floats
 
 
-def choose(x: Floats, shares: Floats, shared: int, routed: int, backend: Backend) -> Chosen:
+def choose(x: Floats, shares: Stored, shared: int, routed: int, backend: Backend) -> Chosen:
     """Slices by a text's inputs x (tokens, hidden) and its columns' shares (tokens, columns).
 
-    `shared` and `routed` are numbers of slices, all of one width, which are all columns.
+    Shares are bfloat16's bits: there are many. `shared` and `routed` are numbers of slices, all of
+    one width, which are all columns.
     """
     columns = shares.shape[1]
     width = columns // (shared + routed)
@@ -53,20 +56,21 @@ def choose(x: Floats, shares: Floats, shared: int, routed: int, backend: Backend
     return Chosen(np.sort(order[: shared * width]), groups, router(x, given, backend))
 
 
-def summed_squares(x: Floats) -> NDArray[np.float64]:
+def summed_squares(x: Stored) -> NDArray[np.float64]:
     """Sums over the rows (columns,), one row after another: no machine's own order."""
     total = np.zeros(x.shape[1])
     for row in x:
-        wide = row.astype(np.float64)
+        wide = widened(row).astype(np.float64)
         total += wide * wide
     return total
 
 
-def marked(shares: Floats) -> Marks:
+def marked(shares: Stored) -> Marks:
     """The largest shares of each token: no fewer than MARKED, more where some are equal."""
     count = max(1, int(shares.shape[1] * MARKED))
     marks = np.empty(shares.shape, np.bool_)
     for some, marked_here in zip(shares, marks, strict=True):
+        # the bits of numbers that are not negative are in the numbers' order
         np.greater_equal(some, np.partition(some, -count)[-count], out=marked_here)
     return marks
 

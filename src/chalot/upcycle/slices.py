@@ -17,6 +17,7 @@ from chalot.checking import RUN, check_shapes, read_config
 from chalot.errors import FormatError, TokenizerError, UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.files import read_text
+from chalot.formats.floats import float32_to_bf16
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
@@ -34,7 +35,8 @@ from chalot.upcycle.copies import refuse_mixture, settings_of
 from chalot.upcycle.settings import Settings
 from chalot.upcycle.view import PARTS, Floats, View, dense_name, numbers
 
-WINDOWS = 16  # of PAGE tokens
+MOST, LEAST = 64, 8  # windows of PAGE tokens; more choose better
+ROOM = 128_000_000  # bytes of what is kept of the text
 CHARACTERS = 1 << 18  # of the text that are looked at
 Progress = Callable[[str, int, int], None]
 
@@ -58,12 +60,14 @@ def token_ids(checkpoint: Checkpoint, config: ModelConfig, text: Path | None) ->
             f"{checkpoint.path}: tokenizer.json gives id {max(ids)}, the model has "
             f"{config.vocabulary}; take the tokenizer that belongs to these weights"
         )
+    each = PAGE * (3 * config.feed_forward + 8 * config.hidden)  # shares, marks; inputs, states
+    used = min(MOST, max(LEAST, ROOM // each))
     if len(ids) < PAGE:
         raise FormatError(
             f"--calibration {text}: {len(ids)} tokens, expected at least {PAGE} "
-            f"({WINDOWS * PAGE:,} are used); take a longer text"
+            f"({used * PAGE:,} are used); take a longer text"
         )
-    return ids[: min(len(ids) // PAGE, WINDOWS) * PAGE]
+    return ids[: min(len(ids) // PAGE, used) * PAGE]
 
 
 def choose_all(
@@ -76,14 +80,13 @@ def choose_all(
 ) -> list[Chosen]:
     """The slices of every layer, as the text goes through one layer after another.
 
-    In memory are one layer, and of the text its states, inputs and shares: as many tokens times
-    2 hidden + feed-forward float32.
+    In memory are one layer, and of the text what ROOM is for.
     """
     rows = Rows(checkpoint, config)
     hidden = np.concatenate([rows.read("embedding", i, i + 1) for i in ids])
     hidden *= np.float32(config.embedding_scale)
     x = np.empty((len(ids), config.hidden), np.float32)
-    shares = np.empty((len(ids), config.feed_forward), np.float32)
+    shares = np.empty((len(ids), config.feed_forward), np.uint16)
     lengths, done = np.zeros(0, np.float32), 0
 
     def read(name: str) -> Floats:
@@ -103,7 +106,7 @@ def choose_all(
         inner = slots["feed-forward inner"]
         here = slice(done % len(ids), done % len(ids) + len(inner))
         x[here] = slots["feed-forward input"]
-        np.multiply(np.abs(inner), lengths, out=shares[here])
+        shares[here] = float32_to_bf16(np.abs(inner) * lengths)
         done += len(inner)
 
     schemes = {s.name: SCHEMES["f32"] for s in model_tensors(config)}

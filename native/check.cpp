@@ -43,7 +43,8 @@ void Program::check_experts(size_t i) const {
   for (size_t before = 0; before < i; before++)
     if (ops_[before].out == op.routes || (ops_[before].kind == OpKind::rope_store && ops_[before].in == op.routes))
       from = &ops_[before];
-  if (!from || from->kind != OpKind::route || from->top != op.top) invalid(i, "experts need a route that chose as many");
+  if (!from || from->kind != OpKind::route || from->top != op.top)
+    invalid(i, "experts need a route that chose as many");
   const int width = op.parts[0].w.rows;
   for (size_t p = 0; p < op.parts.size(); p++) {
     const Part& part = op.parts[p];

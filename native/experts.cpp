@@ -66,9 +66,9 @@ void Program::prefetch(const Op& op, const Run& run) const {
     for (size_t i = 0; i < 3 && taken; i++) {
       const Matrix& w = op.parts[e * 3 + i].w;
       const size_t begin = reinterpret_cast<size_t>(w.data) / page * page;
-      const size_t bytes = is_coded(w.scheme) ? size_t(w.panels()) * w.panel_bytes()
-                                              : size_t(w.rows) * size_t(round_up(w.columns, 16)) *
-                                                    (w.scheme == Scheme::f32 ? 4 : 2);
+      const size_t bytes = is_coded(w.scheme)
+                               ? size_t(w.panels()) * w.panel_bytes()
+                               : size_t(w.rows) * size_t(round_up(w.columns, 16)) * (w.scheme == Scheme::f32 ? 4 : 2);
       // a hint: what it does not bring, page faults will
       (void)madvise(reinterpret_cast<void*>(begin), reinterpret_cast<size_t>(w.data) + bytes - begin, MADV_WILLNEED);
     }

@@ -99,7 +99,8 @@ void Program::reserve(const Batch& batch, int threads) {
   const int tokens = std::max(batch.tokens, batch.wanted);
   size_t each = scratch_bytes_;
   for (const Op& op : ops_)
-    if (op.fused || op.kind == OpKind::experts) each = scratch_bytes_ + size_t(tokens) * 2 * kBlock * 4;  // behind what `product` needs
+    if (op.fused || op.kind == OpKind::experts)
+      each = scratch_bytes_ + size_t(tokens) * 2 * kBlock * 4;  // behind what `product` needs
   while (int(scratch_.size()) < threads) scratch_.emplace_back();
   for (Buffer& b : scratch_) b.reserve(each);
   if (!batch.logits) logits_.reserve(size_t(batch.wanted) * size_t(vocabulary_) * 4);
@@ -168,7 +169,8 @@ void Program::execute(Run run) {
       apply(op, run);
     if (i + 1 == ops_.size()) break;
     const Op& next = ops_[i + 1];
-    if (!(by_token(op.kind) && by_token(next.kind))) run.pool.barrier([&] { split(run.shares, next, run.threads, run.count); });
+    if (!(by_token(op.kind) && by_token(next.kind)))
+      run.pool.barrier([&] { split(run.shares, next, run.threads, run.count); });
   }
   if (run.count && run.batch.count) {
     run.pool.barrier();

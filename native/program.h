@@ -179,9 +179,7 @@ class Program {
   void check_experts(size_t op) const;
   void prefetch(const Op& op, const Run& run) const;
   void norm_all_heads(const Op& op, const Run& run);
-  bool of_all_heads(const Op& op) const {
-    return op.weight && op.weight_size != size_t(2 * cache_.stride());
-  }
+  bool of_all_heads(const Op& op) const { return op.weight && op.weight_size != size_t(2 * cache_.stride()); }
   void rope_store(const Op& op, const Run& run);
   void attend(const Op& op, const Run& run);
   struct Rows;

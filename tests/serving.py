@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import uvicorn
-
 from chalot.load import Model
-from chalot.serve.app import config_of, make_app
+from chalot.serve.app import make_app, server_of
 from chalot.serve.served import Served
 from chalot.serve.settings import Settings
 from chalot.text.tokenizer import Tokenizer
@@ -36,8 +34,7 @@ class Running:
     def __init__(self, model: Model, settings: Settings, page: Path | None = None) -> None:
         self.served = Served(model, settings)
         app = make_app(self.served) if page is None else make_app(self.served, page)
-        self.config = config_of(app, settings)
-        self.server = uvicorn.Server(self.config)
+        self.server = server_of(app, settings)
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port: int = self.socket.getsockname()[1]

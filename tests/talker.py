@@ -24,6 +24,9 @@ class Stats:
 class Talker:
     """`heard` keeps every call; told to "interrupt", it sends itself a SIGINT after two words."""
 
+    kv = "int8"
+    context = 1024
+
     def __init__(self, template: str | None = "chatml", digest: str = "d1") -> None:
         source = None if template is None else TEMPLATES[template]
         self.tokenizer = Tokenizer.from_documents(vocabularies.byte_level(), {}, {}, source)

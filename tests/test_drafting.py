@@ -82,7 +82,7 @@ def test_costs_between_those_that_are_known() -> None:
     assert costs.of(16) > 2 and 1 < StepCosts().of(2) < 1.1
 
 
-def test_costs_are_running_averages() -> None:
+def test_costs_are_medians_of_the_last_passes() -> None:
     costs = StepCosts()
     costs.note(4, 1.0)  # nothing to compare with yet
     assert not costs.relative
@@ -91,7 +91,19 @@ def test_costs_are_running_averages() -> None:
         costs.note(4, 0.012)
     assert costs.one == pytest.approx(0.010) and costs.relative[4] == pytest.approx(1.2, rel=0.01)
     costs.note(1, 10.0)  # another process's work
-    assert costs.one is not None and costs.one < 0.012
+    costs.note(4, 10.0)
+    assert costs.one == pytest.approx(0.010) and costs.relative[4] == pytest.approx(1.2)
+    for _ in range(9):
+        costs.note(1, 0.020)  # a longer text
+    assert costs.one == pytest.approx(0.020)
+
+
+def test_a_first_pass_that_is_off_is_not_believed() -> None:
+    costs = StepCosts(0.01)
+    costs.note(2, 1.0)
+    assert costs.of(2) < 1.1
+    costs.note(2, 0.018), costs.note(2, 0.018)
+    assert costs.of(2) == pytest.approx(1.8)
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.floats(1e-6, 10)), max_size=60))

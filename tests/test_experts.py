@@ -4,6 +4,8 @@ Logits against transformers' are in test_parity.py, equal bits in test_family_ex
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from hypothesis import strategies as st
 
 import chalot
 import tiny
-from chalot.errors import FormatError, KernelError, UnsupportedError
-from chalot.formats.checkpoint import open_checkpoint
+from chalot.cli import main
+from chalot.errors import FormatError, KernelError, SchemeError, UnsupportedError
+from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.kernels.backend import open_backend
 from chalot.kernels.program import Op, Part, Program, Slot
 from chalot.kernels.reference import exp, route
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
+from chalot.pruning import most_used
 from golden import cases
 from golden.cases import CASES, Shard, mixtral, olmoe, qwen2_moe, qwen3_moe
 from test_exactness import NATIVE, digest, feed, ids
@@ -377,3 +381,110 @@ def test_routers_stay_as_they_were(tmp_path: Path) -> None:
     assert {k.kind: k.scheme for k in report.kinds}["router"] == "int8"
     with chalot.load(tmp_path / "r.myai") as model:
         assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+# ---- pruning
+
+
+def test_pruned_models_are_the_source_with_fewer_experts(tmp_path: Path) -> None:
+    """The file says so itself; all experts but those of most tokens are gone, in router too."""
+    folder = cases.write_folder(CASES["qwen2-moe-sparse"], 0, tmp_path / "m")
+    whole, few = tmp_path / "whole.myai", tmp_path / "few.myai"
+    chalot.convert(folder, whole, "f32", threads=1)
+    chalot.convert(folder, few, "f32", threads=1, experts=4)
+    with open_both(whole, few) as (a, b):
+        document = json.loads(b.document("config.json") or b"")
+        assert document["num_experts"] == 4
+        layer = "model.layers.1.mlp."
+        routers = [x.float32(layer + "gate.weight") for x in (a, b)]
+        assert routers[1].shape == (4, 128)
+        chosen = [int(np.flatnonzero((routers[0] == row).all(axis=1))[0]) for row in routers[1]]
+        assert chosen == sorted(set(chosen))
+        for new, old in enumerate(chosen):
+            for part in ("gate", "up", "down"):
+                name = layer + "experts.{}." + part + "_proj.weight"
+                np.testing.assert_array_equal(
+                    a.float32(name.format(old)), b.float32(name.format(new))
+                )
+        same = layer + "shared_expert.up_proj.weight"
+        np.testing.assert_array_equal(a.float32(same), b.float32(same))
+        assert not any(".experts.4." in n for n in b.tensors)
+    with chalot.load(few) as model:
+        assert model.config.experts is not None and model.config.experts.count == 4
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+@contextmanager
+def open_both(*paths: Path) -> Iterator[list[Checkpoint]]:
+    """Files as checkpoints."""
+    opened = [open_checkpoint(p) for p in paths]
+    try:
+        yield opened
+    finally:
+        for checkpoint in opened:
+            checkpoint.close()
+
+
+def test_the_most_used_experts_are_counted_by_the_router(tmp_path: Path) -> None:
+    """By the model's own counts on the same text, layer after layer."""
+    folder = cases.write_folder(CASES["mixtral"], 0, tmp_path / "m")
+    chalot.convert(folder, tmp_path / "m.myai", "f32", threads=1)
+    text = list(range(60))
+    with chalot.load(tmp_path / "m.myai", kv="f32", threads=1) as model:
+        model.logits(text)
+        counts = [np.array(x) for x in model.engine.runnable.taken]
+        with open_both(folder) as (source,):
+            kept = most_used(source, model.config, model.backend, text, 3)
+    assert kept == {
+        i: tuple(sorted(np.argsort(-n, kind="stable")[:3].tolist())) for i, n in enumerate(counts)
+    }
+
+
+def test_all_experts_are_no_pruning(tmp_path: Path) -> None:
+    folder = cases.write_folder(CASES["mixtral"], 0, tmp_path / "m")
+    for name, experts in (("a", None), ("b", 6)):
+        chalot.convert(folder, tmp_path / f"{name}.myai", experts=experts, command="x", threads=1)
+    a, b = ((tmp_path / f"{name}.myai").read_bytes() for name in "ab")
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "message"),
+    [
+        ("mixtral", 1, "a token takes 2 of 6 experts; expected 2 to 6"),
+        ("mixtral", 7, "expected 2 to 6"),
+        ("mixtral", 0, "expected 2 to 6"),
+        ("mistral", 2, "has no experts"),
+    ],
+)
+def test_what_cannot_be_pruned(name: str, experts: int, message: str, tmp_path: Path) -> None:
+    folder = cases.write_folder(CASES[name], 0, tmp_path / "m")
+    with pytest.raises(SchemeError, match=message):
+        chalot.convert(folder, tmp_path / "no.myai", threads=1, experts=experts)
+    assert not (tmp_path / "no.myai").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "{m}", "-o", "{o}"], "mixture"),
+        (["convert", "{m}", "-o", "{o}.gguf"], "mixture"),
+        (["convert", "{m}", "-o", "{o}", "--to", "npz"], "mixture"),
+        (["convert", "{m}", "-o", "{o}", "--refine", "gptq"], "mixture"),
+        (["convert", "{m}", "-o", "{o}.gguf", "--experts", "3"], "--experts"),
+        (["convert", "{m}", "-o", "{o}", "--experts", "3", "--dry-run"], "--experts"),
+        (["convert", "{m}", "-o", "{o}", "--experts", "many"], "--experts"),
+    ],
+)
+def test_verbs_say_what_they_do_not_know(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cases.write_folder(CASES["mixtral"], 0, tmp_path / "m")
+    words = [w.format(m=folder, o=tmp_path / "out") for w in arguments]
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr().err
+    assert code and message in said and "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]

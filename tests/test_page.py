@@ -272,9 +272,9 @@ def test_an_export_is_what_chat_loads(page: Any, server: ChatServer, tmp_path: P
     download.value.save_as(tmp_path / "talk.json")
     saved = read_saved(tmp_path / "talk.json")
     assert saved.model == "e" * 64 and saved.options.seed == server.said[0]["seed"]
-    assert [(m.role, m.content) for m in saved.messages] == [
-        ("user", "Say"),
-        ("assistant", "words"),
+    assert [(m.role, m.content, m.seed) for m in saved.messages] == [
+        ("user", "Say", None),
+        ("assistant", "words", server.said[0]["seed"]),
     ]
 
 

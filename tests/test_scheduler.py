@@ -207,9 +207,9 @@ def test_drafts_change_nothing(
 
 def test_a_text_that_repeats_itself_drafts(demo: Model) -> None:
     s = scheduler(demo, drafter=TextDrafter)
-    s.engine.costs.one = 1.0  # measured times would make this test depend on the machine
-    s.engine.costs.relative = {2: 1.01, 17: 1.1}
-    s.engine.costs.note = lambda tokens, seconds: None  # type: ignore[method-assign]
+    s.costs.one = 1.0  # measured times would make this test depend on the machine
+    s.costs.relative = {2: 1.01, 17: 1.1}
+    s.costs.note = lambda tokens, seconds: None  # type: ignore[method-assign]
     request = Request(ids(1, 7) * 9, GREEDY, 60)
     ticket = s.submit(request)
     drain(s)

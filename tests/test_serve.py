@@ -42,7 +42,7 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def served(demo_file: Path) -> Iterator[Running]:
     with (
-        chalot.load(demo_file, texts=4) as model,
+        chalot.load(demo_file) as model,
         Running(model, Settings(name="demo", slots=4)) as server,
     ):
         yield server

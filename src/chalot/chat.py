@@ -57,6 +57,9 @@ class File(Protocol):
 class Talker(Protocol):
     """What `chat` asks of a model; `chalot.Model` is one."""
 
+    kv: Any
+    context: int
+
     @property
     def tokenizer(self) -> Any: ...
 
@@ -69,11 +72,12 @@ class Talker(Protocol):
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]: ...
 
 
-class Message(msgspec.Struct):
-    """One turn."""
+class Message(msgspec.Struct, omit_defaults=True):
+    """One turn; an answer may have a seed of its own."""
 
     role: Literal["system", "user", "assistant"]
     content: str
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
 
 
 class Options(msgspec.Struct, omit_defaults=True):
@@ -98,6 +102,8 @@ class Saved(msgspec.Struct):
     model: str
     options: Options
     messages: Annotated[list[Message], msgspec.Meta(max_length=100_000)]
+    kv: Literal["int8", "f16", "f32"] = "int8"  # type of the cache, and most tokens in it
+    context: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 def read_saved(path: Path) -> Saved:
@@ -161,6 +167,8 @@ class Chat:
             model=self.model.file.digest,
             options=Options(**options),
             messages=[Message(**message) for message in self.messages],  # type: ignore[arg-type]
+            kv=self.model.kv,
+            context=self.model.context,
         )
         with whole_file(path, b"{") as file:
             file.write(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
@@ -170,7 +178,7 @@ class Chat:
         """Go on with a saved conversation; nothing changes if it cannot be read."""
         path = _path(argument, "/load")
         saved = read_saved(path)
-        self.messages = [msgspec.to_builtins(message) for message in saved.messages]
+        self.messages = [{"role": m.role, "content": m.content} for m in saved.messages]
         self.system = [m for m in self.messages[:1] if m["role"] == "system"]
         self.options |= msgspec.to_builtins(saved.options)
         say(f"({len(self.messages)} messages from {path}, seed {self.options['seed']})")

@@ -7,6 +7,7 @@ decide how fast an answer comes and nothing else, so a file that is missing or d
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -15,7 +16,7 @@ import msgspec
 from chalot.engine.draft_model import ModelDrafter
 from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine
-from chalot.engine.pacing import StepCosts
+from chalot.engine.pacing import Costs, StepCosts
 from chalot.engine.sampler import SamplingError
 from chalot.errors import OutputError, TokenizerError
 from chalot.formats.myai import MyaiFile
@@ -28,7 +29,8 @@ TOKENIZER = "tokenizer.json"
 MOST_BYTES = 100_000  # of a file with costs
 ENOUGH = 8  # passes of one token, below which an average is not worth keeping
 Draft = bool | str | Path  # whether to draft, or the file of a small model that drafts too
-Tokens = Annotated[int, msgspec.Meta(ge=2, le=256)]
+MOST_TOKENS = 256  # of a pass whose cost is kept
+Tokens = Annotated[int, msgspec.Meta(ge=2, le=MOST_TOKENS)]
 Ratio = Annotated[float, msgspec.Meta(ge=1, le=256)]
 
 
@@ -86,6 +88,11 @@ class Drafters:
             self.small[path] = self.opened(path)
         by_model = ModelDrafter(self.small[path].engine, self.engine.vocabulary, costs, most)
         return Several([from_text, by_model])
+
+    def by_text(self) -> Callable[[Costs], Drafter] | None:
+        """What makes drafters of texts that share passes; small models do not draft there."""
+        draft, most = self.defaults
+        return partial(TextDrafter, most=most) if draft and most else None
 
     def close(self) -> None:
         """Close the small models."""
@@ -155,8 +162,8 @@ def keep_costs(costs: StepCosts, file: MyaiFile, isa: str, threads: int) -> None
         place.parent.mkdir(parents=True, exist_ok=True)
         partial = place.with_suffix(f".{os.getpid()}.partial")
         try:
-            known = {n: round(ratio, 4) for n, ratio in sorted(costs.relative.items())}
-            partial.write_bytes(msgspec.json.encode(known))
+            known = {n: round(ratio, 4) for n, ratio in costs.relative.items() if n <= MOST_TOKENS}
+            partial.write_bytes(msgspec.json.encode(dict(sorted(known.items()))))
             partial.replace(place)
         finally:
             partial.unlink(missing_ok=True)

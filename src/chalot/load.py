@@ -6,9 +6,9 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace as with_changes
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from chalot.engine.drafting import Drafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling, SamplingError
-from chalot.engine.scheduler import Scheduler
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
+from chalot.experts_memory import ExpertsMemory
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
@@ -36,6 +36,7 @@ from chalot.model.transformer import Weights, build, cache_shape, head_input
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
+    from chalot.concurrent import Concurrent
     from chalot.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -82,12 +83,6 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
-def cache_budget(texts: int, budget: int | None) -> int | None:
-    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
-    free = machine.memory_available()
-    return free // 2 if texts > 1 and budget is None and free is not None else budget
-
-
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -103,8 +98,8 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
-        texts: int = 1,
-        draft: Draft = True,
+        experts_resident: int | None = None,
+        draft: bool | str | Path = True,
         draft_tokens: int = MOST,
         backend: Backend | None = None,
     ) -> None:
@@ -116,7 +111,8 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
-        The cache has room for `texts` of the whole context, as far as memory goes.
+        Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
+        the rest is read when it is used; answers are the same (docs/experts.md).
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
@@ -124,11 +120,12 @@ class Model:
         draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
+        counts |= {"experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
             lock(self.file)
-        elif mmap:
+        elif mmap and experts_resident is None:
             read_ahead(self.file)
         self.config = read_model_config(self.file)
         if kv not in CACHE_TYPES:
@@ -139,7 +136,7 @@ class Model:
         if context is None:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = context
-        self.kv_budget = kv_budget
+        self.kv, self.kv_budget = kv, kv_budget
         if not 1 <= self.context <= self.config.context:
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
@@ -147,17 +144,24 @@ class Model:
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         weights = read_weights(self.file, self.config, activations)
+        if mlock and experts_resident is not None:
+            raise LimitError(
+                "--mlock keeps all experts in memory, --experts-resident some; give one"
+            )
+        self.experts = ExpertsMemory(self.file, self.config, experts_resident)
+        weights = self.experts.with_paging(weights)
         program = build(self.config, weights, frequencies, kv)
         self.head_input = head_input(program)
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, texts * self.context + CHUNK, cache_budget(texts, kv_budget)),
+            PageCache(shape, self.context + CHUNK, kv_budget),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
-            self.file.check_length,
+            self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
+        self.experts.attach(self.engine.runnable, program, weights)
         self.last_stats = Stats()
         self.lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
@@ -248,6 +252,27 @@ class Model:
         """The whole answer; options as for `stream`."""
         return "".join(self.stream(prompt, **options))
 
+    def generate_batch(self, prompts: Iterable[str | Iterable[int]], **options: Any) -> list[str]:
+        """The answers to many prompts, computed together: each is what `generate` gives.
+
+        Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
+        memory of its own. The first error ends all answers.
+        """
+        return self._concurrent.generate(list(prompts), **options)
+
+    def astream(self, prompt: str | Iterable[int], **options: Any) -> AsyncGenerator[str, None]:
+        """`stream` for asyncio: `async for piece in model.astream(prompt)`.
+
+        Streams of one time share forward passes; one that nobody iterates any more is cancelled.
+        """
+        return self._concurrent.stream(prompt, **options)
+
+    @cached_property
+    def _concurrent(self) -> "Concurrent":
+        from chalot.concurrent import Concurrent
+
+        return Concurrent(self)
+
     def stream_chat(
         self,
         messages: Messages,
@@ -300,27 +325,6 @@ class Model:
         check_same_ids(self, small)
         return small
 
-    def scheduler(
-        self,
-        slots: int = 16,
-        *,
-        chunk: int = CHUNK,
-        queue: int = 256,
-        kv_budget: int | None = None,
-        prefix_pages: int | None = None,
-    ) -> Scheduler:
-        """Many requests at once, in a cache of their own: a context for each slot.
-
-        That is memory reserved, and taken as it is used: at most `kv_budget` bytes, by default the
-        model's, else half of what is free. Raises ContextError where that is no page.
-        """
-        shape, budget = self.engine.cache.shape, kv_budget or self.kv_budget
-        if budget is None and (free := machine.memory_available()) is not None:
-            budget = max(free // 2, shape.page_bytes)
-        cache = PageCache(shape, slots * (self.context + CHUNK), budget)
-        engine = with_changes(self.engine, cache=cache, native_seconds=0.0)
-        return Scheduler(engine, slots=slots, chunk=chunk, queue=queue, prefix_pages=prefix_pages)
-
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
 
@@ -372,6 +376,8 @@ class Model:
 
     def close(self) -> None:
         """Give back cache, sessions and file."""
+        if "_concurrent" in vars(self):
+            self._concurrent.close()
         if self._talk is not None:
             self._talk.close()
             self._talk = None

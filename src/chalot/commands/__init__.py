@@ -5,6 +5,7 @@ VERBS = {  # in the order of `chalot --help`
     "run": "generate text after a prompt",
     "chat": "talk to a model by its own chat template",
     "serve": "serve a model over HTTP, as OpenAI's API",
+    "replay": "whether the answers of a saved transcript come out again",
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
     "eval": "what a model costs in quality: perplexity, KL to its source, tasks",

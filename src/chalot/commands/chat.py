@@ -15,9 +15,12 @@ def arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
+    import signal
+
     from chalot.chat import chat as run_it
 
     with open_model(arguments) as model:
         options = sampling_of(arguments) | {"max_tokens": arguments.max_tokens}
         run_it(model, system=arguments.system, **options)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who left by Ctrl-C may have pressed it once more
     return 0

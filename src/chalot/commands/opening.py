@@ -53,6 +53,8 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
+    text = "of each layer's experts, those that stay in memory; the rest is read when it is used"
+    parser.add_argument("--experts-resident", type=int, metavar="N", help=text)
     drafting_arguments(parser)
     cache_type(parser, "int8")
     parser.add_argument(
@@ -95,7 +97,7 @@ def open_model(arguments: Arguments) -> Any:
 
     path = converted(arguments.model, arguments)
     names = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")
-    options = {name: getattr(arguments, name) for name in names}
+    options = {name: getattr(arguments, name) for name in (*names, "experts_resident")}
     if isinstance(arguments.draft, str):
         options["draft"] = converted(arguments.draft, arguments)
     return load(path, **options)

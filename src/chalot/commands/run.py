@@ -7,6 +7,7 @@ from argparse import Namespace as Arguments
 from chalot.commands.opening import MODEL, open_model, sampling_arguments, sampling_of
 from chalot.commands.output import as_json, say
 from chalot.errors import FormatError
+from chalot.table import size
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -48,7 +49,11 @@ def main(arguments: Arguments) -> int:
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             said = sampling_of(arguments) | {"seed": stats.seed}
-            print(as_json(answer | {"options": said, "stats": stats}))
+            kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+            kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
+            answer |= {"options": said} | kept | {"stats": stats}
+            read = model.experts.report()
+            print(as_json(answer | ({} if read is None else {"experts": read})))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):
@@ -59,4 +64,9 @@ def main(arguments: Arguments) -> int:
                 f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
                 f"{model.backend.name} on {model.backend.threads} threads"
             )
+            if (read := model.experts.report()) is not None:
+                say(
+                    f"{read.counted} of {read.experts} experts taken: {size(read.touched_bytes)} "
+                    f"of {size(read.expert_bytes)}; {size(read.kept_bytes)} of them stay"
+                )
     return 0

@@ -41,6 +41,8 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
+    text = "guess nothing ahead from the texts so far; answers are the same"
+    parser.add_argument("--no-draft", dest="draft", action="store_false", help=text)
     cache_type(parser, "int8")
     parser.add_argument(
         "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 2GB"
@@ -93,8 +95,8 @@ def main(arguments: Arguments) -> int:
     )
     if not settings.on_loopback and not keys:
         say("chalot: others can reach this server, and it asks for no key: see --api-key-file")
-    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
+    options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft")
     given = {name: getattr(arguments, name) for name in options}
-    with load(path, texts=settings.slots, **given) as model:
+    with load(path, **given) as model:
         run(model, settings, speaker(arguments), arguments.verbose)
     return 0

@@ -37,7 +37,7 @@ class ModelDrafter:
         try:
             if self._follow(text.tokens) > BEHIND:
                 start = time.perf_counter()
-            self.session.sampling = text.sampling
+            self.session.sampling, self.session.start = text.sampling, text.start
             while len(draft) < count and (token := self.session.step()) < self.vocabulary:
                 draft.append(token)
         except ContextError:  # its cache is full, or the text has an id that it does not know

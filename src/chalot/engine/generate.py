@@ -72,7 +72,7 @@ class Stats:
 
     @property
     def speed_up(self) -> float:
-        """Decoding speed over that of one token a pass, by the running average of such passes."""
+        """Decoding speed over that of one token a pass, by the median time of such passes."""
         return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
 
     @property

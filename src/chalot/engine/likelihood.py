@@ -91,7 +91,11 @@ def candidates(
     if bits is None:
         return best_among(None, row, count)
     allowed = np.unpackbits(bits.astype("<u4", copy=False).view(np.uint8), bitorder="little")
-    ids = np.flatnonzero(allowed[: len(row)]).astype(np.int32)
-    if not len(ids):
+    allowed = allowed[: len(row)].view(bool)
+    many = int(np.count_nonzero(allowed))
+    if not many:
         raise SamplingError("the mask allows no token here; its grammar does not fit the model")
+    if many > len(row) // 2 and len(allowed) == len(row):  # half the time of gathering them
+        return best_among(None, np.where(allowed, row, np.float32(-np.inf)), min(count, many))
+    ids = np.flatnonzero(allowed).astype(np.int32)
     return best_among(ids, row[ids], count)

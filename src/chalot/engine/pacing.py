@@ -9,10 +9,13 @@ tokens for the cost of a pass over k + 1.
 Timing decides how fast a text comes, never what it says.
 """
 
+from bisect import bisect
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
+RECENT = 9  # passes of one size whose median counts
 NEWEST = 1 / 8  # least weight of the newest measurement in a running average
 MOST = 16  # drafted tokens in a pass, unless something else is asked for
 FIRST = 8  # at first no draft is longer
@@ -36,34 +39,53 @@ class Costs(Protocol):
 
 @dataclass
 class StepCosts:
-    """Running averages of the time of forward passes: of one token in seconds, of more in that."""
+    """The time of forward passes: of one token in seconds, of more tokens in that.
+
+    Each is the median of the last ones, because others' work makes single ones many times longer.
+    """
 
     one: float | None = None
     relative: dict[int, float] = field(default_factory=dict)  # tokens -> passes of one token
     passes: dict[int, int] = field(default_factory=dict)  # tokens -> passes seen by this process
+    recent: dict[int, deque[float]] = field(default_factory=dict)
+    known: dict[int, float] = field(default_factory=dict, compare=False)  # what `of` has found
+    sizes: list[int] = field(default_factory=list, compare=False)  # in `relative`, ascending
 
     def note(self, tokens: int, seconds: float) -> None:
         """A pass over that many tokens, logits of all wanted, has taken so long."""
-        seen = self.passes[tokens] = self.passes.get(tokens, 0) + 1
-        weight = max(NEWEST, 1 / seen)
+        if tokens > 1 and not self.one:
+            return
+        known = [] if tokens == 1 else [self.of(tokens)]  # stands against a first one that is off
+        recent = self.recent.setdefault(tokens, deque(known, RECENT))
+        recent.append(seconds if tokens == 1 else max(seconds / (self.one or 1.0), 1.0))
+        middle = sorted(recent)[(len(recent) - 1) // 2]
+        self.passes[tokens] = self.passes.get(tokens, 0) + 1
         if tokens == 1:
-            old = self.one or seconds
-            self.one = old + weight * (min(seconds, 2 * old) - old)  # others' work is no trend
-        elif self.one:
-            old = self.relative.get(tokens, self.of(tokens))
-            ratio = max(1.0, min(seconds / self.one, 2 * old))
-            self.relative[tokens] = old + weight * (ratio - old)
+            self.one = middle
+        else:
+            self.relative[tokens] = middle
+            self.known = {}
 
     def of(self, tokens: int) -> float:
         """What a pass of so many tokens costs, in passes of one."""
+        found = self.known.get(tokens)
+        if found is None:
+            found = self.known[tokens] = self._between(tokens)
+        return found
+
+    def _between(self, tokens: int) -> float:
+        """From the nearest that were measured; beyond the largest, on as to there."""
         if tokens in self.relative:
             return self.relative[tokens]
-        below = max((n for n in self.relative if n < tokens), default=1)
-        above = min((n for n in self.relative if n > tokens), default=None)
+        if len(self.sizes) != len(self.relative):
+            self.sizes = sorted(self.relative)
+        at = bisect(self.sizes, tokens)
+        below = self.sizes[at - 1] if at else 1
         low = self.relative.get(below, 1.0)
-        if above is None:
+        if at == len(self.sizes):
             slope = max(SLOPE, (low - 1) / (below - 1)) if below > 1 else SLOPE
             return low + slope * (tokens - below)
+        above = self.sizes[at]
         return low + (self.relative[above] - low) * (tokens - below) / (above - below)
 
 
@@ -91,19 +113,25 @@ class Pace:
         """Part of the drafted tokens that was kept; those behind a wrong one do not count."""
         return self.kept / self.tried
 
-    def gain(self, count: int) -> float:
-        """Expected tokens for the time of one, with so many drafted."""
-        one = self.costs.one or 1.0
-        tokens = sum(self.share**n for n in range(count + 1))
-        return tokens / (self.costs.of(count + 1) + count * self.draft_seconds / one)
+    def best(self, most: int) -> tuple[int, float]:
+        """The length that gains most, of at most `most`: tokens expected for the time of one."""
+        cost, share, gains = self.costs.of, self.share, (0, 0.0)
+        draft = self.draft_seconds / (self.costs.one or 1.0)
+        tokens = next_one = 1.0
+        for count in range(1, most + 1):
+            next_one *= share
+            tokens += next_one
+            gain = tokens / (cost(count + 1) + count * draft)
+            if gain > gains[1]:
+                gains = count, gain
+        return gains
 
     def length(self, most: int) -> int:
         """Tokens to draft now, of at most so many; 0 while drafting does not pay."""
         if self.costs.one is None:  # a plain pass first, to compare with
             return 0
-        allowed = min(self.limit, most)
-        best = max(range(1, allowed + 1), key=self.gain, default=0)
-        if not best or self.gain(best) >= YIELD:
+        best, gain = self.best(min(self.limit, most))
+        if not best or gain >= YIELD:
             return best
         self.waited += 1
         if self.waited < self.pause:

@@ -84,6 +84,8 @@ class Ticket:
     on_error: Callable[[ChalotError], None]
     steps: "queue.SimpleQueue[Step | ChalotError]"
     cached_tokens: int = 0  # of the prompt, that were in the cache already
+    drafted: int = 0  # tokens that were guessed
+    accepted: int = 0  # of those, that were kept
     done: bool = False
     cancelled: bool = False
 

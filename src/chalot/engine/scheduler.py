@@ -7,6 +7,8 @@ run out, beginnings that are kept for later leave first, then the youngest text 
 it reads them again when there is room, and by the exactness contract goes on as if nothing was.
 """
 
+import copy
+import logging
 import threading
 import time
 from collections import deque
@@ -48,6 +50,7 @@ __all__ = [
     "Step",
     "Ticket",
 ]
+LOG = logging.getLogger("chalot.engine")
 NO_ROWS = np.zeros((0, 0), np.float32)
 NO_BEST = np.zeros((0, 0), np.int32), NO_ROWS
 Ids = NDArray[np.int32]
@@ -79,7 +82,8 @@ class Scheduler:
         self.running: list[Text] = []  # oldest first
         self.waiting: deque[Text] = deque()
         self.new_drafter = drafter
-        self.drafting = SharedCosts(engine.costs)
+        self.costs = copy.deepcopy(engine.costs)  # passes of several texts are measured apart
+        self.drafting = SharedCosts(self.costs)
         self.lock = threading.Lock()  # over `waiting`; the rest is the running thread's
         self.woken: Callable[[], None] = lambda: None  # called when there is something to do
         self._stats = SchedulerStats(pages=cache.count)
@@ -161,7 +165,7 @@ class Scheduler:
         for text in gone:
             self._stats.cancelled += 1
             self._leave(text)
-            text.ticket.on_step(Step(NO_TOKEN, finished="cancelled"))
+            self._tell(text, Step(NO_TOKEN, finished="cancelled"))
         return bool(gone)
 
     def _admit(self) -> None:
@@ -280,7 +284,7 @@ class Scheduler:
             at += d.rows
             self._end(d, rows[here], best_ids[here], best_logits[here], counts.get(d.text, 0))
         if all(d.tokens == 1 for d in due):  # nothing but decoding
-            engine.costs.note(tokens, time.perf_counter() - start)
+            self.costs.note(tokens, time.perf_counter() - start)
 
     def _draft(self, due: list[Due]) -> None:
         """Let texts that are being answered draft, as far as it pays beside the others."""
@@ -293,6 +297,7 @@ class Scheduler:
             d.draft = d.text.propose()
             d.wanted = "all" if d.draft else d.wanted
             self._stats.drafted += len(d.draft)
+            d.text.ticket.drafted += len(d.draft)
 
     def _end(self, due: Due, rows: Floats, best_ids: Ids, best_logits: Floats, count: int) -> None:
         """Take what a pass has given one of its texts, and tell."""
@@ -322,12 +327,14 @@ class Scheduler:
             self._fail(text, error)
             return
         self._stats.accepted += len(steps) - 1
+        text.ticket.accepted += len(steps) - 1
         for step in steps:
             self._count(text, step)
             if step.finished:
                 self._stats.finished += 1
                 self._leave(text)
-            text.ticket.on_step(step)
+            if not self._tell(text, step):
+                return
 
     def _count(self, text: Text, step: Step) -> None:
         self._stats.new_tokens += step.token != NO_TOKEN
@@ -353,6 +360,18 @@ class Scheduler:
         text.ticket.done = True
         if text.drafter is not None:
             text.drafter.close()
+
+    def _tell(self, text: Text, step: Step) -> bool:
+        """Whether whoever asked could be told; if not, the request ends alone."""
+        try:
+            text.ticket.on_step(step)
+        except Exception as error:
+            LOG.error("a request's on_step failed, and is cancelled: %r", error)
+            if not text.ticket.done:
+                self._stats.cancelled += 1
+                self._leave(text)
+            return False
+        return True
 
     def _fail(self, text: Text, error: ChalotError) -> None:
         self._stats.failed += 1

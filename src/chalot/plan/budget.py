@@ -62,9 +62,10 @@ def check_budget(
         least = sum(stored_bytes(stored[n], *shape) for n, shape in matrices)
     if budget < least:
         beside, weights = overhead(work), sum(r * c for _, (r, c) in matrices)
+        bits = max(budget, 0) * 8 / weights
         raise LimitError(
-            f"found a size of {budget + beside:,} bytes, {budget * 8 / weights:.3f} bits a weight: "
-            f"too small; the least that {', '.join(map(str, schemes))} can do here is a file of "
+            f"found a size of {budget + beside:,} bytes, {bits:.3f} bits a weight: too small; "
+            f"the least that {', '.join(map(str, schemes))} can do here is a file of "
             f"{least + beside:,} bytes, {least * 8 / weights:.3f} bits a weight; ask for that "
             "much, or allow smaller schemes with --schemes"
             + ("" if rest is None else f" or --ewq-rest (now {rest})")

@@ -162,6 +162,12 @@ class Answers:
         return sum(len(answer.tokens) for answer in self.answers)
 
     @property
+    def drafts(self) -> tuple[int, int]:
+        """Drafted tokens that were kept, and that were not."""
+        kept = sum(ticket.accepted for ticket in self.tickets)
+        return kept, sum(ticket.drafted for ticket in self.tickets) - kept
+
+    @property
     def cached_tokens(self) -> int:
         """Of the prompts, that were in the cache already when their first answer began."""
         return sum(ticket.cached_tokens for ticket in self.tickets[:: self.job.choices])

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from chalot.errors import OutputError
 from chalot.load import Model
 from chalot.serve import chat, completions, embeddings, information, messages, responses
-from chalot.serve.connection import connection_of
+from chalot.serve.connection import Drained, connection_of
 from chalot.serve.events import as_json
 from chalot.serve.exchange import Handler, Server, endpoint
 from chalot.serve.faults import Fault
@@ -45,6 +47,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/cancel/{id}", information.cancel),
     ("POST", "/tokenize", information.tokenize),
     ("POST", "/detokenize", information.detokenize),
+    ("GET", "/tokenizer_info", information.tokenizer_info),
     ("GET", "/health", information.health),
     ("GET", "/ready", information.ready),
     ("GET", "/metrics", information.metrics),
@@ -93,7 +96,6 @@ def make_app(served: Served, page: Path = PAGE) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         served.start()
         yield
-        server.draining = True
         served.stop()
         server.threads.shutdown(wait=False, cancel_futures=True)
 
@@ -102,37 +104,58 @@ def make_app(served: Served, page: Path = PAGE) -> Starlette:
     if settings.origins:
         allowed: Any = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         middleware.append(Middleware(CORSMiddleware, allow_origins=settings.origins, **allowed))
-    return Starlette(
+    app = Starlette(
         routes=[*routes, *pages],
         middleware=middleware,
         lifespan=lifespan,
         exception_handlers={HTTPException: refused},
     )
+    app.state.server = server
+    return app
 
 
-def config_of(app: Starlette, settings: Settings, verbose: bool = False) -> uvicorn.Config:
-    """uvicorn's settings: quiet, bounded, and drained when told to stop."""
-    return uvicorn.Config(
+def server_of(app: Starlette, settings: Settings, verbose: bool = False) -> Drained:
+    """uvicorn with settings of ours: quiet, bounded, and drained when told to stop."""
+    config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=connection_of(settings),
         ws="none",
         loop="asyncio",
-        log_level="info" if verbose else "error",
+        log_level="info" if verbose else "critical",
         access_log=verbose,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=int(settings.idle_seconds),
-        timeout_graceful_shutdown=int(settings.drain_seconds),
+        timeout_graceful_shutdown=int(settings.drain_seconds) + 5,
         limit_concurrency=settings.connections,
         h11_max_incomplete_event_size=64 << 10,
     )
+    return Drained(config, app.state.server.drain, settings.drain_seconds)
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket. Raises OutputError where there is none to be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"cannot listen at {settings.host[:80]}, port {settings.port}: {reason}; choose "
+            "another --port or --host"
+        ) from None
 
 
 def run(model: Model, settings: Settings, say: Callable[[str], None], verbose: bool) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers that run then have `drain_seconds` to end."""
+    """Serve until SIGTERM or Ctrl-C; answers that run then have `drain_seconds` to end.
+
+    Raises OutputError if it cannot listen.
+    """
     logging.getLogger("chalot.serve").addHandler(logging.StreamHandler())
-    served = Served(model, settings)
-    server = uvicorn.Server(config_of(make_app(served), settings, verbose))
-    say(f"{settings.name} at http://{settings.host}:{settings.port}/v1 (Ctrl-C stops)")
-    server.run()
+    with listen(settings) as found:
+        served = Served(model, settings)
+        served.start()
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = found.getsockname()[1]
+        say(f"{settings.name} at http://{host}:{port}, API at /v1 (Ctrl-C stops)")
+        server_of(make_app(served), settings, verbose).run(sockets=[found])

@@ -15,11 +15,14 @@ from chalot.serve.tools import Call
 def usage_of(answers: Answers) -> dict[str, Any]:
     """Tokens of prompt and answers."""
     given, new = answers.job.prompt_tokens, answers.new_tokens
+    kept, lost = answers.drafts
+    drafts = {"accepted_prediction_tokens": kept, "rejected_prediction_tokens": lost}
     return {
         "prompt_tokens": given,
         "completion_tokens": new,
         "total_tokens": given + new,
         "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0, **drafts},
     }
 
 

@@ -4,9 +4,11 @@ uvicorn has one for idle connections alone. https://en.wikipedia.org/wiki/Slowlo
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chalot.serve.settings import Settings
@@ -68,6 +70,20 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._forget("_head")
         self._forget("_stall")
+
+
+class Drained(uvicorn.Server):
+    """uvicorn's server; told to stop, it gives answers so many seconds, and then calls `end`."""
+
+    def __init__(self, config: uvicorn.Config, end: Callable[[bool], None], seconds: float) -> None:
+        super().__init__(config)
+        self.end, self.seconds = end, seconds
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """No new connections; those that there are end."""
+        self.end(False)
+        asyncio.get_running_loop().call_later(self.seconds, self.end, True)
+        await super().shutdown(sockets)
 
 
 def connection_of(settings: Settings) -> type[Connection]:

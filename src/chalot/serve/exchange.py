@@ -43,6 +43,12 @@ class Server:
         self.embedding = asyncio.Lock()  # one text at a time
         self.draining = False
 
+    def drain(self, now: bool) -> None:
+        """The server stops: answers end by themselves, or `now`."""
+        self.draining = True
+        for answers in list(self.running.values()) if now else ():
+            answers.cancel()
+
 
 class Exchange:
     """See module. `handle` does what is the same for every route."""

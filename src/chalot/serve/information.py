@@ -9,7 +9,7 @@ from chalot.serve.chat import shown
 from chalot.serve.events import as_json
 from chalot.serve.exchange import Exchange
 from chalot.serve.faults import Fault
-from chalot.serve.jobs import template_messages, template_tools
+from chalot.serve.jobs import check_model, template_messages, template_tools
 from chalot.serve.openapi import document
 from chalot.serve.shapes import DetokenizeRequest, TokenizeRequest
 
@@ -95,11 +95,14 @@ async def cancel(exchange: Exchange) -> Any:
 async def tokenize(exchange: Exchange) -> Any:
     """POST /tokenize"""
     body = await exchange.body(TokenizeRequest)
-    if (body.content is None) == (body.messages is None):
-        raise Fault("expected one of content and messages")
+    if [body.content, body.prompt, body.messages].count(None) != 2:
+        raise Fault("expected one of content, prompt and messages")
+    check_model(exchange.served, body.model)
     tokenizer = exchange.served.tokenizer
 
     def encode() -> list[int]:
+        if body.prompt is not None:
+            return tokenizer.encode(body.prompt, specials=True, start=body.add_special_tokens)
         if body.content is None:
             tools = template_tools(body.tools) if body.tools else None
             return tokenizer.encode_chat(template_messages(body.messages or []), tools=tools)
@@ -116,9 +119,28 @@ async def tokenize(exchange: Exchange) -> Any:
 async def detokenize(exchange: Exchange) -> Any:
     """POST /detokenize"""
     body = await exchange.body(DetokenizeRequest)
+    check_model(exchange.served, body.model)
     size = exchange.served.model.config.vocabulary
     wrong = [id_ for id_ in body.tokens if id_ >= size]
     if wrong:
         raise Fault(f"tokens: found {wrong[0]}, expected ids of 0 to {size - 1}", param="tokens")
     decode = exchange.served.tokenizer.decode
-    return as_json({"content": await exchange.prepared(lambda: decode(body.tokens, False))})
+    text = await exchange.prepared(lambda: decode(body.tokens, False))
+    return as_json({"content": text, "prompt": text})  # llama.cpp's name and vLLM's
+
+
+async def tokenizer_info(exchange: Exchange) -> Any:
+    """GET /tokenizer_info, which lm-eval asks for."""
+    tokenizer = exchange.served.tokenizer
+    by_id: dict[int | None, str] = {id_: t for t, id_ in tokenizer.special_tokens.items()}
+    return as_json(
+        {
+            "bos_token": by_id.get(tokenizer.bos_id),
+            "eos_token": by_id.get(min(tokenizer.eos_ids, default=-1)),
+            "pad_token": by_id.get(tokenizer.pad_id),
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "chat_template": tokenizer.chat_template().source
+            if tokenizer.has_chat_template
+            else None,
+        }
+    )

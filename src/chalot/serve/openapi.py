@@ -26,6 +26,7 @@ BODIES = {  # path -> what it takes, and what it is
 }
 READS = {
     "/v1/models": "The model that is served",
+    "/tokenizer_info": "The special tokens and the chat template",
     "/health": "How the server is, and what it serves",
     "/ready": "Whether requests are taken",
 }
@@ -76,7 +77,7 @@ def document() -> dict[str, Any]:
     for (path, (_, text)), schema in zip(BODIES.items(), made, strict=True):
         content = _json({"type": "object"})
         if path in STREAMED:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {}
         body = {"required": True, "content": _json(schema)}
         good = {"description": text, "content": content}
         paths[path] = {

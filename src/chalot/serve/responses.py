@@ -219,8 +219,15 @@ def logprobs_of(tokens: Sequence[Scored]) -> list[dict[str, Any]]:
     ]
 
 
-def text_item(exchange: Exchange, deltas: Sequence[Delta], status: str) -> dict[str, Any]:
-    """What was said."""
+def text_id(exchange: Exchange, index: int) -> str:
+    """Of the text item at a place of the output."""
+    return f"msg_{exchange.id}" + (f"_{index}" if index else "")
+
+
+def text_item(
+    exchange: Exchange, index: int, deltas: Sequence[Delta], status: str
+) -> dict[str, Any]:
+    """What was said, up to a call or the end."""
     part = {
         "type": "output_text",
         "text": "".join(d.text for d in deltas),
@@ -228,7 +235,7 @@ def text_item(exchange: Exchange, deltas: Sequence[Delta], status: str) -> dict[
         "logprobs": logprobs_of([t for d in deltas for t in d.tokens]),
     }
     return {
-        "id": "msg_" + exchange.id,
+        "id": text_id(exchange, index),
         "type": "message",
         "role": "assistant",
         "status": status,
@@ -248,6 +255,20 @@ def call_item(call: Call) -> dict[str, Any]:
     }
 
 
+def items(exchange: Exchange, deltas: Sequence[Delta], status: str) -> list[dict[str, Any]]:
+    """The output: texts and calls as they came; an empty text where there is nothing else."""
+    out: list[dict[str, Any]] = []
+    said: list[Delta] = []
+    for delta in deltas:
+        if delta.text or (delta.tokens and said):
+            said.append(delta)
+        if said and (delta.calls or delta.finish):
+            out.append(text_item(exchange, len(out), said, status))
+            said = []
+        out += map(call_item, delta.calls)
+    return out or [text_item(exchange, 0, deltas[-1:], status)]
+
+
 def response(
     exchange: Exchange, body: ResponseRequest, answers: Answers, deltas: Sequence[Delta]
 ) -> dict[str, Any]:
@@ -256,8 +277,6 @@ def response(
     status = {None: "in_progress", "length": "incomplete", "cancelled": "cancelled"}.get(
         finish, "completed"
     )
-    calls = [call_item(c) for d in deltas for c in d.calls]
-    said = any(d.text for d in deltas) or (finish and not calls)
     sampling = answers.job.requests[0].sampling
     asked = msgspec.to_builtins(body)
     return {
@@ -270,7 +289,7 @@ def response(
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "model": exchange.served.facts.name,
-        "output": [text_item(exchange, deltas, status)] * bool(said) + calls,
+        "output": items(exchange, deltas, status) if finish else [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
@@ -305,7 +324,7 @@ class Events:
 
     def _place(self) -> dict[str, Any]:
         return {
-            "item_id": "msg_" + self.exchange.id,
+            "item_id": text_id(self.exchange, self.item),
             "output_index": self.item,
             "content_index": 0,
         }
@@ -314,7 +333,7 @@ class Events:
         """More of a text item, which is opened at its first text."""
         out, part = [], {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         if not self.said:
-            item = text_item(self.exchange, [], "in_progress")
+            item = text_item(self.exchange, self.item, [], "in_progress")
             out.append(self.make("response.output_item.added", output_index=self.item, item=item))
             out.append(self.make("response.content_part.added", **self._place(), part=part))
         self.said.append(delta)
@@ -325,7 +344,7 @@ class Events:
         """The end of the text item, if one is open."""
         if not self.said:
             return []
-        item = text_item(self.exchange, self.said, status)
+        item = text_item(self.exchange, self.item, self.said, status)
         part, place = item["content"][0], self._place()
         done = {"text": part["text"], "logprobs": part["logprobs"]}
         out = [

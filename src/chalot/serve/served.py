@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
-from chalot.engine.generate import CHUNK, Engine, Work
-from chalot.engine.scheduler import Scheduler
+from chalot.concurrent import scheduler
+from chalot.engine.generate import Work
 from chalot.engine.worker import Worker
 from chalot.load import Model
-from chalot.model.cache import PageCache, Sequence
+from chalot.model.cache import Sequence
 from chalot.serve.settings import Settings
 from chalot.serve.structured import Structures
 from chalot.text.tokenizer import Tokenizer
@@ -54,14 +54,15 @@ class Served:
         self.settings = settings
         self.facts = facts_of(model, settings.name)
         self.defaults = model.generation_defaults()
-        self.scheduler = Scheduler(model.engine, slots=settings.slots, queue=settings.queue)
+        self.scheduler = scheduler(model, settings.slots, settings.queue)
         self.worker = Worker(self.scheduler, model.lock)
         self._opening = threading.Lock()
 
     def start(self) -> None:
-        """Open the tokenizer, and begin to compute."""
+        """Open the tokenizer, and begin to compute; the second time, nothing."""
         self.tokenizer.encode("ready?")
-        self.worker.start()
+        if not self.worker.alive:
+            self.worker.start()
 
     def stop(self) -> None:
         """End what runs."""
@@ -92,30 +93,16 @@ class Served:
         with self._opening:
             return self._structures
 
-    # ---- embeddings, in the worker's thread
-
-    @cached_property
-    def _reader(self) -> Engine:
-        """The same program with pages of its own, so that no answer lacks any."""
-        engine = self.model.engine
-        cache = PageCache(engine.cache.shape, engine.context + CHUNK)
-        return Engine(
-            engine.runnable,
-            cache,
-            engine.vocabulary,
-            engine.context,
-            engine.exp,
-            engine.before_step,
-        )
+    # ---- embeddings, in the worker's thread; their pages are the model's, not the scheduler's
 
     def open_text(self) -> Sequence:
         """Where `hidden` reads a text into."""
-        return Sequence(self._reader.cache)
+        return Sequence(self.model.engine.cache)
 
     def hidden(self, sequence: Sequence, ids: list[int]) -> NDArray[np.float32]:
         """(tokens, hidden): what the head would be multiplied with, after each of some tokens.
 
         Reads them into the sequence.
         """
-        self._reader.best([Work(sequence, ids, "all")], 1)
-        return self._reader.runnable.slot(self.model.head_input, len(ids))
+        self.model.engine.best([Work(sequence, ids, "all")], 1)
+        return self.model.engine.runnable.slot(self.model.head_input, len(ids))

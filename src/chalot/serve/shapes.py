@@ -206,16 +206,24 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """POST /tokenize: ids of a text, or of a conversation by the model's template."""
+    """POST /tokenize: ids of a text, or of a conversation by the model's template.
+
+    `content` is plain text, whatever marks are typed in it; in `prompt`, which vLLM's clients
+    send, special tokens are read as such.
+    """
 
     content: str | None = None
+    prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     add_special: bool = True  # the beginning of text, where the model has one
+    add_special_tokens: bool = True  # the same, of `prompt`
     with_pieces: bool = False
+    model: str | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /detokenize: the text of ids."""
 
     tokens: list[TokenId]
+    model: str | None = None

@@ -51,8 +51,8 @@ class Structures:
             ) from None
         self.vocabulary = vocabulary
         self.limits = llguidance.LLParserLimits(
-            initial_lexer_fuel=1_000_000,
-            step_lexer_fuel=200_000,
+            initial_lexer_fuel=300_000,
+            step_lexer_fuel=50_000,  # about 14,000 a millisecond
             step_max_items=50_000,
             max_lexer_states=20_000,  # at 1 to 2 kB each
             max_grammar_size=200_000,

@@ -57,10 +57,10 @@ export class Talk {
   }
 
   // What the server gets: the system prompt and the turns up to and with `last`.
-  messages(last) {
+  messages(last, more = () => ({})) {
     const system = this.settings.system?.trim() ? [{ role: "system", content: this.settings.system }] : [];
     const turns = [...this.before(last), last].filter((t) => t.content);
-    return [...system, ...turns.map(({ role, content }) => ({ role, content }))];
+    return [...system, ...turns.map((t) => ({ role: t.role, content: t.content, ...more(t) }))];
   }
 
   // As chalot's own /save writes it; /load and `chalot replay` read it.
@@ -70,7 +70,8 @@ export class Talk {
     const { system: _, ...sampling } = this.settings;
     const options = { ...sampling, seed: path.at(-1)?.seed ?? sampling.seed };
     const known = Object.entries(options).filter(([, v]) => v !== undefined && v !== null);
-    const messages = path.length ? this.messages(path.at(-1)) : [];
+    const seed = (t) => (t.role === "assistant" && Number.isSafeInteger(t.seed) ? { seed: t.seed } : {});
+    const messages = path.length ? this.messages(path.at(-1), seed) : [];
     return { format: 1, version: "page", model: digest ?? "", options: Object.fromEntries(known), messages };
   }
 }

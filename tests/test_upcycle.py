@@ -17,7 +17,7 @@ from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.floats import float32_to_bf16
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
-from chalot.upcycle import Settings, UpcycleError, choosing, upcycle
+from chalot.upcycle import Settings, UpcycleError, choosing, slices, upcycle
 from chalot.upcycle.choosing import assigned, balanced, choose
 from chalot.upcycle.copies import MIXTURES, Copies
 from chalot.upcycle.numbers import bell, key, words
@@ -34,6 +34,12 @@ FAMILIES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {},
 }
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices by two windows of text."""
+    monkeypatch.setattr(slices, "MOST", 2)
 
 
 def logits(path: Path, kv: str = "f32") -> np.ndarray:
@@ -219,6 +225,8 @@ def test_slices_are_converted_again(tmp_path: Path, model: Path) -> None:
     np.testing.assert_array_equal(logits(tmp_path / "a.myai"), logits(tmp_path / "b.myai"))
     from chalot.export import export
 
+    with pytest.raises(SchemeError, match="none to be spared"):
+        chalot.convert(tmp_path / "a.myai", tmp_path / "out", experts=4)
     for to in ("safetensors", "gguf", "npz"):
         with pytest.raises(ChalotError):
             export(tmp_path / "a.myai", tmp_path / "out", to)

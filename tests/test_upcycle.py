@@ -309,6 +309,10 @@ def test_families_without_a_mixture_are_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "biased", model_type="llama", attention_bias=True)
     with pytest.raises(UnsupportedError, match="mixtral has no word for that"):
         upcycle(source, tmp_path / "x.myai")
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    source = checkpoint(tmp_path / "windows", model_type="qwen3", **RUNS, **windows)
+    with pytest.raises(UnsupportedError, match="some layers have windows"):
+        upcycle(source, tmp_path / "x.myai")
 
 
 def test_targets_and_texts_that_do_not_go_together(tmp_path: Path, model: Path) -> None:

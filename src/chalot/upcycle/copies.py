@@ -103,6 +103,11 @@ def config_of(checkpoint: Checkpoint, config: ModelConfig, asked: Settings) -> b
         "num_experts_per_tok": asked.top,
         **mixture.more,
     }
+    if config.windows and mixture != MIXTRAL:  # Qwen's mixtures have them in other layers
+        raise UnsupportedError(
+            f"{checkpoint.path}: some layers have windows, which {mixture.family} would have in "
+            "others; --slice keeps a model's own family"
+        )
     again = from_hugging_face(said)
     for name in ModelConfig.__struct_fields__:
         if name not in ("family", "experts") and getattr(again, name) != getattr(config, name):

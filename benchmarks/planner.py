@@ -1,12 +1,13 @@
 """Plans at equal bytes: uniform, entropy-weighted, random, and the planner's at every depth.
 
-    python benchmarks/planner.py [--model NAME=FOLDER ...] [--bits 3 4.25] [--random 100]
+    python benchmarks/planner.py [--model FOLDER ...] [--bits 3 4.25] [--random 100] [--apart]
 
 The bundled model and its outlier twin, and further folders (tools/train_demo_model.py makes them
 from other seeds and sizes) with a heldout.txt each. Plans are made from calibration.txt, and their
 KL to the source measured on held-out text, of which no window of 32 tokens is in the calibration
 text; error bars are standard errors over windows of 256 tokens. Appends to results/planner.jsonl;
---table prints the last run as Markdown.
+--table prints the last run as Markdown. With --apart, only the planner with query, key and value,
+gate and up each by itself, into results/planner-apart.jsonl.
 """
 
 import argparse
@@ -42,6 +43,7 @@ OF_NL4 = 4.25
 NAMES = ("bf16", "int8", "int6", "nl4", "nl3", "nl2", "ternary")
 LEVELS = {"low": "nl2", "middle": "nl4", "raw": "int8"}  # of EWQ, where budgets are this small
 OVERLAP = 32  # tokens
+ONE_DEPTH = (("measured", DEPTHS["measured"]),)
 RESULTS = HERE / "results" / "planner.jsonl"
 
 Matrices = dict[str, Matrix]
@@ -50,14 +52,14 @@ Matrices = dict[str, Matrix]
 class Subject:
     """One model: its source, the calibration and the held-out text, and every way to store it."""
 
-    def __init__(self, file: MyaiFile, folder: Path, backend: Backend) -> None:
+    def __init__(self, file: MyaiFile, folder: Path, backend: Backend, apart: bool = False) -> None:
         self.name = folder.name
         tokenizer = from_source(file)
         calibration = tokenizer.encode((folder / "calibration.txt").read_text("utf-8"))
         heldout = tokenizer.encode((folder / "heldout.txt").read_text("utf-8"))
         self.overlap = overlap(calibration, heldout)
-        self.known = Swaps(file, backend, calibration)
-        self.unseen = Swaps(file, backend, heldout)
+        self.known = Swaps(file, backend, calibration, apart)
+        self.unseen = Swaps(file, backend, heldout, apart)
         self.items = self.known.items
         self.schemes = [SCHEMES[n] for n in NAMES]
         self.stored: dict[tuple[str, str], Matrices] = {}
@@ -186,6 +188,11 @@ def plans(
     budget = int(weights * bits / 8)
     if bits == OF_NL4:  # with what a narrow model's rows take beside
         budget = subject.bytes({i.name: "nl4" for i in subject.items})
+    if options.apart:
+        best = choose(subject.items, tables["measured"], subject.schemes, budget)
+        yield "planner measured", subject.result(best.schemes)
+        yield from exchanged(subject, tables["measured"], best, budget, options.exchanges)
+        return
     found = uniform(subject, budget)
     if found:
         yield "uniform", subject.result(found)
@@ -198,19 +205,15 @@ def plans(
         best = choose(subject.items, tables[depth], subject.schemes, budget)
         yield f"planner {depth}", subject.result(best.schemes)
     assert best is not None
-    better, _ = improve(
-        subject.known, tables["measured"], subject.schemes, best, budget, options.exchanges
-    )
-    yield "planner measured, exchanges", subject.result(better.schemes)
-    yield "planner measured, exchanges, gptq", subject.result(better.schemes, refined=True)
+    size = 0
+    for method, result in exchanged(subject, tables["measured"], best, budget, options.exchanges):
+        size = result["bytes"]
+        yield method, result
     found = uniform(subject, budget)
     if found:
         yield "uniform, gptq", subject.result(found, refined=True)
     rng = np.random.default_rng(0)
-    random = [
-        subject.result(random_plan(subject, subject.bytes(better.schemes), rng))
-        for _ in range(options.random)
-    ]
+    random = [subject.result(random_plan(subject, size, rng)) for _ in range(options.random)]
     if random:
         kl = sorted(r["kl"] for r in random)
         yield (
@@ -226,15 +229,24 @@ def plans(
         )
 
 
+def exchanged(
+    subject: Subject, table: Table, first: Chosen, budget: int, tries: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What exchanges make of a plan, and refinement of that."""
+    better, _ = improve(subject.known, table, subject.schemes, first, budget, tries)
+    yield "planner measured, exchanges", subject.result(better.schemes)
+    yield "planner measured, exchanges, gptq", subject.result(better.schemes, refined=True)
+
+
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All plans of a model."""
     backend = open_backend()
     with uncut(folder, None, balance="nl4") as made:
         file = MyaiFile(made)
-        subject = Subject(file, folder, backend)
+        subject = Subject(file, folder, backend, options.apart)
         tables: dict[str, Table] = {}
         seconds = {}
-        for depth, row in DEPTHS.items():
+        for depth, row in DEPTHS.items() if not options.apart else ONE_DEPTH:
             start = time.perf_counter()
             tables[depth] = {i.name: row(subject.known, i, subject.schemes) for i in subject.items}
             seconds[depth] = time.perf_counter() - start
@@ -313,12 +325,14 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float, default=list(BITS))
     parser.add_argument("--random", type=int, default=100, help="random plans of each size")
     parser.add_argument("--exchanges", type=int, default=40)
+    parser.add_argument("--apart", action="store_true", help="no matrices together: see above")
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the last run, measure nothing")
     parser.add_argument("--picture", metavar="SVG", help="draw the last run's first model")
     options = parser.parse_args()
+    place = RESULTS.with_stem("planner-apart") if options.apart else RESULTS
     if options.table or options.picture:
-        last = json.loads(RESULTS.read_text().splitlines()[-1])
+        last = json.loads(place.read_text().splitlines()[-1])
         if options.picture:
             Path(options.picture).write_text(picture(last["models"][0]) + "\n")
         print(table(last, options.bits))
@@ -335,7 +349,7 @@ def main() -> None:
             "models": [measure(f, options) for f in chosen],
         }
     if not options.no_save:
-        with RESULTS.open("a") as file:
+        with place.open("a") as file:
             file.write(json.dumps(run) + "\n")
     print(table(run, options.bits))
 

@@ -108,15 +108,15 @@ struct Model {
     expect(type >= 0 && type <= int(CacheType::int8), "cache: unknown type");
     return {CacheType(type), layers, kv_heads, head_dim};
   }
-  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused, routing, top, routes,
-  // planes); a part: (matrix, bias, column).
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused, sinks, routing, top,
+  // routes, planes); a part: (matrix, bias, column).
   std::vector<Op> ops_of(nb::list ops) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
-      expect(t.size() == 16, "operation: expected sixteen fields");
+      expect(t.size() == 17, "operation: expected seventeen fields");
       Op op;
-      int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]), routing = nb::cast<int>(t[12]);
+      int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]), routing = nb::cast<int>(t[13]);
       expect(kind >= 0 && kind <= int(OpKind::prefetch) && gate >= 0 && gate <= int(Gate::relu2) && routing >= 0 &&
                  routing <= int(Routing::sigmoid),
              "operation: unknown kind");
@@ -139,10 +139,11 @@ struct Model {
       op.window = nb::cast<int>(t[9]);
       op.cap = nb::cast<float>(t[10]);
       op.fused = nb::cast<bool>(t[11]);
+      op.sinks = nb::cast<int>(t[12]);
       op.routing = Routing(routing);
-      op.top = nb::cast<int>(t[13]);
-      op.routes = nb::cast<int>(t[14]);
-      op.planes = nb::cast<int>(t[15]);
+      op.top = nb::cast<int>(t[14]);
+      op.routes = nb::cast<int>(t[15]);
+      op.planes = nb::cast<int>(t[16]);
       out.push_back(op);
     }
     return out;

@@ -1,4 +1,5 @@
 // What a program and a batch must keep, checked before anything runs: the loops trust it.
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -66,6 +67,7 @@ void Program::check() {
   for (const Slot& s : slots_)
     if (s.width <= 0 || s.width > 1 << 24 || s.planes < 0 || s.planes > 2) throw std::invalid_argument("slot: size");
   bool gathered = false;
+  std::vector<int> reaches;
   std::vector<bool> filled(slots_.size());
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
@@ -127,12 +129,17 @@ void Program::check() {
       case OpKind::rope_store:
       case OpKind::attend:
         if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
-        numbers(op.in, queries + 2 * keys);
+        if (op.window < 0) invalid(i, "window and cap must not be negative");
+        if (op.sinks < 0 || op.sinks > kPage || (op.sinks && (op.sinks >= op.window || op.window > 1 << 30)))
+          invalid(i, "sinks must be fewer than the window, and at most a page");
+        if (op.sinks && sinks_ && (op.sinks != sinks_ || op.window != stream_)) invalid(i, "sinks differ");
+        if (op.sinks) sinks_ = op.sinks, stream_ = op.window;
+        if (op.kind == OpKind::attend) reaches.push_back(op.window);
+        numbers(op.in, queries + 2 * keys + (op.sinks ? queries : 0));
         if (op.kind == OpKind::attend) numbers(op.out, queries);
         if (op.kind == OpKind::rope_store && of_all_heads(op) &&
             op.weight_size != size_t(round_up(queries, 16) + round_up(keys, 16)))
           invalid(i, "the weights of norms must be two heads, or all queries and keys, padded to 16");
-        if (op.window < 0) invalid(i, "window and cap must not be negative");
         break;
       case OpKind::gate:
         numbers(op.in, 2 * slot(op.out).width);
@@ -169,6 +176,8 @@ void Program::check() {
   }
   for (size_t i = 0; i < ops_.size(); i++)
     if (ops_[i].fused) check_fused(i);
+  const bool all = std::find(reaches.begin(), reaches.end(), 0) != reaches.end();
+  if (!all) reach_ = reaches.empty() ? 1 : *std::max_element(reaches.begin(), reaches.end());
   if (!input_vocabulary_) throw std::invalid_argument("program: needs embed");
 }
 
@@ -179,8 +188,11 @@ void Program::check(const Batch& b) const {
     if (b.positions[t] < 0 || b.positions[t] / kPage >= b.pages_a_sequence)
       throw std::out_of_range("position is outside the page table");
     const int32_t* pages = b.pages + size_t(b.sequence[t]) * b.pages_a_sequence;
-    for (int p = 0; p <= b.positions[t] / kPage; p++)
-      if (pages[p] < 0 || size_t(pages[p]) >= b.arena_pages) throw std::out_of_range("page is outside the cache");
+    auto check_page = [&](int page) {
+      if (page < 0 || size_t(page) >= b.arena_pages) throw std::out_of_range("page is outside the cache");
+    };
+    if (sinks_) check_page(pages[0]);
+    for (int p = first_page(b.positions[t]); p <= b.positions[t] / kPage; p++) check_page(pages[p]);
   }
   for (int i = 0; i < b.wanted; i++)
     if (b.rows[i] < 0 || b.rows[i] >= b.tokens) throw std::out_of_range("wanted row is outside the batch");

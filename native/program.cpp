@@ -124,16 +124,20 @@ void Program::reserve(const Batch& batch, int threads) {
   }
   cosine_.reserve(size_t(tokens) * inverse_frequency_.size() * 4);
   sine_.reserve(size_t(tokens) * inverse_frequency_.size() * 4);
+  sink_cosine_.reserve(inverse_frequency_.size() * 4);
+  sink_sine_.reserve(inverse_frequency_.size() * 4);
   room_ = tokens;
 }
 
 void Program::angles(const Run& run) {
   const size_t half = inverse_frequency_.size();
+  auto turn = [&](int position, float* sine, float* cosine) {
+    for (size_t i = 0; i < half; i++) sine_cosine(float(position) * inverse_frequency_[i], sine[i], cosine[i]);
+  };
   for (size_t t = size_t(run.from()); t < size_t(run.to()); t++)
-    for (size_t i = 0; i < half; i++) {
-      float angle = float(run.batch.positions[t]) * inverse_frequency_[i];
-      sine_cosine(angle, sine_.as<float>()[t * half + i], cosine_.as<float>()[t * half + i]);
-    }
+    turn(run.batch.positions[t], sine_.as<float>() + t * half, cosine_.as<float>() + t * half);
+  // where a query would be if what lies between sinks and window were not there
+  if (lead_ && !run.id) turn(sinks_ + stream_ - 1, sink_sine_.as<float>(), sink_cosine_.as<float>());
 }
 
 void Program::run(const Kernels& kernels, Pool& pool, const Batch& batch) {

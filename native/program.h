@@ -48,6 +48,7 @@ struct Op {
   bool add = false;  // linear, norm: to what the target holds
   Gate gate = Gate::silu;
   int window = 0;  // attend: positions that a query sees, its own included; 0: all
+  int sinks = 0;   // rope_store, attend: first positions that a query sees beside its window
   float cap = 0;   // attend: scores become cap * tanh(score / cap); linear: so do logits; 0: they stay
   // linear: gate and up, which run as one with the gate and the quantize behind them; slots between are not written
   bool fused = false;
@@ -136,6 +137,7 @@ class Program {
   struct Block {
     int first, tokens;
     const int32_t* pages;
+    int page;  // the first that an operation looks at, sinks aside
   };
   // What one run hands to its operations.
   struct Run {
@@ -183,7 +185,7 @@ class Program {
   void rope_store(const Op& op, const Run& run);
   void attend(const Op& op, const Run& run);
   struct Rows;
-  Rows read_queries(const Op& op, const Run& run, const Block& block, int head, void* scratch) const;
+  Rows read_queries(const Op& op, const Run& run, const Block& block, int head, bool of_sinks, void* scratch) const;
   bool look(const Op& op, const Run& run, const Block& block, int page, Rows& rows) const;
   void put_rows(const Op& op, const Block& block, int head, int row, const float* gathered, float denominator) const;
   size_t attention_scratch_bytes() const;
@@ -192,7 +194,8 @@ class Program {
   void merge_pages(const Op& op, const Run& run);
   void choose(const Run& run);
   void collect(const Batch& batch, int threads);
-  Visible visible(int position, int page, int window) const;
+  Visible visible(const Op& op, int position, int page) const;
+  int first_page(int position) const;
   float* numbers(int slot, int token) const {
     return storage_[size_t(slot)].numbers.as<float>() + size_t(token) * slots_[size_t(slot)].stride();
   }
@@ -204,16 +207,20 @@ class Program {
   int heads_, vocabulary_ = 0, input_vocabulary_ = 0;
   std::vector<float> inverse_frequency_;  // (head_dim / 2)
   std::vector<Storage> storage_;
-  Buffer cosine_, sine_, logits_, partial_, best_;
+  // What operations look at: the window of those with sinks, the first sinks_ positions, and none before the last
+  // reach_ ones else (0: all).
+  int stream_ = 0, sinks_ = 0, reach_ = 0;
+  Buffer cosine_, sine_, sink_cosine_, sink_sine_, logits_, partial_, best_;
   Storage gathered_, inner_;   // what experts multiply, their tokens together; what gate and up make of it
   std::vector<Group> groups_;  // of experts that some token takes
   std::vector<int> pairs_;     // tokens, those of one expert together
   std::vector<std::vector<int64_t>> taken_;
   std::vector<Block> blocks_;
   std::vector<int> held_;  // by thread and wanted row
-  int most_pages_ = 0;
-  int most_rows_ = 0;     // of a block, with the heads that share a key/value head
-  bool by_page_ = false;  // attention's work is cut at pages, which are merged afterwards
+  int most_pages_ = 0;     // that a block looks at
+  int lead_ = 0;           // looks at sinks before those at pages: 1 where a query of the batch has left them behind
+  int most_rows_ = 0;      // of a block, with the heads that share a key/value head
+  bool by_page_ = false;   // attention's work is cut at pages, which are merged afterwards
   std::vector<Buffer> scratch_;
   size_t scratch_bytes_ = 0;
   int room_ = 0;

@@ -109,6 +109,7 @@ Op read_op(File& f) {
   op.window = f.whole();
   op.cap = f.number();
   op.fused = f.whole();
+  op.sinks = f.whole();
   op.routing = f.one_of(Routing::sigmoid);
   op.top = f.whole();
   op.routes = f.whole();

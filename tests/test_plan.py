@@ -222,6 +222,21 @@ def test_plans_are_as_good_as_the_best_of_all(tmp_path: Path, text: Path, method
     assert all(row["int8"] < row["nl4"] for row in table.values())
 
 
+def test_matrices_can_be_planned_apart(
+    folder: Path, tmp_path: Path, text: Path, home: Path
+) -> None:
+    """Their own losses, whatever was kept of them together; and the file is what was planned."""
+    common = {"text": text, "bits": 5.0, "method": "fisher", "exchanges": 2}
+    out = tmp_path / "p.json"
+    assert_fused(plan(folder, out, **common))
+    made = plan(folder, out, apart=True, **common)
+    assert len(made.details["losses"]) == 1 + 3 * 7 and made.bits_per_weight <= 5.0
+    assert {"layers.1.key", "layers.1.up"} <= made.details["losses"].keys()
+    report = chalot.convert(folder, tmp_path / "m.myai", plan=out)
+    assert sum(k.bytes for k in report.kinds if k.kind != "vector") == made.bytes
+    assert len(list((home / "plans").iterdir())) == 2
+
+
 def test_exchanges_lower_the_true_kl(folder: Path, tmp_path: Path, text: Path) -> None:
     common = {"text": text, "bits": 5.0, "method": "error"}
     one, many = (plan(folder, tmp_path / "p.json", exchanges=n, **common) for n in (1, 6))
@@ -456,6 +471,7 @@ def test_bad_input_ends_in_one_line(
         (["--simple"], "--simple, which is of use with --method ewq or fast-ewq only"),
         (["--method", "ewq", "--text", "t"], "--text"),
         (["--method", "fast-ewq", "--exchanges", "0"], "--exchanges"),
+        (["--method", "ewq", "--apart"], "--apart"),
         (["--schemes", "nl4,,int8"], "names with commas"),
         (["--schemes", ""], "empty"),
         (["--plot", " "], "empty"),

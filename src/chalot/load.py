@@ -7,7 +7,6 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 import secrets
 import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot import machine
+from chalot import machine, sessions
 from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
-from chalot.engine.drafting import Drafter
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
-from chalot.engine.sampler import Sampling, SamplingError
+from chalot.engine.sampler import Sampling
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
 from chalot.experts_memory import ExpertsMemory
 from chalot.formats.documents import parse_json
@@ -33,6 +31,7 @@ from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape, head_input
+from chalot.model.window import LONGEST, Window
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
@@ -83,6 +82,12 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
+def cache_budget(texts: int, budget: int | None) -> int | None:
+    """The most bytes of a cache for so many texts; of one alone, only what was asked for."""
+    free = machine.memory_available()
+    return free // 2 if texts > 1 and budget is None and free is not None else budget
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -99,7 +104,10 @@ class Model:
         mmap: bool = True,
         mlock: bool = False,
         experts_resident: int | None = None,
-        draft: bool | str | Path = True,
+        window: int | None = None,
+        sinks: int | None = None,
+        texts: int = 1,
+        draft: Draft = True,
         draft_tokens: int = MOST,
         backend: Backend | None = None,
     ) -> None:
@@ -113,6 +121,9 @@ class Model:
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
         the rest is read when it is used; answers are the same (docs/experts.md).
+        With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
+        a text may be longer than the model's context (`chalot.model.window` says what is computed).
+        The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
@@ -120,7 +131,7 @@ class Model:
         draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
-        counts |= {"experts_resident": experts_resident}
+        counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         if mlock:
@@ -133,11 +144,16 @@ class Model:
         if activations not in (None, 8, 16):
             raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
-        if context is None:
+        self.window = Window.parse(window, sinks, self.config.context)
+        self.config = self.window.of(self.config)
+        longest = LONGEST if self.window.size else self.config.context
+        if context is None and not self.window.size:
             context = default_context(self.config, shape.position_bytes, kv_budget)
-        self.context = context
+        self.context = longest if context is None else context
         self.kv, self.kv_budget = kv, kv_budget
-        if not 1 <= self.context <= self.config.context:
+        if not 1 <= self.context <= longest:
+            if self.window.size:
+                raise ContextError(f"--context {self.context}: a window has room for {longest}")
             raise ContextError(
                 f"--context {self.context}: this model was made for 1 to {self.config.context}"
             )
@@ -152,14 +168,18 @@ class Model:
         weights = self.experts.with_paging(weights)
         program = build(self.config, weights, frequencies, kv)
         self.head_input = head_input(program)
+        room = texts * self.window.positions(self.context, CHUNK) + CHUNK
         self.engine = Engine(
             self.backend.compile(program),
-            PageCache(shape, self.context + CHUNK, kv_budget),
+            PageCache(shape, room, cache_budget(texts, kv_budget), self.window),
             self.config.vocabulary,
             self.context,
             self.backend.exp,
             self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
+        )
+        self.kept = sessions.Kept(
+            self.file.digest, str(activations or ""), shape, self.window, self.context
         )
         self.experts.attach(self.engine.runnable, program, weights)
         self.last_stats = Stats()
@@ -208,34 +228,80 @@ class Model:
         *,
         max_tokens: int | None = None,
         stop: Iterable[str] = (),
+        session: Session | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Text as it is generated, whole characters at a time.
 
         Options: temperature, top_k, top_p, min_p, repetition_penalty, repetition_window, seed,
         choice; draft and draft_tokens as for the model. Ends at an end-of-text token, a stop
-        string, `max_tokens`, or the context's end.
+        string, `max_tokens`, or the context's end. With a `session`, what it holds of the prompt
+        is not read again, and it goes on from there.
         """
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if session is not None:
+            with self.lock:
+                yield from self._go_on(session, ids, max_tokens, stop, options)
+            return
         with self.session(**options) as session:
             yield from self._answer(session, ids, max_tokens, stop)
+
+    def _go_on(
+        self,
+        session: Session,
+        ids: list[int],
+        max_tokens: int | None,
+        stop: Iterable[str],
+        options: dict[str, Any],
+    ) -> Iterator[str]:
+        """The answer to `ids`, of which a session may hold the beginning."""
+        session.sampling = self.sampling(**options)
+        same = 0
+        for a, b in zip(session.tokens, ids[:-1], strict=False):
+            if a != b:
+                break
+            same += 1
+        session.rewind(same)
+        session.stats = Stats(seed=session.sampling.seed, cached_tokens=session.sequence.length)
+        yield from self._answer(session, ids[same:], max_tokens, stop)
+
+    def answers(
+        self,
+        prompt: str | Iterable[int],
+        count: int,
+        *,
+        max_tokens: int | None = None,
+        stop: Iterable[str] = (),
+        **options: Any,
+    ) -> list[str]:
+        """That many answers to one prompt, which is read once: `choice` and the ones behind it.
+
+        Each is what `generate` gives for its choice. Raises ContextError where the cache has no
+        room for all: open the model with `texts=count`.
+        """
+        from chalot.text.stream import TextStream
+
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if count < 1:
+            raise ContextError(f"{count} answers asked for; expected 1 or more")
+        with self.lock, self.session(**options | {"draft": False}) as session:
+            self.last_stats = session.stats
+            most = sessions.room(self.context - len(ids), max_tokens)
+            session.prefill(ids)
+            texts = [TextStream(self.tokenizer, sessions.stops(stop)) for _ in range(count)]
+            return sessions.answers(session, texts, self.tokenizer.eos_ids, most)
 
     def _answer(
         self, session: Session, ids: list[int], max_tokens: int | None, stop: Iterable[str]
     ) -> Iterator[str]:
         from chalot.text.stream import TextStream
 
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(stops):
-            raise SamplingError("a stop string is empty; expected a text to end before")
-        if max_tokens is not None and max_tokens < 0:
-            raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
+        text = TextStream(self.tokenizer, sessions.stops(stop))
+        most = sessions.room(self.context - len(session.tokens) - len(ids), max_tokens)
         self.last_stats = session.stats
-        text = TextStream(self.tokenizer, stops)
         ends = self.tokenizer.eos_ids
         session.prefill(ids)
-        room = self.context - len(session.tokens)
-        for left in range(room if max_tokens is None else min(max_tokens, room), 0, -1):
+        for left in range(most, 0, -1):
             token = session.step(left)
             if token in ends:
                 break
@@ -289,21 +355,18 @@ class Model:
         """
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
-            sampling = self.sampling(**options)
-            session = self._talk = self._talk or Session(self.engine, sampling)
+            session = self.talk()
             drafting = self.drafters.chosen(draft, draft_tokens)
             if drafting != self._talk_drafting:
                 session.use(self.drafters.make(*drafting))
                 self._talk_drafting = drafting
-            session.sampling = sampling
-            session.stats = Stats(seed=sampling.seed)
-            same = 0
-            for a, b in zip(session.tokens, ids, strict=False):
-                if a != b:
-                    break
-                same += 1
-            session.rewind(min(same, len(ids) - 1))
-            yield from self._answer(session, ids[len(session.tokens) :], max_tokens, stop)
+            yield from self._go_on(session, ids, max_tokens, stop, options)
+
+    def talk(self) -> Session:
+        """The session in which `stream_chat` keeps what the last conversation put in the cache."""
+        if self._talk is None:
+            self._talk, self._talk_drafting = Session(self.engine, self.sampling()), None
+        return self._talk
 
     def chat(self, messages: Messages, **options: Any) -> str:
         """The whole answer to a conversation; options as for `stream`."""
@@ -313,10 +376,10 @@ class Model:
 
     def session(
         self, *, draft: Draft | None = None, draft_tokens: int | None = None, **options: Any
-    ) -> "OpenSession":
+    ) -> sessions.OpenSession:
         """A text of one's own: `prefill(ids)`, then `step()`. Options as for `stream`."""
         drafter = self.drafters.make(*self.drafters.chosen(draft, draft_tokens))
-        return OpenSession(self, self.sampling(**options), drafter)
+        return sessions.OpenSession(self, self.sampling(**options), drafter)
 
     def _draft_model(self, path: Path) -> "Model":
         """A small model with the same ids, on the same threads. Raises TokenizerError."""
@@ -324,6 +387,37 @@ class Model:
         small = Model(path, kv=kv, draft=False, backend=self.backend)
         check_same_ids(self, small)
         return small
+
+    def save_session(self, session: Session, path: str | Path, note: bytes = b"") -> None:
+        """Write a text's tokens, keys and values to a file, whole or not at all.
+
+        `note` is kept with it. Raises OutputError.
+        """
+        with self.lock:
+            sessions.save(session, Path(path).expanduser(), self.kept, note)
+
+    def load_session(self, path: str | Path, **options: Any) -> sessions.OpenSession:
+        """A saved text, which goes on with the same bits; options are those saved, unless given.
+
+        Raises FormatError for a damaged file, or one of another model, cache type or window.
+        """
+        session = self.session(**{n: options.pop(n, None) for n in ("draft", "draft_tokens")})
+        with self.lock:
+            sessions.restore(session, Path(path).expanduser(), self.kept)
+        session.with_sampling(**options)
+        return session
+
+    def save_talk(self, path: str | Path, note: bytes = b"") -> None:
+        """Like `save_session`, of what the last `stream_chat` left."""
+        self.save_session(self.talk(), path, note)
+
+    def load_talk(self, path: str | Path) -> bytes:
+        """Like `load_session`, for the next `stream_chat`; the note that was kept with it."""
+        with self.lock:
+            if self._talk is not None:
+                self._talk.close()
+                self._talk = None
+            return sessions.restore(self.talk(), Path(path).expanduser(), self.kept)
 
     def logits(self, ids: Iterable[int], last: int | None = None) -> NDArray[np.float32]:
         """(tokens, vocabulary) float32: what follows each token, or each of the `last` ones.
@@ -387,27 +481,6 @@ class Model:
 
     def __enter__(self) -> "Model":
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class OpenSession(Session, AbstractContextManager["OpenSession"]):
-    """A session that locks its model for each call and gives its pages back at the block's end."""
-
-    def __init__(self, model: Model, sampling: Sampling, drafter: Drafter | None = None) -> None:
-        super().__init__(model.engine, sampling, drafter)
-        self.model = model
-
-    def prefill(self, ids: Iterable[int]) -> None:
-        """See Session."""
-        with self.model.lock:
-            super().prefill(list(ids))
-
-    def step(self, most: int | None = None) -> int:
-        """See Session."""
-        with self.model.lock:
-            return super().step(most)
 
     def __exit__(self, *_: object) -> None:
         self.close()

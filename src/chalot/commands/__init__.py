@@ -14,6 +14,7 @@ VERBS = {  # in the order of `chalot --help`
     "compare": "a model and its smaller forms in one table and one page",
     "verify": "check every extent and checksum of a .myai file",
     "models": "short names, what is converted, what was downloaded",
+    "merge": "two checkpoints of one shape into one",
     "rm": "remove a converted model",
     "validate": "how far a model's weights and answers are from its source",
     "tensor": "one weight of a model times one input",

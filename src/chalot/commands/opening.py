@@ -56,6 +56,7 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     text = "of each layer's experts, those that stay in memory; the rest is read when it is used"
     parser.add_argument("--experts-resident", type=int, metavar="N", help=text)
     drafting_arguments(parser)
+    long_text_arguments(parser)
     cache_type(parser, "int8")
     parser.add_argument(
         "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 512MB"
@@ -72,6 +73,16 @@ def drafting_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(draft=True)
     text = "most tokens to guess ahead (default: 16; fewer where they do not pay)"
     parser.add_argument("--draft-tokens", type=int, metavar="N", default=16, help=text)
+
+
+def long_text_arguments(parser: ArgumentParser) -> None:
+    """--window, --sinks, --cache"""
+    text = "see the last N positions alone: text without end, in a cache that does not grow"
+    parser.add_argument("--window", type=int, metavar="N", help=text)
+    text = "first positions that are seen besides (default: 4)"
+    parser.add_argument("--sinks", type=int, metavar="N", help=text)
+    text = "keep what was read in this file, and go on from what it holds"
+    parser.add_argument("--cache", type=Path, metavar="FILE", help=text)
 
 
 def converted(model: str, arguments: Arguments) -> Path:
@@ -96,8 +107,10 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    names = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")
-    options = {name: getattr(arguments, name) for name in (*names, "experts_resident")}
+    names = [*("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")]
+    names += ["window", "sinks", "experts_resident"]
+    options = {name: getattr(arguments, name) for name in names}
+    options["texts"] = max(getattr(arguments, "answers", None) or 1, 1)
     if isinstance(arguments.draft, str):
         options["draft"] = converted(arguments.draft, arguments)
     return load(path, **options)

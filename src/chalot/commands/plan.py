@@ -51,6 +51,11 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--exchanges", type=int, help="pairs tried by their true KL (default: 40); 0: none"
     )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="query, key and value, gate and up each by itself: nearly twice the passes",
+    )
     parser.add_argument("--plot", metavar="FILE", help="a picture of the plan, .svg")
 
 
@@ -64,7 +69,7 @@ def check(arguments: Arguments) -> None:
             arguments,
             (method == "ewq", "--method ewq", "--ewq-variant --ewq-x"),
             (method in BY_BLOCK, f"--method {' or '.join(BY_BLOCK)}", "--ewq-rest --simple"),
-            (method not in BY_BLOCK, "methods that look at losses", "--text --exchanges"),
+            (method not in BY_BLOCK, "methods that look at losses", "--text --exchanges --apart"),
         )
     refuse_unused(arguments, (arguments.size == FIT, "--size fit", "--context"))
 
@@ -122,6 +127,7 @@ def main(arguments: Arguments) -> int:
             max_kl=arguments.max_kl,
             schemes=arguments.schemes,
             text=arguments.text,
+            apart=arguments.apart,
             threads=arguments.threads,
             progress=advance,
             **{name: value for name, value in options.items() if value is not None},

@@ -33,7 +33,7 @@ def matrix_fields(m: Matrix) -> tuple[object, ...]:
 
 
 def op_fields(op: Op) -> tuple[object, ...]:
-    """The sixteen fields of an operation."""
+    """The seventeen fields of an operation."""
     parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
     return (
         KINDS.index(op.kind),
@@ -48,6 +48,7 @@ def op_fields(op: Op) -> tuple[object, ...]:
         op.window,
         op.cap,
         op.fused,
+        op.sinks,
         ROUTINGS.index(op.routing),
         op.top,
         op.routes,

@@ -77,6 +77,10 @@ class Op:
     # linear: gate and up, which run as one with the gate and the quantize behind them; the slots
     # between are then not written (the oracle writes them)
     fused: bool = False
+    # rope_store, attend: first positions that a query sees besides (at most a page, fewer than the
+    # window), as if nothing lay between them and the window; rope_store then needs the window too,
+    # and puts queries turned for that behind v, as [q | k | v | q for the sinks]
+    sinks: int = 0
     routing: str = "softmax"  # route: of ROUTINGS
     top: int = 0  # route, experts: experts that a token takes
     routes: int = LOGITS  # experts: the slot that route wrote

@@ -471,10 +471,16 @@ class ReferenceProgram:
             of_query, of_key = op.weight.reshape(2, shape.stride)
             parts[:, :heads] = rms_norm(parts[:, :heads], of_query, op.number)
             parts[:, heads:turned] = rms_norm(parts[:, heads:turned], of_key, op.number)
+        for_sinks = parts[:, :0]
+        if op.sinks:
+            angle = np.full((len(x), 1), op.sinks + op.window - 1, F32)
+            turns = sine_cosine(angle * self.program.inverse_frequency)
+            for_sinks = rotate(parts[:, :heads], turns[0][:, None], turns[1][:, None])
         parts[:, :turned] = rotate(parts[:, :turned], sine[:, None], cosine[:, None])
-        stored = parts[:, heads:].copy()
+        stored = parts[:, heads : turned + shape.kv_heads].copy()
         if shape.kind == "int8":
             parts[:, :heads] = spread(parts[:, :heads], shape.rotation)
+            for_sinks = spread(for_sinks, shape.rotation) if op.sinks else for_sinks
             stored[:, : shape.kv_heads] = spread(stored[:, : shape.kv_heads], shape.rotation)
         stored = pad(stored, PANEL)
         if shape.kind == "f16":
@@ -495,20 +501,31 @@ class ReferenceProgram:
                     rows[:, at // 4, :, at % 4] = codes.reshape(-1, PANEL)
                 else:
                     rows[at // PANEL, :, at % PANEL] = codes.reshape(-1, 4)
-        return np.concatenate([parts[:, :heads].reshape(len(x), -1), x[:, queries:]], axis=1)
+        first, last = heads * shape.head_dim, (turned + shape.kv_heads) * shape.head_dim
+        both = parts[:, :heads].reshape(len(x), -1), for_sinks.reshape(len(x), -1)
+        return np.concatenate([both[0], x[:, first:last], both[1]], axis=1)
 
     def attend(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
         """(tokens, heads * head_dim): every query over what it sees of each page, then merged."""
         shape, heads = self.program.cache, self.program.heads
         share = heads // shape.kv_heads
-        queries = pad(x.reshape(len(x), -1, shape.head_dim)[:, :heads], PANEL)
+        columns = x.reshape(len(x), -1, shape.head_dim)
+        queries = pad(columns[:, :heads], PANEL)
+        for_sinks = pad(columns[:, heads + 2 * shape.kv_heads :], PANEL)
         out = np.zeros((len(x), heads, shape.head_dim), F32)
         for t, position in enumerate(batch.positions):
             for h in range(heads):
                 so_far: Gathered = (np.zeros(shape.stride, F32), F32(-np.inf), F32(0))
+                everything = not op.window or (op.sinks and position < op.sinks + op.window)
+                if op.sinks and not everything:
+                    seen, page = slice(0, op.sinks), int(batch.pages[batch.sequences[t], 0])
+                    so_far = merge(
+                        so_far,
+                        self.attend_page(op, for_sinks[t, h], arena, page, h // share, seen),
+                    )
                 for p in range(position // PAGE + 1):
                     behind = int(position) + 1 - p * PAGE
-                    start, end = max(0, behind - op.window) if op.window else 0, min(behind, PAGE)
+                    start, end = 0 if everything else max(0, behind - op.window), min(behind, PAGE)
                     if start >= end:
                         continue
                     page = int(batch.pages[batch.sequences[t], p])

@@ -64,6 +64,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     score_cap: float = 0.0  # attention's scores become cap * tanh(score / cap); 0: they stay
     logit_cap: float = 0.0
     windows: tuple[int, ...] = ()  # positions that a query of a layer sees; 0: all; (): all layers
+    sinks: tuple[int, ...] = ()  # first positions that it sees besides; (): none (model/window.py)
     whole_norms: bool = False  # of queries and keys, all heads of a token together, before rope
     experts: Experts | None = None
 
@@ -88,6 +89,13 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
         if any(not 0 <= w <= LARGEST for w in self.windows):
             raise ValueError(f"windows: expected 0 to {LARGEST} positions")
+        of_layers = zip(self.sinks, self.windows, strict=False)
+        if self.sinks and (
+            len(self.sinks) != len(self.windows)
+            or any(not 0 <= sinks <= min(256, max(window - 1, 0)) for sinks, window in of_layers)
+            or len({(s, w) for s, w in zip(self.sinks, self.windows, strict=True) if s}) > 1
+        ):
+            raise ValueError("sinks: expected one number, fewer than its layers' one window")
         if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; expected more than 1 with yarn")
         if self.experts is not None:
@@ -98,6 +106,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("queries and keys have norms of heads or of all heads, not both")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+    def sinks_of(self, layer: int) -> int:
+        """First positions that a query sees in that layer besides its window."""
+        return self.sinks[layer] if self.sinks else 0
 
     def window(self, layer: int) -> int:
         """Positions that a query sees in that layer, its own included; 0: all."""

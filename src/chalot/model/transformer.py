@@ -134,16 +134,19 @@ class Builder:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
         both = self.slot(ROTATED, queries + 2 * keys)
-        if self.weights.paged and c.experts_of(i) is not None:
-            self.foresee(i)
+        seen: dict[str, Any] = {"window": c.window(i), "sinks": c.sinks_of(i)}
+        if seen["sinks"]:
+            both = self.slot(f"{ROTATED}, queries for sinks", 2 * (queries + keys))
+        if self.weights.paged and i and c.experts_of(i) is not None:
+            self.foresee(i)  # of an embedding alone a router knows little
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
-        self.ops.append(Op("rope_store", both, layer=cache_layer, **self.head_norms(p)))
+        rope = Op("rope_store", both, layer=cache_layer, **self.head_norms(p))
+        self.ops.append(replace(rope, **seen) if seen["sinks"] else rope)
         attended = self.slot("attended" if c.inner_norms else "attention output", queries)
-        window, cap = c.window(i), c.score_cap
-        attend = Op("attend", both, attended, number=c.scale, layer=cache_layer)
-        self.ops.append(replace(attend, window=window, cap=cap))
+        attend = Op("attend", both, attended, number=c.scale, layer=cache_layer, cap=c.score_cap)
+        self.ops.append(replace(attend, **seen))
         inner = p + "attention_inner_norm"
         attended = self.normed(c.inner_norms, attended, "attention output", inner)
         self.add_product(attended, hidden, p + "output", p + "attention_post_norm")

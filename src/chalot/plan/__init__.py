@@ -134,6 +134,7 @@ def by_loss(
     schemes: Sequence[Scheme],
     bounds: tuple[int | None, float | None, int],
     text: Path | None,
+    apart: bool,
     threads: int | None,
     progress: Progress,
 ) -> PlanDocument:
@@ -150,8 +151,8 @@ def by_loss(
         file = MyaiFile(made)
         try:
             ids = ids_of(file, words)
-            swaps = Swaps(file, open_backend(threads=threads), ids)
-            key = f"{file.manifest.source.digest} {digest} {len(swaps.ids)}"
+            swaps = Swaps(file, open_backend(threads=threads), ids, apart)
+            key = f"{file.manifest.source.digest} {digest} {len(swaps.ids)} {apart}"
             table = loss_table(swaps, depth, schemes, key, progress)
             found, kl = chosen(swaps, table, schemes, *bounds, progress)
             tensors = {
@@ -273,6 +274,7 @@ def plan(
     schemes: Sequence[str] | None = None,
     text: str | Path | None = None,
     exchanges: int = 40,
+    apart: bool = False,
     rest: str | None = None,
     simple: bool = False,
     threads: int | None = None,
@@ -283,8 +285,9 @@ def plan(
     At most one of `size` (bytes of the file, or "fit": what this machine can run at `context`),
     `bits` (a weight, of all matrices) and `max_kl` (expected, nats a token) bounds it; without one
     a planner's file has the size of `nl4`, and EWQ is free. EWQ's levels are the `schemes`, three
-    or four; `rest` is what it gives embedding and head, "int8" unless said. `simple` writes
-    {"0": "raw", ...}: of blocks only, so that `rest` is what converting gives the others. The file
+    or four; `rest` is what it gives embedding and head, "int8" unless said. With `apart` a planner
+    chooses for query, key and value, gate and up each, and not together. `simple` writes {"0":
+    "raw", ...}: of blocks only, so that `rest` is what converting gives the others. The file
     appears whole or not at all. Raises LimitError for a budget below what is possible, and says
     the least; SchemeError, FormatError, WeightError.
     """
@@ -325,7 +328,7 @@ def plan(
         else:
             words = None if text is None else Path(text).expanduser()
             bounds = budget, max_kl, exchanges
-            made = by_loss(work, checkpoint, method, known, bounds, words, threads, progress)
+            made = by_loss(work, checkpoint, method, known, bounds, words, apart, threads, progress)
         file.write(as_bytes(made, simple))
         file.commit()
     return made

@@ -45,8 +45,12 @@ class Item:
 TOGETHER = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate, up", "up": "gate, up"}
 
 
-def items_of(specs: Iterable[TensorSpec]) -> list[Item]:
-    """The matrices of a model in groups that move together, in the order of a forward pass."""
+def items_of(specs: Iterable[TensorSpec], apart: bool = False) -> list[Item]:
+    """The matrices of a model in groups that move together, in the order of a forward pass.
+
+    With `apart` each is an item of its own.
+    """
+    together = {} if apart else TOGETHER
     groups: dict[tuple[str, int], list[TensorSpec]] = {}
     layers = 0
     for spec in specs:
@@ -55,7 +59,7 @@ def items_of(specs: Iterable[TensorSpec]) -> list[Item]:
         parts = spec.name.split(".")
         layer = int(parts[1]) if parts[0] == "layers" else -1
         layers = max(layers, layer + 1)
-        name = ".".join([*parts[:-1], TOGETHER.get(parts[-1], parts[-1])])
+        name = ".".join([*parts[:-1], together.get(parts[-1], parts[-1])])
         groups.setdefault((name, layers if name == "head" else layer), []).append(spec)
     return [Item(name, layer, tuple(found)) for (name, layer), found in groups.items()]
 
@@ -77,13 +81,18 @@ def stored(backend: Backend, rows: Floats, scheme: Scheme) -> Matrix:
 class Swaps:
     """The source on a text, and how far it moves when tensors are swapped."""
 
-    def __init__(self, file: MyaiFile, backend: Backend, ids: Sequence[int]) -> None:
-        """`file` holds the source in its own numbers; `ids` are cut to whole windows."""
+    def __init__(
+        self, file: MyaiFile, backend: Backend, ids: Sequence[int], apart: bool = False
+    ) -> None:
+        """`file` holds the source in its own numbers; `ids` are cut to whole windows.
+
+        `apart` is as for `items_of`.
+        """
         self.file, self.backend = file, backend
         self.config = read_model_config(file)
         self.weights = read_weights(file, self.config, None)
         self.frequencies = file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
-        self.items = items_of(model_tensors(self.config))
+        self.items = items_of(model_tensors(self.config), apart)
         room = min(MOST_TOKENS, max(PAGE, MEMORY // (4 * self.config.vocabulary)))
         count = max(1, min(len(ids), room) // PAGE)
         size = min(PAGE, len(ids))

@@ -125,7 +125,7 @@ class ResponseRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None  # a text that is too long is an error
-    background: Literal[False] | None = None
+    background: bool | None = None  # only false: nothing is stored
     previous_response_id: None = None
     store: bool | None = None  # from here on without effect: nothing is stored
     metadata: Json | None = None
@@ -183,6 +183,8 @@ def _format(settings: TextSettings | None) -> Format | None:
 def job_of(served: Served, body: ResponseRequest, namespace: bytes) -> Job:
     """The request as a job."""
     check_model(served, body.model)
+    if body.background:
+        raise Fault("background: nothing is stored here; expected false", param="background")
     choice = body.tool_choice or "auto"
     scored = body.top_logprobs is not None or bool(body.include)
     talk = Talk(

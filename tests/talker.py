@@ -35,6 +35,7 @@ class Talker:
         self.tokenizer = Tokenizer.from_documents(vocabularies.byte_level(), {}, {}, source)
         self.file = SimpleNamespace(digest=digest)
         self.last_stats = Stats()
+        self.reports: dict[str, object] = {}
         self.heard: list[tuple[list[dict[str, str]], dict[str, Any]]] = []
 
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:

@@ -441,3 +441,47 @@ def test_tools_of_the_other_apis(caller: Running) -> None:
 def test_a_template_without_tools_says_so(served: Running) -> None:
     found = served.ask(CHAT, {"messages": HELLO, "tools": TOOLS[:1]})
     assert found.status == 400 and found.body["error"]["code"] == "tools_unsupported"
+
+
+# ---- many at once
+
+
+def mixed(number: int) -> tuple[str, dict[str, Any]]:
+    """One of 64 requests of all kinds."""
+    options: dict[str, Any] = {"seed": number, "temperature": 0.4 + number % 5 / 3}
+    options |= {"max_tokens": 3 + number % 17, "top_k": number % 3 * 20}
+    asked = [{"role": "user", "content": f"What is {number}? " + "And why? " * (number % 40)}]
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": asked, **options}),
+        (CHAT, {"messages": asked, **options, "n": 2, "logprobs": True, "top_logprobs": 2}),
+        (CHAT, {"messages": asked, **options, "presence_penalty": 1, "frequency_penalty": 0.5}),
+        (CHAT, {"messages": asked, **options, "response_format": {"type": "json_object"}}),
+        (
+            PLAIN,
+            {"prompt": f"x{number} = " * (1 + number % 60), **options, "repetition_penalty": 2},
+        ),
+        (PLAIN, {"prompt": "import a\n" * 130, **options, "echo": True, "logprobs": 1}),
+        (PLAIN, {"prompt": "import a\n" * 130 + f"# {number}", **options, "stop": ["e", "\n\n"]}),
+        (PLAIN, {"prompt": [7, number], **options, "logit_bias": {str(number): 5.0}}),
+    ]
+    return kinds[number % len(kinds)]
+
+
+def test_sixty_four_at_once_get_what_each_gets_alone(demo_file: Path) -> None:
+    """With few pages, so that answers wait, give up their pages, and find others' beginnings."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    requests = [mixed(number) for number in range(64)]
+    settings = Settings(name="demo", slots=24, queue=100)
+    with (
+        chalot.load(demo_file, kv_budget=6_000_000, context=1024) as model,
+        Running(model, settings) as server,
+        ThreadPoolExecutor(64) as threads,
+    ):
+
+        def ask(request: tuple[str, dict[str, Any]]) -> Any:
+            return server.good(*request)["choices"]
+
+        together = list(threads.map(ask, requests))
+        assert list(map(ask, requests)) == together
+        assert server.idle and server.served.scheduler.stats.prefix_hits > 0

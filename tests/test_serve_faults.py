@@ -27,7 +27,7 @@ for needed in ("starlette", "uvicorn", "llguidance", "prometheus_client"):
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 
 from chalot.serve.settings import Settings  # noqa: E402
-from serving import Running, head, until  # noqa: E402
+from serving import Running, head, speaking, until  # noqa: E402
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -449,6 +449,17 @@ def test_a_bug_is_told_without_its_inside(
         assert found.status == 500 and "love" not in str(found.body)
     assert server.ask("/health").body["status"] == "ok"
     assert server.ask(CHAT, {"messages": HELLO, "max_tokens": 2}).status == 200
+
+
+def test_a_template_without_an_end_is_an_error_in_time(demo_file: Path) -> None:
+    loop = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+    with (
+        chalot.load(demo_file) as model,
+        speaking(model, "{{ messages[0].content }}" + loop),
+        Running(model, Settings()) as hostile,
+    ):
+        found = hostile.ask(CHAT, {"messages": HELLO})
+        assert found.status == 400 and "template" in found.body["error"]["message"]
 
 
 def test_out_of_pages_is_the_error_of_one_request(demo_file: Path) -> None:

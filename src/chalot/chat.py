@@ -6,7 +6,7 @@ prompt, twice leaves. Lines are edited with readline, and kept in `chat_history`
 
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -70,6 +70,9 @@ class Talker(Protocol):
 
     @property
     def last_stats(self) -> Stats: ...
+
+    @property
+    def reports(self) -> Mapping[str, object]: ...
 
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]: ...
 
@@ -216,6 +219,8 @@ class Chat:
             f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
             f"seed {self.options['seed']}, {len(self.messages)} messages"
         )
+        for report in self.model.reports.values():
+            say(str(report))
 
     def ask(self, text: str) -> None:
         """Stream the answer to `text`. An answer stopped by Ctrl-C is kept as far as it came."""

@@ -29,6 +29,7 @@ from chalot.storing import (
     parse_schemes,
     planned_bytes,
     schemes_for,
+    with_regions,
 )
 from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
@@ -60,6 +61,7 @@ def convert(
     ternary: str = TERNARY[0],
     refine: Refine | None = None,
     experts: int | None = None,
+    regions: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -69,9 +71,10 @@ def convert(
     are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
     tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
-    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. Of a mixture's
-    `experts` so many of each layer stay, those that chalot's text takes most. Peak memory is
-    that of a layer and its largest tensor (chalot.fitting). The file appears whole or not at all.
+    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
+    the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
+    stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
+    (chalot.fitting). The file appears whole or not at all.
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
@@ -97,9 +100,11 @@ def convert(
     try:
         some = with_experts(checkpoint, experts, threads, plan is not None)
         notes: list[str] = []
-        schemes = schemes_for(scheme, some, None if plan is None else Path(plan), notes.append)
+        schemes = schemes_for(
+            scheme, some, None if plan is None else Path(plan), notes.append, regions
+        )
         balanced = parse_schemes(balance) if balance else None
-        how = Storing(schemes, balanced, ternary, refine, notes)
+        how = Storing(schemes, balanced, ternary, refine, notes, regions)
         watch = progress or (lambda *_: None)
         return write_myai(some, Path(out), how, name, said, threads, watch)
     finally:
@@ -136,6 +141,7 @@ def write_myai(
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
     schemes, refine = how.schemes, how.refine
     work = Conversion(checkpoint, how, open_backend(threads=threads), progress)
+    work.config = with_regions(work.config, how.regions, checkpoint)
     check_ternary(how.ternary, work.schemes, refine is not None)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(

@@ -31,6 +31,7 @@ from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
+from chalot.region_bytes import region_reports
 from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
 from chalot.text.byte_pairs import TABLES
@@ -215,6 +216,7 @@ def _description(
         tuple(tensors),
         kernels,
         machine.memory_available(),
+        regions=region_reports(config, tensors),
     )
 
 

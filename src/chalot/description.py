@@ -14,6 +14,7 @@ from chalot.memory import Memory, Stored
 from chalot.mixture import MixtureReport
 from chalot.model.config import ModelConfig
 from chalot.quant.scheme import SCHEMES
+from chalot.region_bytes import RegionReport, region_table
 from chalot.table import pairs, rows, size
 from chalot.typed import COUNT, check_types
 
@@ -92,6 +93,7 @@ class Description:
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
     scheme: str | None = None  # by which what is no .myai file yet is judged
+    regions: tuple[RegionReport, ...] = ()
     fit: Fit | None = None  # of such a source: every scheme, and the best
     mixture: MixtureReport | None = None
 
@@ -135,7 +137,8 @@ class Description:
 
 def render(report: Description, verbose: bool = False) -> str:
     """The report as text; with `verbose` every tensor."""
-    parts = [_facts(report), _kind_table(report), _memory_table(report)]
+    parts = [_facts(report), _kind_table(report)]
+    parts += [region_table(report.regions), _memory_table(report)]
     if report.fit is not None:
         parts.append(render_fit(report.fit))
     if verbose:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from chalot import machine
 from chalot.formats.expert_pages import ExpertPages, ExpertsRead
 from chalot.formats.myai import MyaiFile
-from chalot.kernels.backend import Runnable
+from chalot.kernels.backend import Compiled
 from chalot.kernels.program import Program
 from chalot.model.config import ModelConfig
 from chalot.model.transformer import FEED_FORWARD, Weights
@@ -26,7 +26,7 @@ class ExpertsMemory:
             if (found := config.experts_of(i)) is not None
         }
         self.pages = ExpertPages(file, named, resident)
-        self.runnable: Runnable | None = None
+        self.runnable: Compiled | None = None
         self.layers: list[int | None] = []  # of each operation that runs experts; None: shared
 
     @property
@@ -40,7 +40,7 @@ class ExpertsMemory:
         """The weights, and whether a program of them is to ask ahead for experts."""
         return replace(weights, paged=self.paged)
 
-    def attach(self, runnable: Runnable, program: Program, weights: Weights) -> None:
+    def attach(self, runnable: Compiled, program: Program, weights: Weights) -> None:
         """Count by this program from now on."""
         first = {
             weights.matrices[f"layers.{i}.experts.0.gate"].data.ctypes.data: i
@@ -64,7 +64,7 @@ class ExpertsMemory:
 
     def report(self) -> ExpertsRead | None:
         """What was touched so far; None for a dense model."""
-        if not self.pages.runs:
+        if self.runnable is None or not self.pages.runs:
             return None
         self.pages.update(self._counts())
         return self.pages.report()

@@ -36,6 +36,7 @@ class Options:
     tokenizer: bool = True  # of gguf: whether the file has one
     ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
     refine: Refine | None = None  # of myai
+    regions: str | None = None  # of myai: its layers by name
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -43,8 +44,8 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     from chalot.sources import called
 
     notes: list[str] = []
-    schemes = schemes_for(options.scheme, checkpoint, options.plan, notes.append)
-    how = Storing(schemes, None, options.ternary, options.refine, notes)
+    schemes = schemes_for(options.scheme, checkpoint, options.plan, notes.append, options.regions)
+    how = Storing(schemes, None, options.ternary, options.refine, notes, options.regions)
     name, threads = called(options.source), options.threads
     return write_myai(checkpoint, out, how, name, options.command, threads, options.progress)
 
@@ -85,7 +86,10 @@ TARGETS = {
     "myai": Target(
         to_myai,
         ".myai",
-        ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "experts"),
+        (
+            *("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions"),
+            "experts",
+        ),
     ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
@@ -153,6 +157,7 @@ def export(
     command: str | None = None,
     refine: Refine | None = None,
     experts: int | None = None,
+    regions: str | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
@@ -178,7 +183,7 @@ def export(
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
-    given |= {"refine": refine is not None, "experts": experts is not None}
+    given |= {"refine": refine is not None, "regions": regions, "experts": experts is not None}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     options = Options(
         str(source),
@@ -192,6 +197,7 @@ def export(
         tokenizer,
         ternary,
         refine,
+        regions,
     )
     found = resolve(source, progress)
     check_place(Path(out), found)

@@ -6,7 +6,7 @@ threads of its own, and shares the mapped file; sessions are not to be used on b
 
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from chalot import machine, sessions
 from chalot.drafts import Draft, Drafters, check_same_ids, keep_costs, read_costs
+from chalot.engine.early_exit import EarlyExit
 from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling
@@ -25,13 +26,16 @@ from chalot.experts_memory import ExpertsMemory
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
-from chalot.kernels.backend import Backend, byte_pairs, open_backend
+from chalot.kernels.backend import Backend, Runnable, byte_pairs, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
+from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import Weights, build, cache_shape, head_input
 from chalot.model.window import LONGEST, Window
+from chalot.reflexes import Margin, Reflexes
+from chalot.residence import Residence
 from chalot.typed import MAY_COUNT, PATH, check_types
 
 if TYPE_CHECKING:
@@ -58,8 +62,16 @@ def read_model_config(file: MyaiFile) -> ModelConfig:
     return config
 
 
-def read_weights(file: MyaiFile, config: ModelConfig, activations: int | None) -> Weights:
-    """All tensors as views of the file. `activations` forces their bits, of dense matrices too."""
+def read_weights(
+    file: MyaiFile,
+    config: ModelConfig,
+    activations: int | None,
+    looked_at: Callable[[str], None] = lambda _: None,
+) -> Weights:
+    """All tensors as views of the file. `activations` forces their bits, of dense matrices too.
+
+    `looked_at` is told each tensor's name when its numbers were checked.
+    """
     matrices, vectors, planes = {}, {}, {}
     for spec in model_tensors(config):
         if spec.kind == "vector":
@@ -70,6 +82,7 @@ def read_weights(file: MyaiFile, config: ModelConfig, activations: int | None) -
                 planes[spec.name] = activations // 8
             elif matrices[spec.name].scheme.is_coded:
                 planes[spec.name] = file.manifest.tensors[spec.name].activation // 8
+        looked_at(spec.name)
     return Weights(matrices, vectors, planes)
 
 
@@ -88,6 +101,12 @@ def cache_budget(texts: int, budget: int | None) -> int | None:
     return free // 2 if texts > 1 and budget is None and free is not None else budget
 
 
+def forced(activations: int | None, early_exit: Margin) -> str:
+    """What keys and values depend on besides the file, as saved sessions have it."""
+    exits = "" if early_exit is None else f"early exit {early_exit}"
+    return ", ".join(filter(None, (str(activations or ""), exits)))
+
+
 class Model:
     """A loaded model. Use it in a `with` block, or call `close`."""
 
@@ -104,6 +123,10 @@ class Model:
         mmap: bool = True,
         mlock: bool = False,
         experts_resident: int | None = None,
+        keep: Iterable[str] = (),
+        budget: int | None = None,
+        early_exit: Margin = None,
+        calibration: bool = True,
         window: int | None = None,
         sinks: int | None = None,
         texts: int = 1,
@@ -121,24 +144,31 @@ class Model:
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
         Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
         the rest is read when it is used; answers are the same (docs/experts.md).
+        `keep` names regions of layers that are locked in memory, `budget` is the most bytes of
+        weights there: the rest is read again in each forward pass (chalot.residence).
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
         a text may be longer than the model's context (`chalot.model.window` says what is computed).
         The cache has room for `texts` of the whole context, as far as memory goes.
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
         answer depends on it. `backend`: kernels that are open already, for their threads.
-        Raises FormatError, ContextError, KernelError, LimitError, TokenizerError for a
-        draft model with other ids.
+        `early_exit` lets tokens skip layers, by a margin of logits or "auto"; it changes texts, and
+        needs a calibration, which without `calibration` is not read (chalot.reflexes).
+        Raises FormatError, ContextError, KernelError, LimitError, RegionError, TokenizerError for
+        a draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
         counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
+        self.config = read_model_config(self.file)
+        if mlock and budget is not None:
+            raise LimitError("--mlock keeps the whole file in memory, --budget does not; give one")
+        self.residence = Residence(self.file, self.config, keep, budget)
         if mlock:
             lock(self.file)
-        elif mmap and experts_resident is None:
+        elif mmap and self.residence.stream is None and experts_resident is None:
             read_ahead(self.file)
-        self.config = read_model_config(self.file)
         if kv not in CACHE_TYPES:
             raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
         if activations not in (None, 8, 16):
@@ -159,18 +189,21 @@ class Model:
             )
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
-        weights = read_weights(self.file, self.config, activations)
-        if mlock and experts_resident is not None:
+        looked_at = self.residence.looked_at
+        weights = read_weights(self.file, self.config, activations, looked_at)
+        whole = mlock or budget is not None or early_exit is not None
+        if whole and experts_resident is not None:
             raise LimitError(
-                "--mlock keeps all experts in memory, --experts-resident some; give one"
+                "--experts-resident does not go with --mlock, --budget or --early-exit; give one"
             )
         self.experts = ExpertsMemory(self.file, self.config, experts_resident)
         weights = self.experts.with_paging(weights)
-        program = build(self.config, weights, frequencies, kv)
-        self.head_input = head_input(program)
+        self.maker = Maker(self.config, weights, frequencies, shape, self.backend)
+        streams = self.residence.stream is not None
+        self.reflexes = Reflexes(self.file, self.maker, calibration, early_exit, streams)
         room = texts * self.window.positions(self.context, CHUNK) + CHUNK
         self.engine = Engine(
-            self.backend.compile(program),
+            self._runnable(kv),
             PageCache(shape, room, cache_budget(texts, kv_budget), self.window),
             self.config.vocabulary,
             self.context,
@@ -179,15 +212,39 @@ class Model:
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.kept = sessions.Kept(
-            self.file.digest, str(activations or ""), shape, self.window, self.context
+            self.file.digest, forced(activations, early_exit), shape, self.window, self.context
         )
-        self.experts.attach(self.engine.runnable, program, weights)
         self.last_stats = Stats()
         self.lock = threading.RLock()
+        self.shallow = None if draft is False or streams else self.reflexes.shallow(self.engine)
         self._tokenizer: Tokenizer | None = None
         self._talk: Session | None = None  # keeps what the last chat put in the cache
         self._talk_drafting: tuple[Draft, int] | None = None
-        self.drafters = Drafters(self.engine, self._draft_model, draft, draft_tokens)
+        self.drafters = Drafters(self.engine, self._draft_model, draft, draft_tokens, self.shallow)
+
+    def _runnable(self, kv: str) -> Runnable:
+        """The model as one program; in pieces where not all of it stays in memory."""
+        made = self.maker
+        runnable: EarlyExit | Pieces | None = self.reflexes.exit
+        if runnable is None and self.residence.stream is None:
+            program = build(made.config, made.weights, made.inverse_frequency, kv)
+            self.head_input = head_input(program)
+            whole = self.backend.compile(program)
+            self.experts.attach(whole, program, made.weights)
+            return whole
+        if runnable is None:
+            runnable = Pieces(made, self.residence.borders)
+            runnable.before = self.residence.before_piece(p.layers for p in runnable.pieces)
+        self.head_input = runnable.head.head_input
+        return runnable
+
+    @property
+    def reports(self) -> dict[str, Any]:
+        """What memory, early exit and experts came to, where asked for: str says it too."""
+        memory = self.residence.report() if self.residence.asked else None
+        found: dict[str, Any] = {"residency": memory, "early_exit": self.reflexes.report()}
+        found["experts"] = self.experts.report()
+        return {name: report for name, report in found.items() if report is not None}
 
     # ---- text
 
@@ -365,7 +422,7 @@ class Model:
     def talk(self) -> Session:
         """The session in which `stream_chat` keeps what the last conversation put in the cache."""
         if self._talk is None:
-            self._talk, self._talk_drafting = Session(self.engine, self.sampling()), None
+            self._talk, self._talk_drafting = sessions.OpenSession(self, self.sampling()), None
         return self._talk
 
     def chat(self, messages: Messages, **options: Any) -> str:
@@ -460,6 +517,7 @@ class Model:
                 wanted = "none" if at < first else "all"
                 end = min(first, at + CHUNK) if at < first else min(at + size, len(tokens))
                 with self.lock:
+                    self.reflexes.set_margin()
                     got = self.engine.step([Work(sequence, tokens[at:end], wanted)])
                 at = end
                 if len(got):
@@ -476,6 +534,7 @@ class Model:
             self._talk.close()
             self._talk = None
         self.drafters.close()
+        self.residence.close()
         keep_costs(self.engine.costs, self.file, self.backend.name, self.backend.threads)
         self.file.close()
 

@@ -21,6 +21,7 @@ from chalot.formats.session_file import SessionFile, SessionHeader, write_sessio
 from chalot.kernels.program import PAGE, CacheShape
 from chalot.model.cache import cleared
 from chalot.model.window import Window
+from chalot.reflexes import Reflexes
 
 
 class Locked(Protocol):
@@ -28,6 +29,7 @@ class Locked(Protocol):
 
     engine: Engine
     lock: Any  # used with `with`
+    reflexes: Reflexes
 
 
 class OpenSession(Session, AbstractContextManager["OpenSession"]):
@@ -36,15 +38,19 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
     def __init__(self, model: "Locked", sampling: Sampling, drafter: Drafter | None = None) -> None:
         super().__init__(model.engine, sampling, drafter)
         self.model = model
+        self.margin: float | None = None  # of early exit, where a supervisor sets it
 
     def prefill(self, ids: Iterable[int]) -> None:
         """See Session."""
         with self.model.lock:
+            self.model.reflexes.set_margin(self.margin)
             super().prefill(list(ids))
+            self.margin = self.model.reflexes.margin_of_prompt()
 
     def step(self, most: int | None = None) -> int:
         """See Session."""
         with self.model.lock:
+            self.model.reflexes.set_margin(self.margin)
             return super().step(most)
 
     def fork(self, **changes: float) -> "OpenSession":
@@ -53,7 +59,9 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
             return cast(OpenSession, super().fork(**changes))
 
     def _new(self, sampling: Sampling) -> "OpenSession":
-        return OpenSession(self.model, sampling)
+        made = OpenSession(self.model, sampling)
+        made.margin = self.margin
+        return made
 
     def __exit__(self, *_: object) -> None:
         self.close()

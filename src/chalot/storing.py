@@ -4,13 +4,17 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from chalot.checking import read_config
-from chalot.errors import SchemeError
+from chalot.errors import FormatError, RegionError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.myai import HEADER
+from chalot.formats.myai_source import MyaiSource
 from chalot.keeping import KEEP, kept, usual_of
 from chalot.model.config import ModelConfig
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.model.regions import Regions, check_regions, parse_regions
 from chalot.planfile import planned_schemes, read_plan
 from chalot.quant import packing
 from chalot.quant.scheme import SCHEMES, Scheme
@@ -44,6 +48,7 @@ class Storing:
     ternary: str = TERNARY[0]
     refine: Refine | None = None
     notes: Sequence[str] = ()  # what a user should know of the schemes, a line each
+    regions: str | None = None  # "shallow=0-5,deep=6-17,...": see chalot.model.regions
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
@@ -71,11 +76,35 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
     return {kind: chosen.get(kind, default) for kind in KINDS}
 
 
+def with_regions(config: ModelConfig, asked: str | None, checkpoint: Checkpoint) -> ModelConfig:
+    """The model with the regions that were asked for, else with those that its source has.
+
+    Raises RegionError where they do not fit the model.
+    """
+    try:
+        if asked is not None:
+            found = parse_regions(asked)
+            check_regions(found, config.layers)
+        else:
+            held: object = ()
+            if isinstance(checkpoint, MyaiSource):
+                held = checkpoint.file.manifest.config.get("named_regions", ())
+            found = msgspec.convert(held, Regions)
+            if found:
+                check_regions(found, config.layers)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{checkpoint.path}: regions: {str(error)[:300]}") from None
+    except ValueError as error:
+        raise RegionError(f"--regions: {error}") from None
+    return msgspec.structs.replace(config, named_regions=found)
+
+
 def schemes_for(
     text: str | None,
     checkpoint: Checkpoint,
     plan: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
+    regions: str | None = None,
 ) -> dict[str, Scheme]:
     """Schemes by kind, and by tensor where a plan or a source in codes names its own.
 
@@ -88,6 +117,7 @@ def schemes_for(
     if text.strip().lower() == KEEP:
         schemes |= kept(checkpoint.tensors, config)
     if plan is not None:
+        config = with_regions(config, regions, checkpoint)
         planned = planned_schemes(read_plan(plan, config), checkpoint, config)
         schemes |= planned
         matrices = [s for s in model_tensors(config) if s.kind != "vector"]

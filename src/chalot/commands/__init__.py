@@ -9,6 +9,7 @@ VERBS = {  # in the order of `chalot --help`
     "describe": "what a model is, and whether it fits here",
     "bench": "how fast a model runs here, beside what memory allows",
     "eval": "what a model costs in quality: perplexity, KL to its source, tasks",
+    "calibrate": "what a model's first layers know: for drafts and early exit",
     "plan": "which scheme for which tensor, by measured loss or by entropy",
     "upcycle": "make a mixture of experts of a dense model: copies, or slices of it",
     "compare": "a model and its smaller forms in one table and one page",

@@ -58,6 +58,11 @@ def arguments(parser: ArgumentParser) -> None:
     how.add_argument("--plan", metavar="FILE", help="a scheme for each tensor, by chalot plan")
     how.add_argument("--fit", action="store_true", help="the best scheme that fits this machine")
     how.add_argument("--bits", choices=tuple(BITS), help="that width's scheme: 8 int8, 4 nl4, ...")
+    parser.add_argument(
+        "--regions",
+        metavar="NAME=FIRST-LAST,...",
+        help="layers by name (default: shallow, deep, fact; 0-5, 6-17, 18-23 of 24)",
+    )
     text = "of each layer's experts, those that a text takes most: another model, smaller"
     parser.add_argument("--experts", type=int, metavar="K", help=text)
     parser.add_argument("--refine", help="better codes at the same bytes: gptq or hqq")
@@ -178,6 +183,7 @@ def one(source: str, arguments: Arguments) -> Any:
             command=command,
             refine=refine,
             experts=arguments.experts,
+            regions=arguments.regions,
         )
     if not arguments.json:
         tell(report, arguments)

@@ -5,10 +5,14 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 from typing import Any
 
-from chalot.commands.opening import MODEL, open_model, sampling_arguments, sampling_of
+from chalot.commands.opening import (
+    MODEL,
+    open_model,
+    sampling_arguments,
+    sampling_of,
+)
 from chalot.commands.output import as_json, say
 from chalot.errors import FormatError, OutputError
-from chalot.table import size
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -68,9 +72,8 @@ def main(arguments: Arguments) -> int:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
             kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
             kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
-            answer |= {"options": said_options(arguments, stats)} | kept | {"stats": stats}
-            read = model.experts.report()
-            print(as_json(answer | ({} if read is None else {"experts": read})))
+            said = {"options": said_options(arguments, stats)}
+            print(as_json(answer | said | kept | {"stats": stats} | model.reports))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):
@@ -119,8 +122,5 @@ def say_stats(model: Any, arguments: Arguments) -> None:
             f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
             f"{model.backend.name} on {model.backend.threads} threads"
         )
-        if (read := model.experts.report()) is not None:
-            say(
-                f"{read.counted} of {read.experts} experts taken: {size(read.touched_bytes)} of "
-                f"{size(read.expert_bytes)}; {size(read.kept_bytes)} of them stay"
-            )
+        for report in model.reports.values():
+            say(str(report))

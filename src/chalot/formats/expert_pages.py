@@ -34,6 +34,13 @@ class ExpertsRead:
     touched_bytes: int  # of those that were taken
     kept_bytes: int  # of those that stay now
 
+    def __str__(self) -> str:
+        """A line for people."""
+        return (
+            f"{self.counted} of {self.experts} experts taken, {self.touched_bytes:,} of "
+            f"{self.expert_bytes:,} bytes; {self.kept_bytes:,} of them stay"
+        )
+
 
 class ExpertPages:
     """Which experts' bytes lie where, and which of them stay."""

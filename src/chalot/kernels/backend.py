@@ -46,12 +46,16 @@ class Runnable(Protocol):
         An id of -1 comes first where logits were infinite or not a number.
         """
 
+    def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
+        """(tokens, width): what the last batch left in a float slot that is written."""
+
+
+class Compiled(Runnable, Protocol):
+    """A program of one backend alone, which counts."""
+
     @property
     def taken(self) -> list[NDArray[np.int64]]:
         """Tokens that each expert had so far, for each operation that runs experts, in order."""
-
-    def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
-        """(tokens, width): what the last batch left in a float slot that is written."""
 
 
 class Backend(Protocol):
@@ -65,7 +69,7 @@ class Backend(Protocol):
     def threads(self) -> int:
         """Threads that compute."""
 
-    def compile(self, program: Program) -> Runnable:
+    def compile(self, program: Program) -> Compiled:
         """Check a program and make it ready. Raises KernelError where it does not fit together."""
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
@@ -98,7 +102,7 @@ class ReferenceBackend:
     name = "reference"
     threads = 1
 
-    def compile(self, program: Program) -> Runnable:
+    def compile(self, program: Program) -> Compiled:
         """See Backend."""
         return reference.ReferenceProgram(program)
 

@@ -118,7 +118,7 @@ class NativeProgram:
 
     @property
     def taken(self) -> list[NDArray[np.int64]]:
-        """See Runnable."""
+        """See Compiled."""
         return [np.array(counts, np.int64) for counts in self.native.taken]
 
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.model.experts import ExpertKeys, Experts, read_experts
+from chalot.model.regions import Region, Regions, check_regions, default_regions
 from chalot.model.rope import RopeScaling, frequencies, read_rope
 from chalot.model.settings import (
     LARGEST,
@@ -65,6 +66,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     logit_cap: float = 0.0
     windows: tuple[int, ...] = ()  # positions that a query of a layer sees; 0: all; (): all layers
     sinks: tuple[int, ...] = ()  # first positions that it sees besides; (): none (model/window.py)
+    named_regions: tuple[Region, ...] = ()  # (): see `regions`
     whole_norms: bool = False  # of queries and keys, all heads of a token together, before rope
     experts: Experts | None = None
 
@@ -104,8 +106,15 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
                 raise ValueError("experts go with no biases and norms of feed-forwards")
         if self.head_norms and self.whole_norms:
             raise ValueError("queries and keys have norms of heads or of all heads, not both")
+        if self.named_regions:
+            check_regions(self.named_regions, self.layers)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+    @property
+    def regions(self) -> Regions:
+        """The layers by name, in order: those of the file, or the usual ones."""
+        return self.named_regions or default_regions(self.layers)
 
     def sinks_of(self, layer: int) -> int:
         """First positions that a query sees in that layer besides its window."""

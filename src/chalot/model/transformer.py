@@ -172,6 +172,28 @@ class Builder:
         self.add_product(gated, hidden, p + "down", p + "ffn_post_norm")
         self.fuse_gate(before)
 
+    def fill(self, i: int) -> None:
+        """Layer i's keys and values of the slot "hidden", and nothing else of the layer."""
+        c, p = self.config, f"layers.{i}."
+        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        normed, both = (
+            self.slot("attention input", c.hidden),
+            self.slot(ROTATED, queries + 2 * keys),
+        )
+        self.norm(self.slot("hidden", c.hidden), normed, p + "attention_norm")
+        # queries stay as they are: rope turns what lies there, and nobody reads it
+        self.linear(normed, both, {p + "key": queries, p + "value": queries + keys})
+        self.ops.append(Op("rope_store", both, layer=i, **self.head_norms(p)))
+
+    def head(self, name: str) -> None:
+        """Logits by the named matrix, of the tokens that want them."""
+        hidden = self.slot("hidden", self.config.hidden)
+        last = self.slot("last", self.config.hidden)
+        normed = self.slot("head input", self.config.hidden)
+        self.ops.append(Op("gather", hidden, last))
+        self.norm(last, normed, "final_norm")
+        self.linear(normed, LOGITS, {name: 0}, cap=self.config.logit_cap)
+
     def mixture(self, p: str, experts: Experts, fed: int, hidden: int) -> None:
         """hidden += what the experts make that the router chose, then what the shared one makes."""
         each = [f"{p}experts.{e}." for e in range(experts.count)]
@@ -250,15 +272,17 @@ class Builder:
             if self.fuse and in_a_row and coded and made[i + 2].target != op.source:
                 self.ops[start + i] = replace(op, fused=True)
 
-    def program(self, cache: CacheShape, inverse_frequency: NDArray[np.float32]) -> Program:
-        """What was collected, as a program."""
+    def program(
+        self, cache: CacheShape, inverse_frequency: NDArray[np.float32], vocabulary: int = 0
+    ) -> Program:
+        """What was collected, as a program, of as many logits as the model has, or `vocabulary`."""
         return Program(
             tuple(self.slots),
             tuple(self.ops),
             cache,
             self.config.heads,
             inverse_frequency,
-            self.config.vocabulary,
+            vocabulary or self.config.vocabulary,
         )
 
 
@@ -290,12 +314,14 @@ def build_from(
     b.embed(hidden, embedding, scale)
     for i in range(first, config.layers):
         b.layer(i, i - first)
-    last, normed = b.slot("last", config.hidden), b.slot("head input", config.hidden)
-    b.ops.append(Op("gather", hidden, last))
-    b.norm(last, normed, "final_norm")
-    b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0}, cap=config.logit_cap)
+    b.head(head_name(config))
     shape = replace(cache_shape(config, cache), layers=max(config.layers - first, 1))
     return b.program(shape, inverse_frequency)
+
+
+def head_name(config: ModelConfig) -> str:
+    """The matrix that logits are made with."""
+    return "embedding" if config.tied else "head"
 
 
 def head_input(program: Program) -> int:

@@ -60,8 +60,8 @@ def convert(
     balance: str | None = None,
     ternary: str = TERNARY[0],
     refine: Refine | None = None,
-    experts: int | None = None,
     regions: str | None = None,
+    experts: int | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -73,8 +73,8 @@ def convert(
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
     BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
     the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
-    stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
-    (chalot.fitting). The file appears whole or not at all.
+    stay, those that chalot's text takes most. Peak memory is that of a layer and its largest
+    tensor (chalot.fitting). The file appears whole or not at all.
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve

@@ -86,10 +86,7 @@ TARGETS = {
     "myai": Target(
         to_myai,
         ".myai",
-        (
-            *("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions"),
-            "experts",
-        ),
+        ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions", "experts"),
     ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
@@ -156,8 +153,8 @@ def export(
     progress: Progress | None = None,
     command: str | None = None,
     refine: Refine | None = None,
-    experts: int | None = None,
     regions: str | None = None,
+    experts: int | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
@@ -183,7 +180,8 @@ def export(
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
-    given |= {"refine": refine is not None, "regions": regions, "experts": experts is not None}
+    given |= {"refine": refine is not None, "regions": regions}
+    given |= {"experts": experts is not None}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     options = Options(
         str(source),

@@ -122,11 +122,11 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
-        experts_resident: int | None = None,
         keep: Iterable[str] = (),
         budget: int | None = None,
         early_exit: Margin = None,
         calibration: bool = True,
+        experts_resident: int | None = None,
         window: int | None = None,
         sinks: int | None = None,
         texts: int = 1,
@@ -142,10 +142,10 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
-        Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
-        the rest is read when it is used; answers are the same (docs/experts.md).
         `keep` names regions of layers that are locked in memory, `budget` is the most bytes of
         weights there: the rest is read again in each forward pass (chalot.residence).
+        Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
+        the rest is read when it is used; answers are the same (docs/experts.md).
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
         a text may be longer than the model's context (`chalot.model.window` says what is computed).
         The cache has room for `texts` of the whole context, as far as memory goes.
@@ -162,8 +162,14 @@ class Model:
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
-        if mlock and budget is not None:
-            raise LimitError("--mlock keeps the whole file in memory, --budget does not; give one")
+        memory = {"--mlock": mlock, "--budget": budget is not None}
+        memory["--experts-resident"] = experts_resident is not None
+        if len(given := [name for name, there in memory.items() if there]) > 1:
+            raise LimitError(f"{' and '.join(given)} say each what stays in memory; give one")
+        if experts_resident is not None and early_exit is not None:
+            raise LimitError(
+                "--early-exit runs a model in pieces, --experts-resident whole; give one"
+            )
         self.residence = Residence(self.file, self.config, keep, budget)
         if mlock:
             lock(self.file)
@@ -191,11 +197,6 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         looked_at = self.residence.looked_at
         weights = read_weights(self.file, self.config, activations, looked_at)
-        whole = mlock or budget is not None or early_exit is not None
-        if whole and experts_resident is not None:
-            raise LimitError(
-                "--experts-resident does not go with --mlock, --budget or --early-exit; give one"
-            )
         self.experts = ExpertsMemory(self.file, self.config, experts_resident)
         weights = self.experts.with_paging(weights)
         self.maker = Maker(self.config, weights, frequencies, shape, self.backend)
@@ -240,7 +241,7 @@ class Model:
 
     @property
     def reports(self) -> dict[str, Any]:
-        """What memory, early exit and experts came to, where asked for: str says it too."""
+        """What memory, early exit and experts came to so far, where they are: str says it too."""
         memory = self.residence.report() if self.residence.asked else None
         found: dict[str, Any] = {"residency": memory, "early_exit": self.reflexes.report()}
         found["experts"] = self.experts.report()

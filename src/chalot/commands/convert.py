@@ -182,8 +182,8 @@ def one(source: str, arguments: Arguments) -> Any:
             progress=advance,
             command=command,
             refine=refine,
-            experts=arguments.experts,
             regions=arguments.regions,
+            experts=arguments.experts,
         )
     if not arguments.json:
         tell(report, arguments)

@@ -61,13 +61,13 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
-    text = "of each layer's experts, those that stay in memory; the rest is read when it is used"
-    parser.add_argument("--experts-resident", type=int, metavar="N", help=text)
     parser.add_argument(
         "--keep", type=names, default=(), metavar="REGION,...", help="keep regions in memory"
     )
     text = "most bytes of weights in memory, as 200MB; the rest is read again for each token"
     parser.add_argument("--budget", type=size, metavar="SIZE", help=text)
+    text = "of each layer's experts, those that stay in memory; the rest is read when it is used"
+    parser.add_argument("--experts-resident", type=int, metavar="N", help=text)
     drafting_arguments(parser)
     text = "skip layers where the best token leads by so much (logits), or auto; changes answers"
     parser.add_argument("--early-exit", metavar="MARGIN", type=margin, help=text)
@@ -123,8 +123,8 @@ def open_model(arguments: Arguments) -> Any:
 
     path = converted(arguments.model, arguments)
     names: tuple[str, ...] = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
-    names += ("draft", "draft_tokens", "experts_resident")
-    names += ("keep", "budget", "early_exit", "window", "sinks")
+    names += ("draft", "draft_tokens")
+    names += ("keep", "budget", "early_exit", "window", "sinks", "experts_resident")
     options = {name: getattr(arguments, name) for name in names}
     options["texts"] = max(getattr(arguments, "answers", None) or 1, 1)
     if isinstance(arguments.draft, str):

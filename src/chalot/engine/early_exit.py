@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.kernels.program import Batch
-from chalot.model.pieces import Handover, Maker, handed, parts
+from chalot.model.pieces import Handover, Maker, handed, parts, taken_by
 from chalot.model.transformer import head_name
 
 Floats = NDArray[np.float32]
@@ -72,6 +72,11 @@ class EarlyExit:
     def slot(self, index: int, tokens: int) -> Floats:
         """Of the head's program."""
         return self.head.runnable.slot(index, tokens)
+
+    @property
+    def taken(self) -> list[NDArray[np.int64]]:
+        """See Runnable."""
+        return taken_by(self.pieces)
 
     def _finals(self, batch: Batch, arena: NDArray[np.uint8]) -> Batch:
         """Hand over the states that tokens leave with, early or not; the batch for the head."""

@@ -36,10 +36,10 @@ class ExpertsRead:
 
     def __str__(self) -> str:
         """A line for people."""
-        return (
-            f"{self.counted} of {self.experts} experts taken, {self.touched_bytes:,} of "
-            f"{self.expert_bytes:,} bytes; {self.kept_bytes:,} of them stay"
+        touched, held, kept = (
+            f"{n / 1e6:.1f} MB" for n in (self.touched_bytes, self.expert_bytes, self.kept_bytes)
         )
+        return f"{self.counted} of {self.experts} experts taken: {touched} of {held}; {kept} stay"
 
 
 class ExpertPages:

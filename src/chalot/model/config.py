@@ -100,14 +100,14 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("sinks: expected one number, fewer than its layers' one window")
         if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; expected more than 1 with yarn")
+        if self.named_regions:
+            check_regions(self.named_regions, self.layers)
         if self.experts is not None:
             self.experts.check(self.layers)
             if self.feed_forward_bias or self.post_norms or self.inner_norms:
                 raise ValueError("experts go with no biases and norms of feed-forwards")
         if self.head_norms and self.whole_norms:
             raise ValueError("queries and keys have norms of heads or of all heads, not both")
-        if self.named_regions:
-            check_regions(self.named_regions, self.layers)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
 

@@ -166,11 +166,21 @@ class Pieces:
         """Of the head's program."""
         return self.head.runnable.slot(index, tokens)
 
+    @property
+    def taken(self) -> list[NDArray[np.int64]]:
+        """See Runnable."""
+        return taken_by(self.pieces)
+
 
 def extended(weights: Weights, head: str, matrix: Matrix, planes: int) -> Weights:
     """The weights with one more matrix, a head of fewer rows."""
     more = {**weights.matrices, head: matrix}
     return Weights(more, weights.vectors, {**weights.planes, head: planes})
+
+
+def taken_by(pieces: Iterable[Piece]) -> list[NDArray[np.int64]]:
+    """See Runnable, of pieces in the order of their layers."""
+    return [counts for piece in pieces for counts in piece.runnable.taken]
 
 
 def borders_of(regions: Sequence[range]) -> list[int]:

@@ -43,6 +43,10 @@ void Program::route(const Op& op, const Run& run) {
         if (!chosen[e] && (best < 0 || scores[e] > scores[best])) best = e;
       chosen[best] = true;
     }
+    if (op.routing == Routing::ones) {
+      for (int e = 0; e < experts; e++) out[e] = chosen[e] ? 1.0f : -1.0f;
+      continue;
+    }
     for (int e = 0; e < experts; e++) out[e] = scores[e] - high;
     run.k.exp(out, out, size_t(experts));
     float total = 0;

@@ -25,7 +25,8 @@ enum class OpKind : int {
   experts,
   prefetch
 };
-enum class Routing : int { softmax, chosen, sigmoid };  // weights: of all scores, of the chosen, of each by itself
+// weights: of all scores, of the chosen, 1 for each of the chosen, of each by itself
+enum class Routing : int { softmax, chosen, ones, sigmoid };
 constexpr int kMostExperts = 1024;
 
 struct Part {  // one matrix of a fused product

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from chalot import __version__, machine
 from chalot.checking import read_config
@@ -149,7 +150,7 @@ def write_myai(
         )
     check_space(
         out,
-        planned_bytes(work.config, schemes)
+        planned_bytes(work.config, schemes, work.same)
         + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
     )
     said = command if refine is None else f"{command}  # {refine}"
@@ -163,6 +164,7 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
+    held = work.total - sum(int(np.prod(s.shape)) for s in work.specs if s.name in work.shared)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
     becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
     noted = [*notes(checkpoint.path, checkpoint.tensors, becomes), *how.notes]
@@ -171,7 +173,7 @@ def write_myai(
     if refine is not None:
         noted.append(f"refined: {refine}")
     return ConvertReport(
-        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(noted)
+        str(out), out.stat().st_size, work.total, stored * 8 / held, kinds, tuple(noted)
     )
 
 

@@ -108,13 +108,14 @@ def _of_myai(path: Path) -> Description:
     file = MyaiFile(path)
     try:
         config = read_model_config(file)
-        manifest = file.manifest
+        manifest, shared = file.manifest, file.aliases
         tensors = []
         for spec in model_tensors(config):
             e = manifest.tensors[spec.name]
             coded = SCHEMES[e.scheme].is_coded
             here, bits = (e.scheme, e.extent.bytes), e.activation if coded else None
-            tensors.append(TensorReport(spec.name, spec.kind, e.shape, *here, *here, bits, e.error))
+            about = (spec.name, spec.kind, e.shape, *here, *here, bits, e.error)
+            tensors.append(TensorReport(*about, shared.get(spec.name)))
         origin = Origin(
             ".myai",
             file.size,
@@ -191,7 +192,8 @@ def _description(
     source: str, origin: Origin, config: ModelConfig, tensors: list[TensorReport], file_bytes: int
 ) -> Description:
     parameters = sum(prod(t.shape) for t in tensors)
-    total = sum(t.bytes for t in tensors)
+    held = [t for t in tensors if t.shares is None]
+    stored, total = sum(prod(t.shape) for t in held), sum(t.bytes for t in held)
     sets = instruction_sets()
     backend = open_backend()
     kernels = Kernels(
@@ -206,9 +208,10 @@ def _description(
         origin,
         {**msgspec.structs.asdict(config), **msgspec.to_builtins(config)},
         parameters,
+        stored,
         total,
         file_bytes,
-        total * 8 / parameters,
+        total * 8 / stored,
         tuple(k for k in kinds if k.tensors),
         tuple(tensors),
         kernels,
@@ -223,9 +226,9 @@ def _kind(kind: str, tensors: list[TensorReport]) -> KindReport:
         len(tensors),
         sum(prod(t.shape) for t in tensors),
         _names(t.source_type for t in tensors),
-        sum(t.source_bytes for t in tensors),
+        sum(t.source_bytes for t in tensors if t.shares is None),
         _names(t.scheme for t in tensors),
-        sum(t.bytes for t in tensors),
+        sum(t.bytes for t in tensors if t.shares is None),
     )
 
 

@@ -32,6 +32,7 @@ class TensorReport:
     bytes: int
     activation: int | None = None  # bits, of a coded matrix
     error: float | None = None  # relative squared error against the source, where it is known
+    shares: str | None = None  # the tensor whose extent it lies in, and whose bytes it has
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Description:
     source: str
     origin: Origin
     architecture: dict[str, Any]  # the fields of chalot.model.config.ModelConfig
-    parameters: int
+    parameters: int  # by name; tensors that share an extent count each
+    stored_parameters: int  # those count once
     bytes: int
     file_bytes: int  # of the .myai file, or of the one that a conversion would write
     bits_per_weight: float
@@ -121,7 +123,7 @@ class Description:
             text,
             self.origin.tables,
             self.file_bytes if whole else 0,
-            self.mixture.expert_bytes if self.mixture else 0,
+            self.mixture.expert_bytes if self.mixture and self.mixture.distinct > 1 else 0,
         )
 
     def fits(self, context: int) -> bool | None:
@@ -149,7 +151,7 @@ def _facts(report: Description) -> str:
     facts = [
         ("source", f"{report.source} ({o.form}, {size(o.bytes)})"),
         ("family", a["family"]),
-        ("parameters", f"{report.parameters:,}"),
+        ("parameters", f"{report.parameters:,}{_shared(report)}"),
         ("layers", f"{a['layers']}, hidden {a['hidden']:,}, feed-forward {a['feed_forward']:,}"),
         *mixture_facts(report.mixture),
         ("heads", f"{a['heads']} of {a['head_dim']}, {a['kv_heads']} of keys and values"),
@@ -175,6 +177,13 @@ def _facts(report: Description) -> str:
     return pairs(facts)
 
 
+def _shared(report: Description) -> str:
+    """What is stored, where tensors share extents."""
+    if report.stored_parameters == report.parameters:
+        return ""
+    return f"; {report.stored_parameters:,} are stored, others are the same and share their bytes"
+
+
 def mixture_facts(found: MixtureReport | None) -> list[tuple[str, str]]:
     """Lines of a mixture; none of a dense model."""
     if found is None:
@@ -184,7 +193,8 @@ def mixture_facts(found: MixtureReport | None) -> list[tuple[str, str]]:
         (
             "experts",
             f"{found.experts} of width {found.width:,} in {found.layers} layers, "
-            f"a token takes {found.top}{shared}",
+            f"a token takes {found.top}{shared}"
+            + ("; all are one" if found.distinct == 1 < found.experts else ""),
         ),
         (
             "a token",

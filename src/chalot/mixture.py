@@ -26,13 +26,18 @@ class Sized(Protocol):
     def bytes(self) -> int:
         """As it is computed with."""
 
+    @property
+    def shares(self) -> str | None:
+        """The tensor whose bytes it has, if it has none of its own."""
+
 
 @dataclass(frozen=True)
 class MixtureReport:
     """A mixture. Of each layer's experts a token takes `top`; `active` counts all else in full.
 
     `expert_bytes` are of all routed experts, `token_bytes` what one token reads: of an embedding
-    that is no head too, a row is read, and left out.
+    that is no head too, a row is read, and left out. Experts that are one, and share their bytes,
+    count once; `distinct` is how many there are beside.
     """
 
     layers: int  # that have experts
@@ -43,6 +48,7 @@ class MixtureReport:
     active_parameters: int
     expert_bytes: int
     token_bytes: int
+    distinct: int
 
 
 def is_routed(name: str) -> bool:
@@ -55,23 +61,29 @@ def mixture_report(config: ModelConfig, tensors: Iterable[Sized]) -> MixtureRepo
     e = config.experts
     if e is None:
         return None
-    numbers = routed_numbers = total = routed = 0
+    others = named = own = total = routed = 0  # weights, weights of experts, bytes
     for t in tensors:
         count, embedding = prod(t.shape), t.name == "embedding" and not config.tied
-        numbers += count
-        total += 0 if embedding else t.bytes
+        held = t.shares is None
+        total += t.bytes if held and not embedding else 0
         if is_routed(t.name):
-            routed_numbers += count
-            routed += t.bytes
+            named += count
+            own += count if held else 0
+            routed += t.bytes if held else 0
+        else:
+            others += count
+    distinct = max(1, round(e.count * own / named))
+    taken = min(e.top, distinct)
     return MixtureReport(
         config.layers - len(e.dense_layers),
         e.count,
         e.top,
         e.width,
         e.shared_width,
-        numbers - routed_numbers + routed_numbers * e.top // e.count,
+        others + own * taken // distinct,
         routed,
-        total - routed + routed * e.top // e.count,
+        total - routed + routed * taken // distinct,
+        distinct,
     )
 
 

@@ -37,6 +37,11 @@ def check_count(config: ModelConfig, count: int) -> None:
     found = config.experts
     if found is None:
         raise SchemeError(f"{OPTION} {count}: the model has no experts; leave it out")
+    if found.ones:
+        raise SchemeError(
+            f"{OPTION} {count}: these experts are slices of a dense model, none to be spared; "
+            "leave it out, or let chalot upcycle choose others"
+        )
     if not found.top <= count <= found.count:
         raise SchemeError(
             f"{OPTION} {count}: a token takes {found.top} of {found.count} experts; expected "

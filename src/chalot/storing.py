@@ -1,6 +1,6 @@
 """Which scheme each tensor is stored in, and what else was asked of storing it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,11 +135,15 @@ def scheme_of(schemes: Mapping[str, Scheme], spec: TensorSpec) -> Scheme:
     return schemes.get(spec.name) or schemes[spec.kind]
 
 
-def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
-    """Bytes that the file will need, without its documents."""
+def planned_bytes(
+    config: ModelConfig, schemes: Mapping[str, Scheme], same: Container[str] = ()
+) -> int:
+    """Bytes that the file will need, without its documents. `same` are tensors that share bytes."""
     total = HEADER
     for spec in model_tensors(config):
-        if spec.kind == "vector":
+        if spec.name in same:
+            pass
+        elif spec.kind == "vector":
             total += spec.shape[0] * 4
         else:
             total += packing.stored_bytes(scheme_of(schemes, spec), spec.shape[0], spec.shape[1])

@@ -11,6 +11,7 @@ VERBS = {  # in the order of `chalot --help`
     "eval": "what a model costs in quality: perplexity, KL to its source, tasks",
     "calibrate": "what a model's first layers know: for drafts and early exit",
     "plan": "which scheme for which tensor, by measured loss or by entropy",
+    "upcycle": "make a mixture of experts of a dense model: copies, or slices of it",
     "compare": "a model and its smaller forms in one table and one page",
     "verify": "check every extent and checksum of a .myai file",
     "models": "short names, what is converted, what was downloaded",

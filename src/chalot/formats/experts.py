@@ -25,6 +25,7 @@ from chalot.formats.floats import widened
 MIXTRAL = ".block_sparse_moe."
 WEIGHTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 OF_MIXTRAL = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+GIVEN = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(\d+)\.(\w+_proj)|gate)\.weight")
 STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 MOST = 1 << 17  # experts of all stacks: what is listed stays small
 
@@ -43,6 +44,18 @@ def one_name(name: str) -> str:
         layer, expert, weight = found.groups()
         return f"{layer}.mlp.experts.{expert}.{WEIGHTS[weight]}.weight"
     return name.replace(MIXTRAL, ".mlp.") if name.endswith(".gate.weight") else name
+
+
+def name_of_family(name: str, family: str) -> str:
+    """The name that a family's own files have for a tensor: `one_name` undone for Mixtral's."""
+    found = GIVEN.fullmatch(name) if family == "mixtral" else None
+    if found is None:
+        return name
+    layer, expert, part = found.groups()
+    if expert is None:
+        return f"{layer}{MIXTRAL}gate.weight"
+    weight = next(w for w, given in WEIGHTS.items() if given == part)
+    return f"{layer}{MIXTRAL}experts.{expert}.{weight}.weight"
 
 
 def one_by_one(

@@ -97,6 +97,12 @@ class MyaiSource:
         """Every tensor by Hugging Face's name; read-only."""
         return MappingProxyType(self._tensors)
 
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Tensors that are another one, by Hugging Face's names: see MyaiFile.aliases."""
+        known = {own: name for name, own in self._own.items()}
+        return {known[name]: known[of] for name, of in self.file.aliases.items()}
+
     def raw(self, name: str) -> NDArray[Any]:
         """Stored values of a dense tensor, mapped. Raises UnsupportedError for one in codes."""
         info = self._info(name)

@@ -34,8 +34,8 @@ KINDS = (
     *("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore"),
     *("route", "experts", "prefetch"),
 )
-# of scores: the softmax; that of the chosen alone; of each score by itself
-ROUTINGS = ("softmax", "chosen", "sigmoid")
+# of scores: the softmax; that of the chosen alone; 1 for each of those; of each score by itself
+ROUTINGS = ("softmax", "chosen", "ones", "sigmoid")
 GATES = ("silu", "gelu_tanh", "relu2")
 CACHE_TYPES = ("f32", "f16", "int8")
 CACHE = "int8"  # unless something else is asked for

@@ -288,6 +288,8 @@ def route(routing: str, top: int, scores: Floats) -> Floats:
     best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
     chosen = np.zeros(p.shape, bool)
     np.put_along_axis(chosen, best, True, axis=1)
+    if routing == "ones":
+        return np.where(chosen, F32(1), F32(-1))
     summed = np.where(chosen, p, F32(0)) if routing == "chosen" else p
     total = np.zeros(len(p), F32)
     for e in range(p.shape[1]):

@@ -11,6 +11,7 @@ so the choice, and with it the file, is the same on every machine.
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +171,7 @@ class Calibration:
         inverse_frequency: Floats,
         hidden: Floats,  # (tokens, hidden), in windows of a page
         kept: Set[str] = frozenset(),  # matrices whose columns must stay as they are
+        same: Mapping[str, str] = MappingProxyType({}),  # tensors that are another one
         watch: Callable[[Mapping[str, Floats]], None] | None = None,
     ) -> None:
         """`watch` gets what each window is in every slot; plans are made from the first tokens."""
@@ -180,6 +182,7 @@ class Calibration:
         self.hidden = hidden
         self.watch = watch
         self.kept = kept
+        self.same = same
         self.plan = Plan()
 
     def layer(
@@ -189,8 +192,13 @@ class Calibration:
 
         Returns what its matrices are multiplied with, by slot.
         """
-        matrices, vectors, samples = {}, {}, {}
+        matrices: dict[str, Matrix] = {}
+        vectors, samples = {}, {}
         for spec in layer_tensors(self.config, i):
+            of = self.same.get(spec.name)
+            if of is not None and of in matrices:
+                matrices[spec.name] = matrices[of]
+                continue
             weights = read(spec.name)
             if spec.kind == "vector":
                 vectors[spec.name] = weights
@@ -204,8 +212,11 @@ class Calibration:
             del weights  # before the next one is read
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
-            self._plan(f"layers.{i}.", inputs, samples)
-            if self.config.experts_of(i) is not None:
+            one = "experts.0." if self._are_one(i) else ""
+            self._plan(f"layers.{i}.", inputs, samples, one)
+            if one:
+                self._plan_copies(f"layers.{i}.")
+            elif self.config.experts_of(i) is not None:
                 self._plan_experts(i, inputs["feed-forward input"], matrices, samples)
             self._balance_keys(f"layers.{i}.", inputs[ROTATED], vectors)
         return inputs
@@ -230,8 +241,40 @@ class Calibration:
         self.hidden = np.concatenate(after)
         return first
 
+    def _are_one(self, i: int) -> bool:
+        """Whether a layer's experts are one tensor each, which is computed as a dense one is."""
+        experts, p = self.config.experts_of(i), f"layers.{i}.experts."
+        return (
+            experts is not None
+            and experts.normalised
+            and experts.count > 1
+            and all(
+                self.same.get(f"{p}{e}.{part}") == f"{p}0.{part}"
+                for e in range(1, experts.count)
+                for part in ("gate", "up", "down")
+            )
+        )
+
+    def _plan_copies(self, p: str) -> None:
+        """What holds for experts that are one holds for all, and for what reads with them."""
+        first = p + "experts.0."
+        if first + "gate" in self.plan.columns:
+            factor = self.plan.columns[first + "gate"]
+            readers = ("router", "shared_router", "shared.gate", "shared.up")
+            self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
+        factors, planes = (self.plan.rows, self.plan.columns), self.plan.planes
+        for name, of in self.same.items():
+            if of.startswith(first):
+                for found in factors:
+                    found.update({name: found[of]} if of in found else {})
+                planes.update({name: planes[of]} if of in planes else {})
+
     def _plan(
-        self, p: str, inputs: Mapping[str, Floats], samples: Mapping[str, tuple[Floats, Scheme]]
+        self,
+        p: str,
+        inputs: Mapping[str, Floats],
+        samples: Mapping[str, tuple[Floats, Scheme]],
+        one: str,  # what comes before a feed-forward's names, where copied experts are one
     ) -> None:
         def values_to_output(factor: Floats) -> Floats:
             """Query heads of a group read one value head: they share its factors."""
@@ -248,17 +291,17 @@ class Calibration:
             return factor
 
         attended = ("value", values_to_output, value_rows)
-        gated = ("up", same, same)
+        gated = (one + "up", same, same)
         if self.config.inner_norms:
             attended, gated = ("attention_inner_norm", same, same), ("ffn_inner_norm", same, same)
         # input, the matrices that read it, what produces it, how its factors are shared and seen
         for slot, readers, (producer, share, seen) in (
             ("attention input", ("query", "key", "value"), ("attention_norm", same, same)),
             ("attention output", ("output",), attended),
-            ("feed-forward input", ("gate", "up"), (ffn_norm(self.config), same, same)),
-            ("feed-forward inner", ("down",), gated),
+            ("feed-forward input", (one + "gate", one + "up"), (ffn_norm(self.config), same, same)),
+            ("feed-forward inner", (one + "down",), gated),
         ):
-            if slot not in inputs:  # experts are not folded: what they read, the router reads too
+            if slot not in inputs:  # experts are not folded, unless all are one
                 continue
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:
@@ -287,8 +330,7 @@ class Calibration:
         experts, p = self.config.experts_of(i), f"layers.{i}."
         assert experts is not None
         scores = self.backend.product(matrices[p + "router"], x, 1)
-        routing = "chosen" if experts.normalised else "softmax"
-        routes = route(routing, experts.top, scores)
+        routes = route(experts.routing, experts.top, scores)
         each = {f"{p}experts.{e}.": x[routes[:, e] != -1] for e in range(experts.count)}
         for of_kind in (each, {p + "shared.": x} if experts.shared_width else {}):
             readers = [n + part for n in of_kind for part in ("gate", "up") if n + part in samples]

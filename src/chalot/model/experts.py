@@ -17,6 +17,9 @@ MOST = 1024  # experts of a layer
 MOST_MATRICES = 1 << 16  # layers x experts: a list of their tensors stays small
 
 
+SLICES = "chalot_slices"  # in config.json: slices of the feed-forward, of any family
+
+
 class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The experts of each layer but the dense ones; widths are of their feed-forwards."""
 
@@ -26,6 +29,7 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     normalised: bool = False  # the chosen ones' weights sum to 1
     shared_width: int = 0  # of the one that all tokens take, times the sigmoid of a score; 0: none
     dense_layers: tuple[int, ...] = ()  # ascending; they have a feed-forward as other models
+    ones: bool = False  # slices of a dense model: all count whole, the shared one too
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MOST:
@@ -39,6 +43,13 @@ class Experts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             )
         if any(a >= b for a, b in zip(self.dense_layers, self.dense_layers[1:], strict=False)):
             raise ValueError("dense_layers: expected ascending numbers of layers")
+        if self.ones and self.normalised:
+            raise ValueError("experts that count whole have no weights to be normalised")
+
+    @property
+    def routing(self) -> str:
+        """What scores become: one of kernels' ROUTINGS."""
+        return "chosen" if self.normalised else "ones" if self.ones else "softmax"
 
     def check(self, layers: int) -> None:
         """Raise ValueError where they do not go with so many layers."""
@@ -66,6 +77,10 @@ def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | 
 
     Raises KeyError for what is missing, ValueError for what makes no sense.
     """
+    if config.get(SLICES) is not None:
+        if keys is not None:
+            raise wrong(SLICES, config[SLICES], "none in a family of mixtures")
+        return read_slices(config)
     if keys is None:
         return None
     counts = {whole(config, key) for key in COUNTS if config.get(key) is not None}
@@ -82,6 +97,25 @@ def read_experts(config: Settings, keys: ExpertKeys | None) -> dict[str, Any] | 
         else keys.normalised,
         "shared_width": whole(config, keys.shared) if keys.shared else 0,
         "dense_layers": dense,
+    }
+
+
+def read_slices(config: Settings) -> dict[str, Any]:
+    """The fields of `Experts` for slices of a dense model's feed-forward."""
+    said = config[SLICES]
+    if not isinstance(said, Mapping) or said.keys() - {"routed", "shared", "top_k"}:
+        raise wrong(SLICES, said, "routed, shared and top_k")
+    routed = whole(said, "routed")
+    shared = said.get("shared", 0) and whole(said, "shared")
+    width, rest = divmod(whole(config, "intermediate_size"), routed + shared)
+    if rest:
+        raise wrong(SLICES, said, f"a number of slices that divides {config['intermediate_size']}")
+    return {
+        "count": routed,
+        "top": whole(said, "top_k"),
+        "width": width,
+        "shared_width": shared * width,
+        "ones": True,
     }
 
 

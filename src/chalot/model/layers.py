@@ -79,7 +79,7 @@ def expert_tensors(c: ModelConfig, experts: Experts) -> list[TensorSpec]:
     for p, width in each:
         out += [TensorSpec(p + name, (width, c.hidden), "ffn") for name in ("gate", "up")]
         out.append(TensorSpec(p + "down", (c.hidden, width), "ffn"))
-    if experts.shared_width:
+    if experts.shared_width and not experts.ones:
         out.append(TensorSpec("shared_router", (1, c.hidden), "router"))
     return out
 

@@ -200,9 +200,10 @@ class Builder:
         if experts.normalised and self.are_one(each):  # weights that sum to 1, of one thing
             self.feed_forward(each[0], experts.width, fed, hidden)
         else:
-            routing = "chosen" if experts.normalised else "softmax"
-            self.routed(p + "router", each, experts.top, routing, fed, hidden)
-        if experts.shared_width:
+            self.routed(p + "router", each, experts.top, experts.routing, fed, hidden)
+        if experts.shared_width and experts.ones:
+            self.feed_forward(p + "shared.", experts.shared_width, fed, hidden)
+        elif experts.shared_width:
             self.routed(p + "shared_router", [p + "shared."], 1, "sigmoid", fed, hidden)
 
     def foresee(self, i: int) -> None:
@@ -227,6 +228,8 @@ class Builder:
     def are_one(self, experts: list[str]) -> bool:
         """Whether all experts are the same bytes of a file."""
         held = self.weights.matrices
+        if not held[experts[0] + "gate"].data.size:  # shapes alone
+            return False
         return all(
             len({held[e + name].data.ctypes.data for e in experts}) == 1 and len(experts) > 1
             for name in FEED_FORWARD

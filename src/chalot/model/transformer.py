@@ -56,9 +56,11 @@ class Builder:
             self.slots.append(Slot(width, planes))
         return self.named[name]
 
-    def norm(self, source: int, target: int, name: str, add: bool = False) -> None:
-        """target (+)= rms norm of source."""
-        weight = padded_vector(self.weights.vectors[name])
+    def norm(
+        self, source: int, target: int, name: str, add: bool = False, divisor: float = 1.0
+    ) -> None:
+        """target (+)= rms norm of source, divided."""
+        weight = padded_vector(self.weights.vectors[name]) / np.float32(divisor)
         epsilon = self.config.norm_epsilon
         self.ops.append(Op("norm", source, target, weight=weight, number=epsilon, add=add))
 
@@ -286,7 +288,7 @@ def build_from(
         b.layer(i, i - first)
     last, normed = b.slot("last", config.hidden), b.slot("head input", config.hidden)
     b.ops.append(Op("gather", hidden, last))
-    b.norm(last, normed, "final_norm")
+    b.norm(last, normed, "final_norm", divisor=config.logit_divisor)
     b.linear(normed, LOGITS, {"embedding" if config.tied else "head": 0}, cap=config.logit_cap)
     shape = replace(cache_shape(config, cache), layers=max(config.layers - first, 1))
     return b.program(shape, inverse_frequency)

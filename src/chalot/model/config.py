@@ -337,12 +337,12 @@ def multipliers(config: Settings, epsilon: float) -> dict[str, float]:
     give is then added as it is, the embedding's factor is divided by r, and a norm is the same with
     its epsilon divided by r^2, since rms_norm(h, e) = rms_norm(h / r, e / r^2).
     """
-    r = number(config, "residual_multiplier")
+    r = number(config, "residual_multiplier", 1.0)
     return {
-        "embedding_scale": number(config, "embedding_multiplier") / r,
+        "embedding_scale": number(config, "embedding_multiplier", 1.0) / r,
         "norm_epsilon": epsilon / (r * r),
-        "score_scale": number(config, "attention_multiplier"),
-        "logit_divisor": number(config, "logits_scaling"),
+        "score_scale": number(config, "attention_multiplier", 1.0),
+        "logit_divisor": number(config, "logits_scaling", 1.0),
     }
 
 

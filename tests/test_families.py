@@ -311,3 +311,52 @@ def test_bytes_are_no_numbers(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError):
         opened.integers("model.norm.weight", 0, 1)
     opened.close()
+
+
+def phi3_folder(tmp_path: Path) -> Path:
+    return cases.write_folder(CASES["phi3"], 0, tmp_path / "phi3")
+
+
+QKV = "model.layers.0.self_attn.qkv_proj.weight"
+OUTPUT = "model.layers.0.self_attn.o_proj.weight"
+
+
+def test_fused_matrices_are_given_apart(tmp_path: Path) -> None:
+    """Rows of q, k and v, of gate and up, whatever part of them is asked for."""
+    folder = phi3_folder(tmp_path)
+    plain, apart = safetensors.SafetensorsFolder(folder), open_checkpoint(folder)
+    q, k = CASES["phi3"].config["hidden_size"], 0
+    whole = plain.float32(QKV)
+    k = (len(whole) - q) // 2
+    at = QKV.removesuffix("qkv_proj.weight")
+    for name, first, last in (("q", 0, q), ("k", q, q + k), ("v", q + k, q + 2 * k)):
+        found = f"{at}{name}_proj.weight"
+        np.testing.assert_array_equal(apart.float32(found), whole[first:last])
+        np.testing.assert_array_equal(apart.float32(found, 3, 9), whole[first:last][3:9])
+        assert apart.tensors[found].nbytes == apart.raw(found).nbytes
+    assert QKV not in apart.tensors and OUTPUT in apart.tensors
+    with pytest.raises(IndexError):
+        apart.float32(at + "k_proj.weight", 0, k + 1)
+    plain.close(), apart.close()
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 4), (4, 4), (1, 4)])
+def test_fused_matrices_that_do_not_divide_are_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    values = np.zeros(shape, np.float32)
+    safetensors.write(
+        tmp_path / "model.safetensors",
+        [(QKV, "f32", shape, values), (OUTPUT, "f32", (4, 4), np.zeros((4, 4), np.float32))],
+    )
+    with pytest.raises(chalot.ChalotError, match="do not fill"):
+        open_checkpoint(tmp_path)
+
+
+def test_granites_factors_are_the_others_numbers() -> None:
+    """h / r with a norm of epsilon / r^2 is the same model as h with additions times r."""
+    found = from_hugging_face(cases.granite(rms_norm_eps=1e-5))
+    assert found.embedding_scale == 12 / 0.22 and found.norm_epsilon == 1e-5 / (0.22 * 0.22)
+    assert (found.score_scale, found.logit_divisor) == (0.015625, 8)
+    with pytest.raises(UnsupportedError, match="residual_multiplier"):
+        from_hugging_face(llama(residual_multiplier=0.5))

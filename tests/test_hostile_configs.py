@@ -17,10 +17,12 @@ from golden.cases import (
     bitnet,
     gemma,
     gemma2,
+    granite,
     llama,
     mistral,
     mixtral,
     olmoe,
+    phi3,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -34,6 +36,8 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3": qwen3(use_sliding_window=True, sliding_window=20),
     "gemma": gemma(),
     "gemma2": gemma2(),
+    "phi3": phi3(),
+    "granite": granite(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),
     "qwen2_moe": qwen2_moe(use_sliding_window=True),
@@ -51,6 +55,7 @@ OF_EXPERTS = (
 POSITIVE = (
     *("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping"),
     *("final_logit_softcapping", "partial_rotary_factor"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )
 OF_ROPE = (
     *("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),

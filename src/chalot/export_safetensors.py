@@ -21,10 +21,10 @@ from chalot.errors import SchemeError, WeightError
 from chalot.exporting import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
-from chalot.formats.experts import name_of_family
 from chalot.formats.floats import narrowed, widened
 from chalot.formats.gguf_config import CLASSES
 from chalot.formats.names import hugging_face
+from chalot.formats.one_by_one import name_of_family
 from chalot.formats.safetensors_header import INDEX
 from chalot.formats.safetensors_writer import FULL, SafetensorsWriter, TensorPlan, header
 from chalot.model.config import from_hugging_face

@@ -129,6 +129,23 @@ def mixtral(**changes: Any) -> dict[str, Any]:
     return without(mistral(**usual, **sizes, **rest), "mlp_bias") | changes
 
 
+def phi3(**changes: Any) -> dict[str, Any]:
+    """A config.json as Phi-3-mini-4k ships it; q, k and v, and gate and up, lie in one matrix."""
+    usual = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "rms_norm_eps": 1e-5}
+    sizes = {"sliding_window": 2047, "original_max_position_embeddings": 1024}
+    rest = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "rope_scaling": None, "pad_token_id": None}
+    gone = ("mlp_bias", "pretraining_tp")
+    return without(llama(**usual, **sizes, **rest), *gone) | changes
+
+
+def granite(**changes: Any) -> dict[str, Any]:
+    """A config.json as Granite 3.1 2B ships it."""
+    usual = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+    factors = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+    rest = {"attention_multiplier": 0.015625, "rope_theta": 5000000.0, "tie_word_embeddings": True}
+    return without(llama(**usual, **factors, **rest), "pretraining_tp") | changes
+
+
 MOE = {"moe_intermediate_size": 48, "num_experts": 7, "num_experts_per_tok": 3} | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
@@ -289,6 +306,15 @@ CASES = {
             bitnet("autobitlinear", hidden_size=320, intermediate_size=400, head_dim=80),
             "f32",
         ),
+        Case("phi3", phi3()),
+        Case("phi3-window", phi3(sliding_window=20, num_key_value_heads=1), "f32", shards=2),
+        Case("granite", granite()),
+        Case(
+            "granite-biases",
+            granite(**BIASES, residual_multiplier=1.0, logits_scaling=3.0, attention_multiplier=0.4)
+            | {"tie_word_embeddings": False},
+            "f32",
+        ),
         Case("mixtral", mixtral()),
         Case("mixtral-window", mixtral(sliding_window=20, num_experts_per_tok=1), "f32", shards=2),
         Case("qwen2-moe", qwen2_moe()),
@@ -335,6 +361,10 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     attention = {"q_proj": (heads * size, hidden), "k_proj": (keys, hidden)}
     attention |= {"v_proj": (keys, hidden), "o_proj": (hidden, heads * size)}
     feed = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    if family == "phi3":
+        together = (heads * size + 2 * keys, hidden)
+        attention = {"qkv_proj": together, "o_proj": attention["o_proj"]}
+        feed = {"gate_up_proj": (2 * inner, hidden), "down_proj": feed["down_proj"]}
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."

@@ -69,6 +69,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     named_regions: tuple[Region, ...] = ()  # (): see `regions`
     whole_norms: bool = False  # of queries and keys, all heads of a token together, before rope
     experts: Experts | None = None
+    logit_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary")
@@ -81,9 +82,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         if self.head_dim % 2 or self.head_dim > 1024:
             raise ValueError(f"head size is {self.head_dim}; expected an even number up to 1024")
-        for name in ("norm_epsilon", "embedding_scale", "score_scale", "score_cap", "logit_cap"):
-            value, there = getattr(self, name), name not in ("norm_epsilon", "embedding_scale")
-            if not (LEAST <= value <= MOST or (value == 0 and there)):
+        needed = ("norm_epsilon", "embedding_scale", "logit_divisor")
+        for name in (*needed, "score_scale", "score_cap", "logit_cap"):
+            value = getattr(self, name)
+            if not (LEAST <= value <= MOST or (value == 0 and name not in needed)):
                 raise ValueError(f"{name} is {value}; expected a positive number")
         if not 1 <= self.rope_theta <= MOST:  # below 1, angles would leave what sines are made for
             raise ValueError(f"rope_theta is {self.rope_theta}; expected 1 to {MOST:g}")
@@ -156,6 +158,7 @@ class Family(msgspec.Struct, frozen=True):
     inner_norms: bool = False
     whole_norms: bool = False
     experts: ExpertKeys | None = None
+    multiplied: bool = False  # embedding, scores, what is added, logits: see `multipliers`
 
 
 def switched_on(config: Settings, layer: int) -> bool:
@@ -222,6 +225,17 @@ FAMILIES = {
         embedding_scaled=True,
         post_norms=True,
     ),
+    "phi3": Family(
+        {"sliding_window": None, "rms_norm_eps": 1e-5}, windowed=lambda config, layer: True
+    ),
+    "granite": Family(
+        {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
+        | {"logits_scaling": 1.0},
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        multiplied=True,
+    ),
     "mixtral": Family(
         COUNTS
         | {"sliding_window": None, "num_experts_per_tok": 2}
@@ -265,6 +279,7 @@ FAMILIES = {
 OPTIONAL = {  # settings of some families, refused in the others
     *("sliding_window", "query_pre_attn_scalar", "use_bidirectional_attention", "use_mrope"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
     *("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts"),
 }
 GATES = {
@@ -328,11 +343,29 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "logit_cap": positive(config, "final_logit_softcapping"),
             "windows": windows(config, row),
         }
+        if row.multiplied:
+            fields |= multipliers(config, number(config, "rms_norm_eps", 1e-6))
         return msgspec.convert(fields, ModelConfig)
     except KeyError as error:
         raise FormatError(f"config.json: {error.args[0]} is missing") from None
     except (msgspec.ValidationError, ArithmeticError, TypeError, ValueError) as error:
         raise FormatError(f"config.json: {error}") from None
+
+
+def multipliers(config: Settings, epsilon: float) -> dict[str, float]:
+    """Granite's four factors, without an operation of their own.
+
+    With r = residual_multiplier, h / r is computed instead of h: what attention and feed-forward
+    give is then added as it is, the embedding's factor is divided by r, and a norm is the same with
+    its epsilon divided by r^2, since rms_norm(h, e) = rms_norm(h / r, e / r^2).
+    """
+    r = number(config, "residual_multiplier", 1.0)
+    return {
+        "embedding_scale": number(config, "embedding_multiplier", 1.0) / r,
+        "norm_epsilon": epsilon / (r * r),
+        "score_scale": number(config, "attention_multiplier", 1.0),
+        "logit_divisor": number(config, "logits_scaling", 1.0),
+    }
 
 
 def check_supported(config: Settings, row: Family) -> None:

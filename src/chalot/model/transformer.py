@@ -56,9 +56,11 @@ class Builder:
             self.slots.append(Slot(width, planes))
         return self.named[name]
 
-    def norm(self, source: int, target: int, name: str, add: bool = False) -> None:
-        """target (+)= rms norm of source."""
-        weight = padded_vector(self.weights.vectors[name])
+    def norm(
+        self, source: int, target: int, name: str, add: bool = False, divisor: float = 1.0
+    ) -> None:
+        """target (+)= rms norm of source, divided."""
+        weight = padded_vector(self.weights.vectors[name]) / np.float32(divisor)
         epsilon = self.config.norm_epsilon
         self.ops.append(Op("norm", source, target, weight=weight, number=epsilon, add=add))
 
@@ -191,7 +193,7 @@ class Builder:
         last = self.slot("last", self.config.hidden)
         normed = self.slot("head input", self.config.hidden)
         self.ops.append(Op("gather", hidden, last))
-        self.norm(last, normed, "final_norm")
+        self.norm(last, normed, "final_norm", divisor=self.config.logit_divisor)
         self.linear(normed, LOGITS, {name: 0}, cap=self.config.logit_cap)
 
     def mixture(self, p: str, experts: Experts, fed: int, hidden: int) -> None:

@@ -1,13 +1,15 @@
-"""Experts of a Hugging Face folder, one by one and by one name, however the files hold them.
+"""Matrices of a Hugging Face folder, one by one and by one name, however the files hold them.
 
     mlp.experts.E.gate_proj, up_proj, down_proj    Qwen's and OLMoE's: the names that are given here
     block_sparse_moe.experts.E.w1, w3, w2          Mixtral's; its router is block_sparse_moe.gate
     mlp.experts.gate_up_proj (E, 2 width, hidden)  all in one, as transformers 5 keeps them; gate
     mlp.experts.down_proj (E, hidden, width)       is the upper half of the rows
+    self_attn.qkv_proj, mlp.gate_up_proj           Phi-3's: rows of q, k and v, of gate and up
 
-Source: transformers 5, conversion_mapping.py.
+Sources: transformers 5, conversion_mapping.py; models/phi3/modeling_phi3.py.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,14 +29,16 @@ WEIGHTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 OF_MIXTRAL = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
 GIVEN = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(\d+)\.(\w+_proj)|gate)\.weight")
 STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+FUSED = re.compile(r"(model\.layers\.\d+)\.(self_attn\.qkv_proj|mlp\.gate_up_proj)\.weight")
 MOST = 1 << 17  # experts of all stacks: what is listed stays small
 
 
 class Place(NamedTuple):
-    """Where a tensor is: in which of the file's, and the rows of it where that is a stack."""
+    """Where a matrix is: in which tensor of the file's, and which rows of it; None: all of it."""
 
     name: str
-    first: int = 0
+    shape: tuple[int, ...]
+    first: int | None = None
 
 
 def one_name(name: str) -> str:
@@ -61,35 +65,34 @@ def name_of_family(name: str, family: str) -> str:
 def one_by_one(
     tensors: Mapping[str, TensorInfo], where: object
 ) -> Iterator[tuple[str, TensorInfo, Place]]:
-    """Every tensor by one name, stacks as their experts, and where it is.
+    """Every tensor by one name, stacks as their experts, fused matrices as their parts.
 
     Raises FormatError for a stack that is none, or two tensors of one name.
     """
     listed = 0
     seen: set[str] = set()
     for held, info in tensors.items():
-        stack = STACKED.fullmatch(held)
-        if stack is None:
-            names, shapes, step = [one_name(held)], [info.shape], 0
+        if stack := STACKED.fullmatch(held):
+            parts = _of_stack(stack[1], stack[2], info, where)
+        elif FUSED.fullmatch(held):
+            parts = _of_fused(held, tensors, where)
         else:
-            names, shapes, step = _of_stack(stack[1], stack[2], info, where)
-        listed += len(names)
-        if listed > len(tensors) + MOST:
+            parts = [(one_name(held), Place(held, info.shape))]
+        listed += len(parts)
+        if listed > 3 * len(tensors) + MOST:
             raise FormatError(f"{where}: found more than {MOST:,} experts; damaged file?")
-        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        numbers = max(math.prod(info.shape), 1)
+        for name, place in parts:
             if name in seen:
                 raise FormatError(f"{where}: holds tensor {quoted(name)} twice, by two names")
             seen.add(name)
-            whole = 1 if stack is None else max(int(np.prod(info.shape)), 1)
-            part = info.nbytes if stack is None else info.nbytes * int(np.prod(shape)) // whole
-            made = info._replace(name=name, shape=shape, nbytes=part)
-            yield name, made, Place(held, i * step)
+            nbytes = info.nbytes * math.prod(place.shape) // numbers
+            nbytes = info.nbytes if place.first is None else nbytes
+            yield name, info._replace(name=name, shape=place.shape, nbytes=nbytes), place
 
 
-def _of_stack(
-    at: str, kind: str, info: TensorInfo, where: object
-) -> tuple[list[str], list[tuple[int, ...]], int]:
-    """Names and shapes of the matrices in a stack, and the rows from one to the next."""
+def _of_stack(at: str, kind: str, info: TensorInfo, where: object) -> list[tuple[str, Place]]:
+    """The matrices in a stack, which counts as one matrix of all their rows."""
     pair = kind == "gate_up_proj"
     if len(info.shape) != 3 or (pair and info.shape[1] % 2):
         raise FormatError(
@@ -102,11 +105,35 @@ def _of_stack(
     parts = ("gate_proj", "up_proj") if pair else ("down_proj",)
     step = rows // len(parts)
     names = [f"{at}.{e}.{part}.weight" for e in range(count) for part in parts]
-    return names, [(step, columns)] * len(names), step
+    return [(n, Place(info.name, (step, columns), i * step)) for i, n in enumerate(names)]
 
 
-class ExpertsOneByOne:
-    """A `Checkpoint` over another whose experts have other names, or lie in stacks."""
+def _of_fused(
+    held: str, tensors: Mapping[str, TensorInfo], where: object
+) -> list[tuple[str, Place]]:
+    """The parts of a matrix of Phi-3's; how many rows q has, its o_proj's columns say."""
+    shape, at = tensors[held].shape, held.rsplit(".", 2)[0]
+    rows = shape[0] if len(shape) == 2 else 0
+    if held.endswith("qkv_proj.weight"):
+        output = tensors.get(f"{at}.o_proj.weight")
+        q = output.shape[-1] if output is not None and len(output.shape) == 2 else 0
+        parts = {"q_proj": q, "k_proj": (rows - q) // 2, "v_proj": (rows - q) // 2}
+    else:
+        parts = {"gate_proj": rows // 2, "up_proj": rows // 2}
+    if min(parts.values()) < 1 or sum(parts.values()) != rows:
+        raise FormatError(
+            f"{where}: tensor {quoted(held)} has shape {shape[:4]}, which {' and '.join(parts)} do "
+            "not fill"
+        )
+    first, out = 0, []
+    for name, size in parts.items():
+        out.append((f"{at}.{name}.weight", Place(held, (size, shape[1]), first)))
+        first += size
+    return out
+
+
+class OneByOne:
+    """A `Checkpoint` over another whose matrices have other names, or lie in one."""
 
     def __init__(self, held: Checkpoint) -> None:
         """Raises FormatError as `one_by_one`."""
@@ -119,36 +146,33 @@ class ExpertsOneByOne:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, each expert's own among them; read-only."""
+        """Every tensor, each matrix' own among them; read-only."""
         return MappingProxyType(self._tensors)
 
-    def _rows(self, name: str, first: int, last: int | None) -> tuple[str, int, int | None]:
-        """The tensor that holds it, and the rows there, stacks laid out as one matrix."""
+    def _place(self, name: str) -> Place:
         if name not in self._places:
             raise FormatError(f"{self.path}: has no tensor {quoted(name)}")
-        place, rows = self._places[name], self._tensors[name].shape[0]
-        if STACKED.fullmatch(place.name) is None:
-            return place.name, first, last
-        last = rows if last is None else last
-        if not 0 <= first <= last <= rows:
-            raise IndexError(f"{name}: rows {first}:{last} of {rows}")
-        return place.name, place.first + first, place.first + last
+        return self._places[name]
 
     def raw(self, name: str) -> NDArray[Any]:
         """See Checkpoint."""
-        held, first, last = self._rows(name, 0, None)
-        found = self.held.raw(held)
-        if STACKED.fullmatch(held) is None:
+        place = self._place(name)
+        found = self.held.raw(place.name)
+        if place.first is None:
             return found
-        return found.reshape(-1, found.shape[-1])[first:last]
+        return found.reshape(-1, found.shape[-1])[place.first :][: place.shape[0]]
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """See Checkpoint."""
-        held, start, end = self._rows(name, first, last)
-        if STACKED.fullmatch(held) is None:
-            return self.held.float32(held, start, end)
-        stack = self.held.raw(held)
-        return widened(stack.reshape(-1, stack.shape[-1])[start:end]).astype(np.float32)
+        place = self._place(name)
+        if place.first is None:
+            return self.held.float32(place.name, first, last)
+        last = place.shape[0] if last is None else last
+        if not 0 <= first <= last <= place.shape[0]:
+            raise IndexError(f"{name}: rows {first}:{last} of {place.shape[0]}")
+        if STACKED.fullmatch(place.name) is None:
+            return self.held.float32(place.name, place.first + first, place.first + last)
+        return widened(self.raw(name)[first:last]).astype(np.float32)
 
     def document(self, name: str) -> bytes | None:
         """See Checkpoint."""
@@ -164,17 +188,19 @@ class ExpertsOneByOne:
 
 
 def is_other(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether some experts have other names, or lie in stacks."""
-    return any(MIXTRAL in name or STACKED.fullmatch(name) for name in tensors)
+    """Whether some matrices have other names, or lie in one."""
+    return any(
+        MIXTRAL in name or STACKED.fullmatch(name) or FUSED.fullmatch(name) for name in tensors
+    )
 
 
-def expert_by_expert(held: Checkpoint) -> Checkpoint:
-    """The checkpoint with its experts one by one; itself where they are so already."""
-    return ExpertsOneByOne(held) if is_other(held.tensors) else held
+def apart(held: Checkpoint) -> Checkpoint:
+    """The checkpoint with its matrices one by one; itself where they are so already."""
+    return OneByOne(held) if is_other(held.tensors) else held
 
 
 def listed(tensors: Mapping[str, TensorInfo], where: object) -> Mapping[str, TensorInfo]:
-    """Tensors of headers as `expert_by_expert` gives them."""
+    """Tensors of headers as `apart` gives them."""
     if not is_other(tensors):
         return tensors
     return {name: info for name, info, _ in one_by_one(tensors, where)}

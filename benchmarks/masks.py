@@ -100,8 +100,9 @@ def main() -> None:
         }
     print(json.dumps(found))
     if arguments.out:
+        line = {**provenance(sys.argv[1:], ("--out",)), **found, "machine": describe_machine()}
         with arguments.out.open("a") as out:
-            out.write(json.dumps({**found, **provenance(sys.argv[1:], ("--out",)), "machine": describe_machine()}) + "\n")
+            out.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

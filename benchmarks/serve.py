@@ -21,6 +21,7 @@ import contextlib
 import json
 import random
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -129,7 +130,8 @@ async def throughput(load: Load, clients: int, options: argparse.Namespace) -> d
 
     await asyncio.gather(*(client(n) for n in range(clients)))
     stop_for(answers)
-    first = [a.pieces[0] - a.sent for a in answers if a.pieces and start <= a.sent < end]
+    first = [a.pieces[0] - a.sent for a in answers if a.pieces and start <= a.pieces[0] < end]
+    first = first or [a.pieces[0] - a.sent for a in answers if a.pieces]
     gaps = [b - a for x in answers for a, b in zip(x.pieces, x.pieces[1:], strict=False)]
     return {
         "tokens_per_second": sum(a.tokens_within(start, end) for a in answers) / (end - start),
@@ -429,6 +431,9 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM")
+    )  # and the servers with it
     options = arguments()
     if options.table:
         lines = options.table.read_text("utf-8").splitlines()

@@ -2,7 +2,7 @@
 """What drafting from the text so far gains: acceptance, tokens a pass, speed over plain decoding.
 
     python benchmarks/speculation.py [--model MODEL.myai] [--tasks editing prose] [--cases 4]
-                                     [--tokens 128] [--rounds 5] [--threads N]
+                                     [--tokens 256] [--rounds 5] [--threads N]
                                      [--out benchmarks/results/speculation.jsonl]
 
 A trace is the ids of a prompt and of its answer. Those of prose, code, editing and extraction are
@@ -14,8 +14,9 @@ one shows what passes cost there, and the trace what is accepted. The bundled to
 shorter tokens of prose and JSON than one of 150,000 would.
 
 Plain and drafted decoding take turns, case by case; a figure is the median of the rounds, each the
-seconds of all cases plainly over those with drafts, with its range. Costs of passes are learnt from
-nothing in the first round, as on a first use. Nothing here checks quality: drafting changes no
+seconds of all cases plainly over those with drafts, with its range. "Expected" is by what passes of
+each size usually cost, whatever else the machine did meanwhile. These costs are learnt from nothing
+in the first round, as on a first use. Nothing here checks quality: drafting changes no
 token, which is checked on the way where the model that runs is the one that speaks.
 """
 
@@ -65,6 +66,7 @@ class Task:
     passes: int = 0
     tried: int = 0
     kept: int = 0
+    cost: float = 0.0
 
     def row(self) -> dict[str, Any]:
         """As it is kept."""
@@ -74,6 +76,7 @@ class Task:
             "acceptance": self.kept / max(self.tried, 1),
             "tokens_per_pass": 1 + self.kept / max(self.passes, 1),
             "speed": median(ratios),
+            "expected": (self.passes + self.kept) / self.cost,
             "rounds": ratios,
             "plain_seconds": self.plain,
             "drafted_seconds": self.drafted,
@@ -145,6 +148,7 @@ def measure(model: Model, traces: list[Trace], rounds: int, speaks: bool) -> dic
                         tasks[task].passes += stats.passes
                         tasks[task].tried += stats.drafted
                         tasks[task].kept += stats.accepted
+                        tasks[task].cost += stats.cost
             tasks[task].plain.append(seconds[False])
             tasks[task].drafted.append(seconds[True])
         print(f"round {n + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -157,7 +161,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a .myai file that traces are replayed on")
     parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
     parser.add_argument("--cases", type=int, default=4, help="of each task")
-    parser.add_argument("--tokens", type=int, default=128, help="most of an answer")
+    parser.add_argument("--tokens", type=int, default=256, help="most of an answer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", help="a .jsonl file to append to")
@@ -177,10 +181,11 @@ def main() -> None:
         costs = {n: round(ratio, 3) for n, ratio in sorted(model.engine.costs.relative.items())}
     rows = {task: figures.row() for task, figures in found.items()}
     print(f"{path.stem}, {name}; passes of several tokens, in passes of one: {costs}")
-    print(f"{'task':20} {'kept':>6} {'tokens/pass':>11} {'speed over plain':>24}")
+    print(f"{'task':20} {'kept':>6} {'tokens/pass':>11} {'speed over plain':>24} {'expected':>9}")
     for task, row in rows.items():
         spread = f"{row['speed']:.2f} ({min(row['rounds']):.2f}-{max(row['rounds']):.2f})"
-        print(f"{task:20} {row['acceptance']:6.0%} {row['tokens_per_pass']:11.2f} {spread:>24}")
+        kept, each = f"{row['acceptance']:6.0%}", f"{row['tokens_per_pass']:11.2f}"
+        print(f"{task:20} {kept} {each} {spread:>24} {row['expected']:9.2f}")
     for task, bar in ((t, b) for t, b in BARS.items() if t in rows):
         held = "holds" if rows[task]["speed"] >= bar else "FAILS"
         print(f"{task}: {held} the bar of {bar}")

@@ -35,17 +35,20 @@ size_t Program::attention_scratch_bytes() const {
 void Program::cut_blocks(const Batch& batch, int threads) {
   const int share = heads_ / cache_.kv_heads, most = std::max(1, kQueryRows / share);
   blocks_.clear();
-  most_pages_ = 1, most_rows_ = 0;
+  most_pages_ = 1, most_rows_ = 0, lead_ = 0;
   for (int t = 0; t < batch.tokens; t++) {
-    most_pages_ = std::max(most_pages_, batch.positions[t] / kPage + 1);
+    if (sinks_ && batch.positions[t] >= sinks_ + stream_) lead_ = 1;
     const bool goes_on = t && batch.sequence[t] == batch.sequence[t - 1] &&
                          batch.positions[t] == batch.positions[t - 1] + 1 && blocks_.back().tokens < most;
     if (goes_on)
       blocks_.back().tokens++;
     else
-      blocks_.push_back({t, 1, batch.pages + size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence)});
+      blocks_.push_back({t, 1, batch.pages + size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence),
+                         first_page(batch.positions[t])});
     most_rows_ = std::max(most_rows_, blocks_.back().tokens * share);
+    most_pages_ = std::max(most_pages_, batch.positions[t] / kPage + 1 - blocks_.back().page);
   }
+  most_pages_ += lead_;
   by_page_ = most_pages_ > 1 && int(blocks_.size()) * cache_.kv_heads < 4 * threads;
   if (by_page_) partial_.reserve(blocks_.size() * size_t(cache_.kv_heads) * size_t(most_pages_) * partial_floats() * 4);
 }
@@ -59,12 +62,40 @@ Gathered Program::partial(int unit) const {
   return {at, at + rows * size_t(cache_.stride()), at + rows * size_t(cache_.stride() + 1)};
 }
 
-Program::Visible Program::visible(int position, int page, int window) const {
+// A page that a query at `position` sees something of is this one, page 0 for its sinks, or a later one.
+int Program::first_page(int position) const {
+  const bool all = !reach_ || (sinks_ && position < sinks_ + stream_);
+  return all ? 0 : std::max(0, position + 1 - reach_) / kPage;
+}
+
+// With sinks: all, until the window has left them behind; then the window, and the sinks as a page of their own, -1.
+Program::Visible Program::visible(const Op& op, int position, int page) const {
+  const bool all = !op.window || (op.sinks && position < op.sinks + op.window);
+  if (page < 0) return {0, all ? 0 : op.sinks};
   const int first = page * kPage, end = std::min(position + 1 - first, kPage);
-  return {window ? std::max(0, position + 1 - window - first) : 0, end};
+  return {all ? 0 : std::max(0, position + 1 - op.window - first), end};
+}
+
+// Norms of queries and of keys that take all heads of a token together.
+void Program::norm_all_heads(const Op& op, const Run& run) {
+  const int queries = heads_ * cache_.head_dim, keys = cache_.kv_heads * cache_.head_dim;
+  float* padded = scratch_[size_t(run.id)].as<float>();
+  auto norm = [&](float* x, const float* weight, int n) {
+    std::memset(padded, 0, size_t(round_up(n, 16)) * 4);
+    std::memcpy(padded, x, size_t(n) * 4);
+    run.k.rms_norm(padded, weight, n, op.number, padded, false);
+    std::memcpy(x, padded, size_t(n) * 4);
+  };
+  for (int t = run.from(); t < run.to(); t++) {
+    norm(numbers(op.in, t), op.weight, queries);
+    norm(numbers(op.in, t) + queries, op.weight + round_up(queries, 16), keys);
+  }
+  run.pool.barrier();
 }
 
 void Program::rope_store(const Op& op, const Run& run) {
+  if (of_all_heads(op)) norm_all_heads(op, run);
+  const bool by_head = op.weight && !of_all_heads(op);
   const Batch& batch = run.batch;
   const int dim = cache_.head_dim, half = dim / 2, share = heads_ / cache_.kv_heads,
             units = run.count * cache_.kv_heads;
@@ -74,13 +105,19 @@ void Program::rope_store(const Op& op, const Run& run) {
     const int t = unit / cache_.kv_heads, head = unit % cache_.kv_heads;
     float* all = numbers(op.in, t);
     const float *cosine = cosine_.as<float>() + size_t(t) * half, *sine = sine_.as<float>() + size_t(t) * half;
-    auto turn = [&](float* x, const float* norm) {
+    auto turn = [&](float* x, const float* norm, bool for_sinks = false) {
       std::memcpy(turned, x, size_t(dim) * 4);
-      if (op.weight) run.k.rms_norm(turned, norm, dim, op.number, turned, false);
-      run.k.rotate(turned, cosine, sine, half);
+      if (by_head) run.k.rms_norm(turned, norm, dim, op.number, turned, false);
+      run.k.rotate(turned, for_sinks ? sink_cosine_.as<float>() : cosine, for_sinks ? sink_sine_.as<float>() : sine,
+                   half);
       if (cache_.rotation() > 1) run.k.spread(turned, cache_.stride(), cache_.rotation());
     };
+    const bool past_sinks = op.sinks && batch.positions[t] >= op.sinks + op.window;
     for (int h = head * share; h < (head + 1) * share; h++) {
+      if (past_sinks) {
+        turn(all + h * dim, op.weight, true);
+        std::memcpy(all + (heads_ + 2 * cache_.kv_heads + h) * dim, turned, size_t(dim) * 4);
+      }
       turn(all + h * dim, op.weight);
       std::memcpy(all + h * dim, turned, size_t(dim) * 4);
     }
@@ -98,7 +135,8 @@ struct Program::Rows {
   int *from, *to;
 };
 
-Program::Rows Program::read_queries(const Op& op, const Run& run, const Block& block, int head, void* scratch) const {
+Program::Rows Program::read_queries(const Op& op, const Run& run, const Block& block, int head, bool of_sinks,
+                                    void* scratch) const {
   const int dim = cache_.head_dim, stride = cache_.stride(), share = heads_ / cache_.kv_heads;
   const size_t rows = size_t(block.tokens) * size_t(share);
   Room room{static_cast<uint8_t*>(scratch)};
@@ -109,7 +147,8 @@ Program::Rows Program::read_queries(const Op& op, const Run& run, const Block& b
   int *from = room.take<int>(rows), *to = room.take<int>(rows);
   const float factor = op.number * (1.0f / float(cache_.rotation()));
   for (size_t r = 0; r < rows; r++) {
-    const float* q = numbers(op.in, block.first + int(r) / share) + (head * share + int(r) % share) * dim;
+    const int column = (of_sinks ? heads_ + 2 * cache_.kv_heads : 0) + head * share + int(r) % share;
+    const float* q = numbers(op.in, block.first + int(r) / share) + column * dim;
     float* row = values + r * size_t(stride);
     std::memset(row + dim, 0, size_t(stride - dim) * 4);
     if (cache_.type == CacheType::int8) {
@@ -128,7 +167,7 @@ bool Program::look(const Op& op, const Run& run, const Block& block, int page, R
   const int share = heads_ / cache_.kv_heads;
   bool some = false;
   for (int r = 0; r < rows.q.rows; r++) {
-    Visible v = visible(run.batch.positions[block.first + r / share], page, op.window);
+    Visible v = visible(op, run.batch.positions[block.first + r / share], page);
     rows.from[r] = v.from, rows.to[r] = v.to;
     some |= v.from < v.to;
   }
@@ -143,7 +182,8 @@ void Program::put_rows(const Op& op, const Block& block, int head, int row, cons
 }
 
 void Program::attend(const Op& op, const Run& run) {
-  const size_t stride = size_t(cache_.stride()), most = size_t(std::max(kQueryRows, heads_ / cache_.kv_heads));
+  const int share = heads_ / cache_.kv_heads;
+  const size_t stride = size_t(cache_.stride()), most = size_t(std::max(kQueryRows, share));
   Room room{scratch_[size_t(run.id)].as<uint8_t>()};
   void* queries = room.take<uint8_t>(most * (stride * 6 + 20) + 64 * 6);
   Gathered page = take_gathered(room, most, stride), sum = take_gathered(room, most, stride);
@@ -152,27 +192,31 @@ void Program::attend(const Op& op, const Run& run) {
   for (int unit, end; run.shares.take(run.id, unit, end);) {
     const Block& block = blocks_[size_t(unit / pages / cache_.kv_heads)];
     const int head = unit / pages % cache_.kv_heads, last = run.batch.positions[block.first + block.tokens - 1] / kPage;
-    const int only = unit % pages;
-    if (by_page_ && only > last) continue;
-    Rows rows = read_queries(op, run, block, head, queries);
+    const int looks = lead_ + last + 1 - block.page, only = unit % pages;
+    auto page_of = [&](int at) { return at < lead_ ? -1 : block.page + at - lead_; };
+    auto cached = [&](int p) { return cache_.page(run.batch.arena, block.pages[std::max(p, 0)], op.layer, head); };
     if (by_page_) {
-      if (look(op, run, block, only, rows))
-        run.k.attend(cache_.page(run.batch.arena, block.pages[only], op.layer, head), rows.q, partial(unit), scratch);
+      if (only >= looks) continue;
+      Rows rows = read_queries(op, run, block, head, only < lead_ && op.sinks, queries);
+      if (look(op, run, block, page_of(only), rows))
+        run.k.attend(cached(page_of(only)), rows.q, partial(unit), scratch);
       continue;
     }
-    std::memset(sum.out, 0, size_t(rows.q.rows) * stride * 4);
-    std::fill_n(sum.largest, rows.q.rows, -INFINITY);
-    std::fill_n(sum.denominator, rows.q.rows, 0.0f);
-    for (int p = 0; p <= last; p++) {
-      if (!look(op, run, block, p, rows)) continue;
-      run.k.attend(cache_.page(run.batch.arena, block.pages[p], op.layer, head), rows.q, page, scratch);
+    Rows rows;
+    const int count = block.tokens * share;
+    std::memset(sum.out, 0, size_t(count) * stride * 4);
+    std::fill_n(sum.largest, count, -INFINITY);
+    std::fill_n(sum.denominator, count, 0.0f);
+    for (int at = 0; at < looks; at++) {
+      if (at == 0 || at == lead_) rows = read_queries(op, run, block, head, at < lead_ && op.sinks, queries);
+      if (!look(op, run, block, page_of(at), rows)) continue;
+      run.k.attend(cached(page_of(at)), rows.q, page, scratch);
       for (int r = 0; r < rows.q.rows; r++)
         if (rows.from[r] < rows.to[r])
           run.k.merge(sum.out + size_t(r) * stride, sum.largest[r], sum.denominator[r], page.out + size_t(r) * stride,
                       page.largest[r], page.denominator[r], int(stride));
     }
-    for (int r = 0; r < rows.q.rows; r++)
-      put_rows(op, block, head, r, sum.out + size_t(r) * stride, sum.denominator[r]);
+    for (int r = 0; r < count; r++) put_rows(op, block, head, r, sum.out + size_t(r) * stride, sum.denominator[r]);
   }
   if (by_page_) {
     run.pool.barrier();
@@ -191,10 +235,10 @@ void Program::merge_pages(const Op& op, const Run& run) {
         const int position = run.batch.positions[blocks_[b].first + r / share];
         float largest = -INFINITY, denominator = 0;
         std::memset(out, 0, size_t(stride) * 4);
-        for (int p = 0; p <= position / kPage; p++) {
-          const Visible v = visible(position, p, op.window);
+        for (int at = 0; at <= lead_ + position / kPage - blocks_[b].page; at++) {
+          const Visible v = visible(op, position, at < lead_ ? -1 : blocks_[b].page + at - lead_);
           if (v.from >= v.to) continue;
-          Gathered page = partial((int(b) * cache_.kv_heads + head) * most_pages_ + p);
+          Gathered page = partial((int(b) * cache_.kv_heads + head) * most_pages_ + at);
           run.k.merge(out, largest, denominator, page.out + size_t(r) * size_t(stride), page.largest[r],
                       page.denominator[r], stride);
         }

@@ -2,7 +2,7 @@
 
 Needs chalot, torch and transformers (5 or newer). The tiny checkpoints of `golden/cases.py` are
 made from other seeds, saved once more by transformers in its own spelling, in shards, and by chalot
-as safetensors, from its own f32 file. A folder
+as safetensors, from its own f32 file, and as a mixture of copies that transformers runs. A folder
 given as argument is compared over 300 tokens of its own text, or of the bundled one.
 
 Differences are the greatest over all tokens, as a share of the logits' spread. Exits with 1 if one
@@ -23,8 +23,10 @@ import transformers
 from numpy.typing import NDArray
 
 import chalot
+from chalot.errors import ChalotError
 from chalot.export_safetensors import write_safetensors
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.upcycle import Settings, upcycle
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 from cases import CASES, Case, golden, prompt, write_folder  # noqa: E402
@@ -95,6 +97,15 @@ def exported(case: Case, folder: Path) -> Path:
     return folder / "out"
 
 
+def mixture(case: Case, folder: Path) -> Path | None:
+    """A mixture of equal copies, which is the same function; None where the family has none."""
+    try:
+        upcycle(folder, folder / "mixture", Settings(4), to="safetensors", type=case.scheme)
+    except ChalotError:
+        return None
+    return folder / "mixture"
+
+
 def text_of(folder: Path) -> list[int]:
     """Ids of the text beside a model, or of the bundled one."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -122,6 +133,8 @@ def rows(folders: list[Path]) -> Iterator[Row]:
                     if case.name != "gemma2-long":
                         ours = exported(case, folder)
                         yield compare(f"{case.name}, exported", folder, case.scheme, ids, ours)
+                    if (copies := mixture(case, folder)) is not None:
+                        yield compare(f"{case.name}, copied", folder, case.scheme, ids, copies)
     for folder in folders:
         yield compare(f"{folder.name} (folder)", folder, "f32", text_of(folder))
 

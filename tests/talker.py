@@ -3,10 +3,12 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import vocabularies
+from chalot.model.window import Window
 from chalot.text.tokenizer import Tokenizer
 from conversations import TEMPLATES
 
@@ -26,12 +28,14 @@ class Talker:
 
     kv = "int8"
     context = 1024
+    window = Window()
 
     def __init__(self, template: str | None = "chatml", digest: str = "d1") -> None:
         source = None if template is None else TEMPLATES[template]
         self.tokenizer = Tokenizer.from_documents(vocabularies.byte_level(), {}, {}, source)
         self.file = SimpleNamespace(digest=digest)
         self.last_stats = Stats()
+        self.reports: dict[str, object] = {}
         self.heard: list[tuple[list[dict[str, str]], dict[str, Any]]] = []
 
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
@@ -42,6 +46,12 @@ class Talker:
             if number == 2 and "interrupt" in text:
                 signal.raise_signal(signal.SIGINT)
             yield word
+
+    def load_talk(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def save_talk(self, path: Path, note: bytes) -> None:
+        path.write_bytes(note)
 
 
 if __name__ == "__main__":

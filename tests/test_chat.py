@@ -29,6 +29,16 @@ class Screen(io.StringIO):
         return self is sys.stdout
 
 
+def test_a_conversation_goes_on_from_a_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept, model = tmp_path / "talk.session", Talker()
+    talk(monkeypatch, model, "one", "/exit", seed=1, cache=kept)
+    _, err = talk(monkeypatch, model, "two", seed=2, cache=kept)
+    assert "(2 messages from" in err and "seed 1" in err
+    assert [m["content"] for m in model.heard[-1][0]] == ["one", "you said one", "two"]
+
+
 def talk(
     monkeypatch: pytest.MonkeyPatch, model: Talker, *lines: str, **options: Any
 ) -> tuple[str, str]:

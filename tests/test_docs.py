@@ -1,7 +1,9 @@
 """The pages say what the code says: errors as they are printed, files that are there."""
 
 import ast
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,10 @@ def test_the_file_map_is_true() -> None:
             named.add(name.rstrip("/"))
     folders = {p.name for p in (ROOT / "src" / "chalot").iterdir() if (p / "__init__.py").exists()}
     assert folders <= named
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse writes help in another way")
+def test_the_commands_page_is_their_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    page = importlib.import_module("command_reference")
+    assert page.PAGE.read_text("utf-8") == page.reference(), "python tools/command_reference.py"

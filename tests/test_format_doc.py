@@ -53,7 +53,11 @@ class Reader:
 
     def check_extents(self, manifest_at: int) -> None:
         m = self.manifest
-        extents = [t["extent"] for t in m["tensors"].values()]
+        shared: dict[tuple, tuple] = {}  # extent -> scheme and shape of all tensors in it
+        for t in m["tensors"].values():
+            what = (t["scheme"], tuple(t["shape"]))
+            assert shared.setdefault(tuple(t["extent"].values()), what) == what
+        extents = [dict(zip(("offset", "bytes", "sha256"), e, strict=True)) for e in shared]
         extents += [*m["documents"].values(), *m["constants"].values()]
         reached = 256
         for e in sorted(extents, key=lambda e: e["offset"]):

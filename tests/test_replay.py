@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,15 @@ from chalot import cli
 from chalot.errors import ChalotError, FormatError
 from chalot.load import Model
 from chalot.replay import replay
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """The command `chat` ends with Ctrl-C ignored, which in a process of tests must not stay."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
 
 LINES = ("What does zip() do?", "And map()?")
 
@@ -32,7 +43,10 @@ def change(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [("--system", "Be short.", "--top-k", "0"), ("--kv", "f32")])
+@pytest.mark.parametrize(
+    "options",
+    [("--system", "Be short.", "--top-k", "0"), ("--kv", "f32"), ("--window", "20")],
+)
 def test_a_conversation(
     demo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: tuple
 ) -> None:

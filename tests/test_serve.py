@@ -27,6 +27,7 @@ from serving import Running, speaking  # noqa: E402
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "What does zip() do?"}]
+HEATED = {"temperature": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4, "top_p": 0.95}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -63,7 +64,12 @@ def chat(server: Running, **options: Any) -> Any:
 
 
 def test_a_conversation_gets_the_answer_of_the_model_alone(served: Running, alone: Model) -> None:
-    for options in ({}, {"temperature": 0}, {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}):
+    for options in (
+        {},
+        {"temperature": 0},
+        {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2},
+        HEATED,
+    ):
         found = chat(served, **options)
         expected = alone.chat(HELLO, seed=3, max_tokens=20, **options)
         assert found["choices"][0]["message"]["content"] == expected
@@ -304,6 +310,7 @@ def test_json_keeps_its_schema(served: Running) -> None:
         "/v1/responses",
         {
             "input": "x",
+            "seed": 1,
             "max_output_tokens": 200,
             "text": {"format": {"type": "json_schema", "name": "it", "schema": SCHEMA}},
         },
@@ -367,7 +374,13 @@ def caller(request: pytest.FixtureRequest, demo_file: Path) -> Iterator[Running]
 
 
 def test_a_tool_is_called_where_it_must_be(caller: Running) -> None:
-    body = {"messages": HELLO, "tools": TOOLS[:1], "max_tokens": 250, "parallel_tool_calls": False}
+    body = {
+        "messages": HELLO,
+        "tools": TOOLS[:1],
+        "max_tokens": 250,
+        "parallel_tool_calls": False,
+        "seed": 2,
+    }
     body["tools"] = [json.loads(json.dumps(TOOLS[0]))]
     parameters = body["tools"][0]["function"]["parameters"]
     parameters |= {"properties": {"place": {"enum": ["Rome", "Oslo"]}}, "required": ["place"]}
@@ -401,6 +414,7 @@ def test_tools_of_the_other_apis(caller: Running) -> None:
             "max_tokens": 200,
             "tools": [{"name": "f", "input_schema": parameters}],
             "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            "temperature": 0,
         },
     )
     assert said["stop_reason"] == "tool_use"
@@ -413,6 +427,7 @@ def test_tools_of_the_other_apis(caller: Running) -> None:
             "max_output_tokens": 200,
             "tools": [{"type": "function", "name": "f", "parameters": parameters}],
             "tool_choice": {"type": "function", "name": "f"},
+            "seed": 1,
         },
     )
     call = response["output"][0]
@@ -426,3 +441,47 @@ def test_tools_of_the_other_apis(caller: Running) -> None:
 def test_a_template_without_tools_says_so(served: Running) -> None:
     found = served.ask(CHAT, {"messages": HELLO, "tools": TOOLS[:1]})
     assert found.status == 400 and found.body["error"]["code"] == "tools_unsupported"
+
+
+# ---- many at once
+
+
+def mixed(number: int) -> tuple[str, dict[str, Any]]:
+    """One of 64 requests of all kinds."""
+    options: dict[str, Any] = {"seed": number, "temperature": 0.4 + number % 5 / 3}
+    options |= {"max_tokens": 3 + number % 17, "top_k": number % 3 * 20}
+    asked = [{"role": "user", "content": f"What is {number}? " + "And why? " * (number % 40)}]
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": asked, **options}),
+        (CHAT, {"messages": asked, **options, "n": 2, "logprobs": True, "top_logprobs": 2}),
+        (CHAT, {"messages": asked, **options, "presence_penalty": 1, "frequency_penalty": 0.5}),
+        (CHAT, {"messages": asked, **options, "response_format": {"type": "json_object"}}),
+        (
+            PLAIN,
+            {"prompt": f"x{number} = " * (1 + number % 60), **options, "repetition_penalty": 2},
+        ),
+        (PLAIN, {"prompt": "import a\n" * 130, **options, "echo": True, "logprobs": 1}),
+        (PLAIN, {"prompt": "import a\n" * 130 + f"# {number}", **options, "stop": ["e", "\n\n"]}),
+        (PLAIN, {"prompt": [7, number], **options, "logit_bias": {str(number): 5.0}}),
+    ]
+    return kinds[number % len(kinds)]
+
+
+def test_sixty_four_at_once_get_what_each_gets_alone(demo_file: Path) -> None:
+    """With few pages, so that answers wait, give up their pages, and find others' beginnings."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    requests = [mixed(number) for number in range(64)]
+    settings = Settings(name="demo", slots=24, queue=100)
+    with (
+        chalot.load(demo_file, kv_budget=6_000_000, context=1024) as model,
+        Running(model, settings) as server,
+        ThreadPoolExecutor(64) as threads,
+    ):
+
+        def ask(request: tuple[str, dict[str, Any]]) -> Any:
+            return server.good(*request)["choices"]
+
+        together = list(threads.map(ask, requests))
+        assert list(map(ask, requests)) == together
+        assert server.idle and server.served.scheduler.stats.prefix_hits > 0

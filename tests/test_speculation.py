@@ -415,3 +415,17 @@ def test_chat_with_other_drafting_in_every_turn(drafted: Model, demo_file: Path)
 def test_a_length_that_is_none_is_refused(drafted: Model, count: float) -> None:
     with pytest.raises(SamplingError, match="draft_tokens is .*; expected 0 to 255"):
         drafted.generate("a", draft_tokens=count)
+
+
+def test_with_a_window(demo_file: Path) -> None:
+    """Pages that leave the window behind a draft are still there when it was wrong."""
+    with chalot.load(demo_file, window=64, sinks=4) as model:
+        plain = model.session(seed=1, draft=False)
+        expected = decode(plain, prompt_of(PAGE * 2 - 30), 60)
+        for make in (half_right, at_random, from_text):
+            session = model.session(seed=1)
+            session.use(make(expected))
+            assert decode(session, prompt_of(PAGE * 2 - 30), 60) == expected
+            session.close()
+        plain.close()
+        assert len(model.engine.cache.free) == model.engine.cache.count

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from chalot import __version__, machine
 from chalot.engine.generate import Work
 from chalot.errors import ContextError
-from chalot.load import Model, OpenSession, load
+from chalot.load import Model, load
+from chalot.mixture import mixture_report
+from chalot.sessions import OpenSession
 from chalot.table import pairs, rows, size
 
 DEPTHS = (32, 512, 4096)  # tokens; those that fit the model
@@ -150,13 +153,24 @@ class ReadLoop:
         return median(speeds)
 
 
+class Held(NamedTuple):
+    """A tensor of a file, as `mixture_report` looks at it."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    shares: str | None
+
+
 def weight_bytes(model: Model) -> int:
-    """Bytes of weights that one token reads: all of them, and of an untied embedding one row."""
-    total = 0
+    """Bytes of weights that a token reads: all, of an untied embedding a row, of experts some."""
+    tensors, total, shared = [], 0, model.file.aliases
     for name, entry in model.file.manifest.tensors.items():
         lookup_only = name == "embedding" and not model.config.tied
         total += entry.extent.bytes // (entry.shape[0] if lookup_only else 1)
-    return total
+        tensors.append(Held(name, entry.shape, entry.extent.bytes, shared.get(name)))
+    found = mixture_report(model.config, tensors)
+    return total if found is None else found.token_bytes
 
 
 def made_up_ids(model: Model, count: int) -> list[int]:

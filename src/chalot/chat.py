@@ -6,7 +6,7 @@ prompt, twice leaves. Lines are edited with readline, and kept in `chat_history`
 
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -16,6 +16,7 @@ import msgspec
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.files import whole_file
 from chalot.home import home
+from chalot.model.window import Window
 from chalot.table import printable
 
 HELP = """\
@@ -59,6 +60,7 @@ class Talker(Protocol):
 
     kv: Any
     context: int
+    window: Window
 
     @property
     def tokenizer(self) -> Any: ...
@@ -69,7 +71,14 @@ class Talker(Protocol):
     @property
     def last_stats(self) -> Stats: ...
 
+    @property
+    def reports(self) -> Mapping[str, object]: ...
+
     def stream_chat(self, messages: list[dict[str, str]], **options: Any) -> Iterator[str]: ...
+
+    def load_talk(self, path: Path) -> bytes: ...
+
+    def save_talk(self, path: Path, note: bytes) -> None: ...
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -104,6 +113,8 @@ class Saved(msgspec.Struct):
     messages: Annotated[list[Message], msgspec.Meta(max_length=100_000)]
     kv: Literal["int8", "f16", "f32"] = "int8"  # type of the cache, and most tokens in it
     context: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    window: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    sinks: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 def read_saved(path: Path) -> Saved:
@@ -111,11 +122,17 @@ def read_saved(path: Path) -> Saved:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_SAVED + 1)
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return parse_saved(content, path)
+
+
+def parse_saved(content: bytes, path: Path) -> Saved:
+    """A conversation out of what a file holds. Raises FormatError if it is none."""
+    try:
         if len(content) > MAX_SAVED:
             raise FormatError(f"{path}: found more than {MAX_SAVED:,} bytes; not a conversation")
         saved = msgspec.json.decode(content, type=Saved)
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{path}: {error}; expected a conversation that /save wrote") from None
     turns = [message.role for message in saved.messages if message.role != "system"]
@@ -158,6 +175,12 @@ class Chat:
     def save(self, argument: str) -> None:
         """Write the conversation, whole or not at all."""
         path = _path(argument, "/save")
+        with whole_file(path, b"{") as file:
+            file.write(msgspec.json.format(self.saved(), indent=1) + b"\n")
+        say(f"(saved to {path})")
+
+    def saved(self) -> bytes:
+        """The conversation and its options as JSON."""
         options = {name: self.options.get(name) for name in Options.__struct_fields__}
         if options["stop"] is not None:
             options["stop"] = list(options["stop"])
@@ -169,15 +192,18 @@ class Chat:
             messages=[Message(**message) for message in self.messages],  # type: ignore[arg-type]
             kv=self.model.kv,
             context=self.model.context,
+            window=self.model.window.size or None,
+            sinks=self.model.window.sinks if self.model.window.size else None,
         )
-        with whole_file(path, b"{") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(saved), indent=1) + b"\n")
-        say(f"(saved to {path})")
+        return msgspec.json.encode(saved)
 
     def load(self, argument: str) -> None:
         """Go on with a saved conversation; nothing changes if it cannot be read."""
         path = _path(argument, "/load")
-        saved = read_saved(path)
+        self.go_on(read_saved(path), path)
+
+    def go_on(self, saved: Saved, path: Path) -> None:
+        """Take up a saved conversation."""
         self.messages = [{"role": m.role, "content": m.content} for m in saved.messages]
         self.system = [m for m in self.messages[:1] if m["role"] == "system"]
         self.options |= msgspec.to_builtins(saved.options)
@@ -193,6 +219,8 @@ class Chat:
             f"{stats.new_tokens} new at {stats.tokens_per_second:.1f}/s{stats.drafting}, "
             f"seed {self.options['seed']}, {len(self.messages)} messages"
         )
+        for report in self.model.reports.values():
+            say(str(report))
 
     def ask(self, text: str) -> None:
         """Stream the answer to `text`. An answer stopped by Ctrl-C is kept as far as it came."""
@@ -289,14 +317,21 @@ class _Lines:
         return line
 
 
-def chat(model: Talker, *, system: str | None = None, **options: Any) -> None:
+def chat(
+    model: Talker, *, system: str | None = None, cache: Path | None = None, **options: Any
+) -> None:
     """Talk until /exit or the end of the input. `options` are those of `Model.stream_chat`.
+
+    With a `cache`, a conversation that it holds goes on without being read again, and is kept there
+    at the end, with the model's keys and values.
 
     Raises TokenizerError for a model without a chat template; other errors are shown, and the
     conversation goes on without the message that caused them.
     """
     model.tokenizer.chat_template()
     talk = Chat(model, system, options)
+    if cache is not None and cache.exists():
+        talk.go_on(parse_saved(model.load_talk(cache), cache), cache)
     say(f"seed {talk.options['seed']}; /help lists commands, Ctrl-D leaves")
     with _Lines() as lines, suppress(KeyboardInterrupt):
         leaving = False
@@ -319,3 +354,5 @@ def chat(model: Talker, *, system: str | None = None, **options: Any) -> None:
             except ChalotError as error:
                 say(f"error: {error}")
     say()
+    if cache is not None:
+        model.save_talk(cache, talk.saved())

@@ -23,9 +23,10 @@ from chalot.formats.names import hugging_face
 from chalot.keeping import keeps
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
+from chalot.mixture import check_alike, refuse_mixture
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, inverse_frequencies
-from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.model.layers import KINDS, TensorSpec, layer_tensors, model_tensors
 from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
@@ -85,6 +86,7 @@ class Conversion:
         matrices = [s for s in self.specs if s.kind != "vector"]
         self.schemes = {s.name: scheme_of(how.schemes, s) for s in matrices}
         self.balanced = {s.name: scheme_of(how.balance or how.schemes, s) for s in matrices}
+        check_alike(self.schemes)
         self.absmean = how.ternary == "absmean"
         if self.absmean:
             own = {n for n, s in self.schemes.items() if s.fit == "ternary"}
@@ -98,9 +100,14 @@ class Conversion:
         self.plan = Plan()
         self.refining: Refining | None = None
         if how.refine is not None:
+            refuse_mixture(self.config, "--refine", "leave --refine out")
             self.refining = Refining(how.refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
         self.taken: set[str] = set()  # tensors that have the source's own codes
+        self.shared: set[str] = set()  # tensors that lie in another one's extent
+        ours = {hugging_face(s.name): s.name for s in self.specs}
+        same = getattr(checkpoint, "aliases", {})  # of a Checkpoint that knows such
+        self.same = {ours[n]: ours[of] for n, of in same.items() if n in ours and of in ours}
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
@@ -181,7 +188,7 @@ class Conversion:
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])
         hidden *= np.float32(self.config.embedding_scale)
         calibration = Calibration(
-            self.config, self.balanced, self.backend, frequencies, hidden, self.kept
+            self.config, self.balanced, self.backend, frequencies, hidden, self.kept, self.same
         )
         if self.refining is not None:
             calibration.watch = self.refining.watch
@@ -190,12 +197,10 @@ class Conversion:
 
     def _source_scheme(self, layer: int) -> Scheme:
         """The dense scheme that holds a layer's weights as the source stores them."""
-        dtype = self.checkpoint.tensors[hugging_face(f"layers.{layer}.query")].dtype
-        same = all(
-            self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
-            for n in ("key", "value", "output", "gate", "up", "down")
-        )
-        return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
+        specs = [s for s in layer_tensors(self.config, layer) if s.kind not in ("vector", "router")]
+        types = {self.checkpoint.tensors[hugging_face(s.name)].dtype for s in specs}
+        dtype = types.pop()
+        return SCHEMES[dtype if not types and dtype in packing.DENSE else "f32"]
 
     def _digest(self, spec: TensorSpec) -> None:
         """Let the source's digest have a matrix that is written later."""
@@ -205,7 +210,34 @@ class Conversion:
             values = self.read(spec.name, first, min(first + size, spec.shape[0]))
             self.digest.update(np.ascontiguousarray(values).data)
 
+    def _is_shared(self, name: str, of: str | None) -> bool:
+        """Whether a tensor that is another one in the source is stored as that one is."""
+        plan = self.plan
+        return (
+            of is not None
+            and self.schemes.get(name) == self.schemes.get(of)
+            and all(
+                np.array_equal(factors.get(name, 1), factors.get(of, 1))
+                for factors in (plan.rows, plan.columns)
+            )
+        )
+
+    def _share(self, writer: MyaiWriter, spec: TensorSpec, of: str) -> None:
+        """Give a tensor the extent of another one."""
+        self.digest.update(f"{spec.name} {spec.shape} is {of}".encode())
+        writer.alias(spec.name, of, self.plan.planes.get(spec.name, 1) * 8)
+        self.shared.add(spec.name)
+        if of in self.errors:
+            self.errors[spec.name] = self.errors[of]
+        if of in self.taken:
+            self.taken.add(spec.name)
+        self._advance(spec, int(np.prod(spec.shape)))
+
     def _tensor(self, writer: MyaiWriter, spec: TensorSpec) -> None:
+        of = self.same.get(spec.name)
+        if of in writer.tensors and self._is_shared(spec.name, of):
+            self._share(writer, spec, str(of))
+            return
         self.digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "vector":
             values = self.read(spec.name)
@@ -325,7 +357,7 @@ class Conversion:
                 ", ".join(sorted({e.scheme for e in entries})),
                 len(names),
                 sum(int(np.prod(e.shape)) for e in entries),
-                sum(e.extent.bytes for e in entries),
+                sum({e.extent: e.extent.bytes for e in entries}.values()),
                 lost / had if had else 0.0,
                 sum(e.activation == 16 for e in entries),
                 sum(n in self.plan.columns for n in names),

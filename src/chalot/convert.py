@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from chalot import __version__, machine
-from chalot.conversion import Conversion, KindReport, Progress
+from chalot.checking import read_config
+from chalot.conversion import Conversion, KindReport, Progress, calibration_ids
 from chalot.errors import LimitError, OutputError, SchemeError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile, Source
@@ -27,6 +29,7 @@ from chalot.storing import (
     parse_schemes,
     planned_bytes,
     schemes_for,
+    with_regions,
 )
 from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
@@ -57,6 +60,8 @@ def convert(
     balance: str | None = None,
     ternary: str = TERNARY[0],
     refine: Refine | None = None,
+    experts: int | None = None,
+    regions: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -66,8 +71,10 @@ def convert(
     are what the file says of its making and of its source. `plan` is a file of `chalot plan`, whose
     tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
-    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. Peak memory is
-    that of a layer and its largest tensor (chalot.fitting). The file appears whole or not at all.
+    BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
+    the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
+    stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
+    (chalot.fitting). The file appears whole or not at all.
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
@@ -78,27 +85,48 @@ def convert(
         scheme=(scheme, MAY_TEXT),
         threads=(threads, MAY_COUNT),
         plan=(plan, MAY_PATH),
+        experts=(experts, MAY_COUNT),
         refine=(refine, ("a chalot.refining.Refine or None", (Refine, type(None)))),
     )
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
     asked += [] if plan is None else ["--plan", str(plan)]
+    asked += [] if experts is None else ["--experts", str(experts)]
     said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
     found = resolve(source, progress)
     check_place(Path(out), found)
     checkpoint = open_checkpoint(found)
     try:
+        some = with_experts(checkpoint, experts, threads, plan is not None)
         notes: list[str] = []
         schemes = schemes_for(
-            scheme, checkpoint, None if plan is None else Path(plan), notes.append
+            scheme, some, None if plan is None else Path(plan), notes.append, regions
         )
         balanced = parse_schemes(balance) if balance else None
-        how = Storing(schemes, balanced, ternary, refine, notes)
+        how = Storing(schemes, balanced, ternary, refine, notes, regions)
         watch = progress or (lambda *_: None)
-        return write_myai(checkpoint, Path(out), how, name, said, threads, watch)
+        return write_myai(some, Path(out), how, name, said, threads, watch)
     finally:
         checkpoint.close()
+
+
+def with_experts(
+    checkpoint: Checkpoint, experts: int | None, threads: int | None, planned: bool
+) -> Checkpoint:
+    """The checkpoint, with so many of each layer's experts if that is asked for.
+
+    Raises SchemeError for a number that cannot be, and beside a plan.
+    """
+    if experts is None:
+        return checkpoint
+    if planned:
+        raise SchemeError(f"--experts {experts}: a plan names all experts; leave one of them out")
+    from chalot.pruning import pruned
+
+    config = read_config(checkpoint)
+    ids = calibration_ids(checkpoint, config)
+    return pruned(checkpoint, experts, open_backend(threads=threads), ids)
 
 
 def write_myai(
@@ -113,6 +141,7 @@ def write_myai(
     """An opened checkpoint as a `.myai` file. `name` and `command` go into its manifest."""
     schemes, refine = how.schemes, how.refine
     work = Conversion(checkpoint, how, open_backend(threads=threads), progress)
+    work.config = with_regions(work.config, how.regions, checkpoint)
     check_ternary(how.ternary, work.schemes, refine is not None)
     if work.config.tied and schemes["head"] != schemes["embedding"]:
         raise SchemeError(
@@ -121,7 +150,7 @@ def write_myai(
         )
     check_space(
         out,
-        planned_bytes(work.config, schemes)
+        planned_bytes(work.config, schemes, work.same)
         + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
     )
     said = command if refine is None else f"{command}  # {refine}"
@@ -135,6 +164,7 @@ def write_myai(
         )
         kinds = tuple(work.kinds(writer))
     stored = sum(k.bytes for k in kinds)
+    held = work.total - sum(int(np.prod(s.shape)) for s in work.specs if s.name in work.shared)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
     becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
     noted = [*notes(checkpoint.path, checkpoint.tensors, becomes), *how.notes]
@@ -143,7 +173,7 @@ def write_myai(
     if refine is not None:
         noted.append(f"refined: {refine}")
     return ConvertReport(
-        str(out), out.stat().st_size, work.total, stored * 8 / work.total, kinds, tuple(noted)
+        str(out), out.stat().st_size, work.total, stored * 8 / held, kinds, tuple(noted)
     )
 
 

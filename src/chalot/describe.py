@@ -26,10 +26,12 @@ from chalot.keeping import KEEP, kept, usual_of
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.library import is_ready
 from chalot.load import read_model_config
+from chalot.mixture import mixture_report
 from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
+from chalot.region_bytes import region_reports
 from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
 from chalot.text.byte_pairs import TABLES
@@ -94,6 +96,8 @@ def describe(
             )
         finally:
             checkpoint.close()
+    config = msgspec.convert(found.architecture, ModelConfig)
+    found = dataclasses.replace(found, mixture=mixture_report(config, found.tensors))
     full = found.architecture["context"]
     wanted = {0, min(USUAL_CONTEXT, full), full} | (set() if context is None else {context})
     shown = tuple(found.memory(n) for n in sorted(wanted))
@@ -104,13 +108,14 @@ def _of_myai(path: Path) -> Description:
     file = MyaiFile(path)
     try:
         config = read_model_config(file)
-        manifest = file.manifest
+        manifest, shared = file.manifest, file.aliases
         tensors = []
         for spec in model_tensors(config):
             e = manifest.tensors[spec.name]
             coded = SCHEMES[e.scheme].is_coded
             here, bits = (e.scheme, e.extent.bytes), e.activation if coded else None
-            tensors.append(TensorReport(spec.name, spec.kind, e.shape, *here, *here, bits, e.error))
+            about = (spec.name, spec.kind, e.shape, *here, *here, bits, e.error)
+            tensors.append(TensorReport(*about, shared.get(spec.name)))
         origin = Origin(
             ".myai",
             file.size,
@@ -187,7 +192,8 @@ def _description(
     source: str, origin: Origin, config: ModelConfig, tensors: list[TensorReport], file_bytes: int
 ) -> Description:
     parameters = sum(prod(t.shape) for t in tensors)
-    total = sum(t.bytes for t in tensors)
+    held = [t for t in tensors if t.shares is None]
+    stored, total = sum(prod(t.shape) for t in held), sum(t.bytes for t in held)
     sets = instruction_sets()
     backend = open_backend()
     kernels = Kernels(
@@ -202,13 +208,15 @@ def _description(
         origin,
         {**msgspec.structs.asdict(config), **msgspec.to_builtins(config)},
         parameters,
+        stored,
         total,
         file_bytes,
-        total * 8 / parameters,
+        total * 8 / stored,
         tuple(k for k in kinds if k.tensors),
         tuple(tensors),
         kernels,
         machine.memory_available(),
+        regions=region_reports(config, tensors),
     )
 
 
@@ -218,9 +226,9 @@ def _kind(kind: str, tensors: list[TensorReport]) -> KindReport:
         len(tensors),
         sum(prod(t.shape) for t in tensors),
         _names(t.source_type for t in tensors),
-        sum(t.source_bytes for t in tensors),
+        sum(t.source_bytes for t in tensors if t.shares is None),
         _names(t.scheme for t in tensors),
-        sum(t.bytes for t in tensors),
+        sum(t.bytes for t in tensors if t.shares is None),
     )
 
 

@@ -11,8 +11,10 @@ from chalot.fitting import render as render_fit
 from chalot.formats.files import quoted
 from chalot.kernels.program import CACHE
 from chalot.memory import Memory, Stored
+from chalot.mixture import MixtureReport
 from chalot.model.config import ModelConfig
 from chalot.quant.scheme import SCHEMES
+from chalot.region_bytes import RegionReport, region_table
 from chalot.table import pairs, rows, size
 from chalot.typed import COUNT, check_types
 
@@ -30,6 +32,7 @@ class TensorReport:
     bytes: int
     activation: int | None = None  # bits, of a coded matrix
     error: float | None = None  # relative squared error against the source, where it is known
+    shares: str | None = None  # the tensor whose extent it lies in, and whose bytes it has
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Description:
     source: str
     origin: Origin
     architecture: dict[str, Any]  # the fields of chalot.model.config.ModelConfig
-    parameters: int
+    parameters: int  # by name; tensors that share an extent count each
+    stored_parameters: int  # those count once
     bytes: int
     file_bytes: int  # of the .myai file, or of the one that a conversion would write
     bits_per_weight: float
@@ -89,7 +93,9 @@ class Description:
     memory_available: int | None
     memory_at: tuple[Memory, ...] = ()
     scheme: str | None = None  # by which what is no .myai file yet is judged
+    regions: tuple[RegionReport, ...] = ()
     fit: Fit | None = None  # of such a source: every scheme, and the best
+    mixture: MixtureReport | None = None
 
     def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
@@ -117,6 +123,7 @@ class Description:
             text,
             self.origin.tables,
             self.file_bytes if whole else 0,
+            self.mixture.expert_bytes if self.mixture and self.mixture.distinct > 1 else 0,
         )
 
     def fits(self, context: int) -> bool | None:
@@ -130,7 +137,8 @@ class Description:
 
 def render(report: Description, verbose: bool = False) -> str:
     """The report as text; with `verbose` every tensor."""
-    parts = [_facts(report), _kind_table(report), _memory_table(report)]
+    parts = [_facts(report), _kind_table(report)]
+    parts += [region_table(report.regions), _memory_table(report)]
     if report.fit is not None:
         parts.append(render_fit(report.fit))
     if verbose:
@@ -143,8 +151,9 @@ def _facts(report: Description) -> str:
     facts = [
         ("source", f"{report.source} ({o.form}, {size(o.bytes)})"),
         ("family", a["family"]),
-        ("parameters", f"{report.parameters:,}"),
+        ("parameters", f"{report.parameters:,}{_shared(report)}"),
         ("layers", f"{a['layers']}, hidden {a['hidden']:,}, feed-forward {a['feed_forward']:,}"),
+        *mixture_facts(report.mixture),
         ("heads", f"{a['heads']} of {a['head_dim']}, {a['kv_heads']} of keys and values"),
         ("vocabulary", f"{a['vocabulary']:,}{', tied' if a['tied'] else ''}"),
         ("context", f"{a['context']:,} tokens"),
@@ -166,6 +175,33 @@ def _facts(report: Description) -> str:
     others = [name for name in k.runs_here if name != k.chosen]
     facts.append(("kernels", f"{k.chosen} on {k.threads} threads; also run: {', '.join(others)}"))
     return pairs(facts)
+
+
+def _shared(report: Description) -> str:
+    """What is stored, where tensors share extents."""
+    if report.stored_parameters == report.parameters:
+        return ""
+    return f"; {report.stored_parameters:,} are stored, others are the same and share their bytes"
+
+
+def mixture_facts(found: MixtureReport | None) -> list[tuple[str, str]]:
+    """Lines of a mixture; none of a dense model."""
+    if found is None:
+        return []
+    shared = f", and a shared one of {found.shared_width:,}" if found.shared_width else ""
+    return [
+        (
+            "experts",
+            f"{found.experts} of width {found.width:,} in {found.layers} layers, "
+            f"a token takes {found.top}{shared}"
+            + ("; all are one" if found.distinct == 1 < found.experts else ""),
+        ),
+        (
+            "a token",
+            f"uses {found.active_parameters:,} parameters, reads {size(found.token_bytes)}; "
+            f"all experts are {size(found.expert_bytes)}",
+        ),
+    ]
 
 
 def _kind_table(report: Description) -> str:

@@ -16,6 +16,7 @@ import msgspec
 from chalot.engine.draft_model import ModelDrafter
 from chalot.engine.drafting import Drafter, Several, TextDrafter
 from chalot.engine.generate import CHUNK, Engine
+from chalot.engine.layer_draft import LayerDrafter, Shallow
 from chalot.engine.pacing import Costs, StepCosts
 from chalot.engine.sampler import SamplingError
 from chalot.errors import OutputError, TokenizerError
@@ -53,14 +54,22 @@ class Drafters:
     """Makes what drafts a model's texts, and keeps the small models that it opened."""
 
     def __init__(
-        self, engine: Engine, opened: Callable[[Path], Speaker], draft: Draft, most: int
+        self,
+        engine: Engine,
+        opened: Callable[[Path], Speaker],
+        draft: Draft,
+        most: int,
+        shallow: Shallow | None = None,
     ) -> None:
         """`opened` opens a small model, or refuses; `draft` and `most` are the defaults.
+
+        `shallow` drafts too, where it is there and no small model does.
 
         Raises what `make` raises.
         """
         self.engine = engine
         self.opened = opened
+        self.shallow = shallow
         self.defaults = draft, most
         self.small: dict[Path, Speaker] = {}
         self.make(draft, most)
@@ -81,6 +90,8 @@ class Drafters:
             return None
         costs = self.engine.costs
         from_text = TextDrafter(costs, most)
+        if draft is True and self.shallow is not None:
+            return Several([from_text, LayerDrafter(self.shallow, costs, most)])
         if draft is True:
             return from_text
         path = Path(draft).expanduser()
@@ -98,6 +109,12 @@ class Drafters:
         """Close the small models."""
         while self.small:
             self.small.popitem()[1].close()
+        self.opened = _closed  # what was there knows the model, which would hold itself in memory
+
+
+def _closed(path: Path) -> Speaker:
+    """In place of what opens small models, when the model is closed."""
+    raise TokenizerError(f"{path}: cannot draft for a model that is closed; open it again")
 
 
 def check_same_ids(model: Speaker, small: Speaker) -> None:

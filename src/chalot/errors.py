@@ -7,6 +7,7 @@ ChalotError
 |- WeightError        NaN or Inf among weights, named by tensor
 |- TokenizerError     a tokenizer or chat template that is missing, broken or changed by conversion
 |- ContextError       more tokens than the context holds
+|- RegionError        a region of layers that the model does not have
 |- LimitError         memory, disk or time would not suffice
 |- WrongTypeError     an argument of another Python type than a function takes
 |- OutputError        the output cannot be written, or another process is writing it
@@ -45,6 +46,10 @@ class TokenizerError(ChalotError):
 
 class ContextError(ChalotError, ValueError):
     """More tokens than the context holds."""
+
+
+class RegionError(ChalotError, ValueError):
+    """A region of layers that the model does not have, or that does not fit it."""
 
 
 class LimitError(ChalotError):

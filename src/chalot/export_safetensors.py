@@ -21,6 +21,7 @@ from chalot.errors import SchemeError, WeightError
 from chalot.exporting import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
+from chalot.formats.experts import name_of_family
 from chalot.formats.floats import narrowed, widened
 from chalot.formats.gguf_config import CLASSES
 from chalot.formats.names import hugging_face
@@ -31,7 +32,14 @@ from chalot.model.layers import TensorSpec
 
 DEFAULT_TYPE = "bf16"
 TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}  # and as config.json names them
-ARCHITECTURES = {**CLASSES, "mistral": "MistralForCausalLM"}  # by model_type
+ARCHITECTURES = {  # by model_type
+    **CLASSES,
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 
 
 class SafetensorsExport(Export):
@@ -40,15 +48,17 @@ class SafetensorsExport(Export):
     def __init__(self, checkpoint: Checkpoint, dtype: str, progress: Progress) -> None:
         super().__init__(checkpoint, progress)
         self.types = {s.name: self._type(s, dtype) for s in self.specs}
-        self.plans = [
-            TensorPlan(hugging_face(s.name), self.types[s.name], s.shape) for s in self.specs
-        ]
+        self.plans = [TensorPlan(self.name(s), self.types[s.name], s.shape) for s in self.specs]
         self.settings = settings(checkpoint, dtype)
         self.documents = {"config.json": json.dumps(self.settings, indent=2).encode()}
         for name in DOCUMENTS.keys() - {INDEX, "config.json"}:
             content = checkpoint.document(name)
             if content is not None:
                 self.documents[name] = content
+
+    def name(self, spec: TensorSpec) -> str:
+        """What the family's own files call a tensor."""
+        return name_of_family(hugging_face(spec.name), self.config.family)
 
     def _type(self, spec: TensorSpec, dtype: str) -> str:
         """The type asked for; f32 for a vector that it would round."""
@@ -82,7 +92,7 @@ class SafetensorsExport(Export):
 
     def write(self, writer: SafetensorsWriter) -> None:
         """All tensors, in the writer's order, and the documents."""
-        specs = {hugging_face(s.name): s for s in self.specs}
+        specs = {self.name(s): s for s in self.specs}
         for plan in writer.order:
             writer.tensor(plan, self._pieces(specs[plan.name]))
         for name, content in self.documents.items():

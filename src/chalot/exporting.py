@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from chalot.checking import RUN, check_shapes, read_config
 from chalot.conversion import KindReport, Progress, source_error
 from chalot.convert import ConvertReport
-from chalot.errors import WeightError
+from chalot.errors import UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.names import hugging_face
 from chalot.keeping import notes
@@ -29,6 +29,11 @@ class Export:
     def __init__(self, checkpoint: Checkpoint, progress: Progress) -> None:
         self.checkpoint = checkpoint
         self.config = read_config(checkpoint)
+        if self.config.experts is not None and self.config.experts.ones:
+            raise UnsupportedError(
+                f"{checkpoint.path}: holds slices of a dense feed-forward, which count whole; no "
+                "other format's mixtures can say that: write a .myai file"
+            )
         check_shapes(self.config, checkpoint)
         self.specs = model_tensors(self.config)
         self.progress = progress

@@ -145,6 +145,15 @@ def resident_bytes() -> int:
         return 0
 
 
+def peak_resident_bytes() -> int | None:
+    """The most memory of this process that was in RAM at once, or None where unknown."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
 def disk_free(folder: Path) -> int:
     """Free bytes on the disk that holds `folder` or its nearest existing parent."""
     while not folder.exists():

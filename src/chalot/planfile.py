@@ -17,7 +17,7 @@ from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
 from chalot.model.config import ModelConfig
-from chalot.model.layers import model_tensors
+from chalot.model.layers import layer_tensors, model_tensors
 from chalot.quant.scheme import SCHEMES, Scheme
 
 VERSION = 1
@@ -26,7 +26,10 @@ SIMPLE = {"raw": "bf16", "8-bit": "int8", "4-bit": "nl4", "2-bit": "nl2", "1.58-
 
 
 class PlanDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See module. `tensors` goes from chalot's names to schemes; losses are nats a token."""
+    """See module. `tensors` goes from chalot's names to schemes; losses are nats a token.
+
+    A name may also be a region of the model, "deep", or "deep.ffn": all its matrices of that kind.
+    """
 
     format: int
     source: str
@@ -125,7 +128,7 @@ def planned_schemes(
             "with `chalot plan`"
         )
     known = {s.name for s in model_tensors(config) if s.kind != "vector"}
-    unknown = sorted(plan.tensors.keys() - known)
+    unknown = sorted(n for n in plan.tensors.keys() - known if not in_region(n, config))
     if unknown:
         like = get_close_matches(unknown[0][:80], known, n=1)
         raise FormatError(
@@ -133,10 +136,25 @@ def planned_schemes(
             + (f" (did you mean {like[0]}?)" if like else "")
             + "; mend the plan, or make one for it with `chalot plan`"
         )
-    found = {name: SCHEMES[scheme] for name, scheme in plan.tensors.items()}
+    found: dict[str, Scheme] = {}
+    for name, scheme in plan.tensors.items():  # of all of a region first: names go over them
+        found |= dict.fromkeys(in_region(name, config), SCHEMES[scheme])
+    found |= {name: SCHEMES[s] for name, s in plan.tensors.items() if name in known}
     if "embedding" in found:
         found.setdefault("head", found["embedding"])  # a tied head has no other
     return found
+
+
+def in_region(name: str, config: ModelConfig) -> list[str]:
+    """The matrices that "REGION" or "REGION.KIND" stands for, as "deep" or "deep.ffn"."""
+    region, _, kind = name.partition(".")
+    layers = next((r.layers for r in config.regions if r.name == region), range(0))
+    return [
+        spec.name
+        for layer in layers
+        for spec in layer_tensors(config, layer)
+        if spec.kind != "vector" and kind in ("", spec.kind)
+    ]
 
 
 def as_bytes(plan: PlanDocument, simple: bool = False) -> bytes:

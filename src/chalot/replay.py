@@ -35,6 +35,10 @@ PASSING = {"id", "created", "created_at", "completed_at", "item_id", "call_id", 
 class RunOptions(Options, omit_defaults=True):
     """Options of `run`, whose seeds may be below 0."""
 
+    choice: Annotated[int, msgspec.Meta(ge=0, le=2**32)] | None = None
+    window: int | None = None
+    sinks: int | None = None
+
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
 
 
@@ -89,6 +93,8 @@ class Transcript:
     content: Any
     kv: str | None = None
     context: int | None = None
+    window: int | None = None
+    sinks: int | None = None
 
 
 def replay(path: str | Path, model: str | Path | None = None, **options: Any) -> ReplayReport:
@@ -101,7 +107,8 @@ def replay(path: str | Path, model: str | Path | None = None, **options: Any) ->
     path = Path(path).expanduser()
     found = read_transcript(path)
     file = model_with(found.digest) if model is None else Path(model).expanduser()
-    given: dict[str, Any] = {"kv": found.kv, "context": found.context}
+    names = ("kv", "context", "window", "sinks")
+    given: dict[str, Any] = {name: getattr(found, name) for name in names}
     given |= {name: value for name, value in options.items() if value is not None}
     given = {name: value for name, value in given.items() if value is not None}
     with Model(file, **given) as opened:
@@ -126,7 +133,8 @@ def read_transcript(path: Path) -> Transcript:
     keys = content.keys() if isinstance(content, dict) else set()
     if {"format", "messages"} <= keys:
         saved = read_saved(path)
-        return Transcript("chat", _digest(saved.model, path), saved, saved.kv, saved.context)
+        how = saved.kv, saved.context, saved.window, saved.sinks
+        return Transcript("chat", _digest(saved.model, path), saved, *how)
     if {"prompt", "text"} <= keys:
         try:
             run = msgspec.convert(content, RunAnswer)
@@ -134,7 +142,8 @@ def read_transcript(path: Path) -> Transcript:
             raise FormatError(
                 f"{path}: {error}; expected what `chalot run --json` prints"
             ) from None
-        return Transcript("run", _digest(run.digest, path), run, run.kv, run.context)
+        how = run.kv, run.context, run.options.window, run.options.sinks
+        return Transcript("run", _digest(run.digest, path), run, *how)
     if {"request", "response"} <= keys:
         return _exchange(content, path)
     raise FormatError(
@@ -197,6 +206,7 @@ def _chat(model: Model, saved: Saved) -> Iterator[Again]:
 
 def _run(model: Model, run: RunAnswer) -> Iterator[Again]:
     options = msgspec.to_builtins(run.options) | {"max_tokens": run.max_tokens, "stop": run.stop}
+    options = {name: value for name, value in options.items() if name not in ("window", "sinks")}
     text = model.generate(run.prompt, **options)
     yield compared(1, run.text, text)
 

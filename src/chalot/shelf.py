@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from chalot.calibrated import beside
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.hub_cache import downloaded, part_names
 from chalot.formats.myai import MyaiFile
@@ -131,6 +132,7 @@ def remove(names: Iterable[str], dry_run: bool = False) -> list[Kept]:
     for model in [] if dry_run else found:
         try:
             Path(model.path).unlink()
+            beside(Path(model.path)).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{model.path}: cannot be removed ({error.strerror})") from None
     return found

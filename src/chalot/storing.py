@@ -1,22 +1,27 @@
 """Which scheme each tensor is stored in, and what else was asked of storing it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from chalot.checking import read_config
-from chalot.errors import SchemeError
+from chalot.errors import FormatError, RegionError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.myai import HEADER
+from chalot.formats.myai_source import MyaiSource
 from chalot.keeping import KEEP, kept, usual_of
 from chalot.model.config import ModelConfig
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.model.regions import Regions, check_regions, parse_regions
 from chalot.planfile import planned_schemes, read_plan
 from chalot.quant import packing
-from chalot.quant.scheme import Scheme
+from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.refining import Refine
 
 DEFAULT_SCHEME = "nl4"
+ROUTER_SCHEME = "f32"  # small, and a wrong choice of experts is a large error
 DOCUMENTS = (  # of a source, that its file holds too
     "config.json",
     "generation_config.json",
@@ -43,19 +48,20 @@ class Storing:
     ternary: str = TERNARY[0]
     refine: Refine | None = None
     notes: Sequence[str] = ()  # what a user should know of the schemes, a line each
+    regions: str | None = None  # "shallow=0-5,deep=6-17,...": see chalot.model.regions
 
 
 def parse_schemes(text: str) -> dict[str, Scheme]:
     """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
 
-    A kind that is not named takes the default; a head that is not named goes with the embedding.
-    "keep" gives the default too: see `schemes_for`. Raises SchemeError for unknown kinds or
-    schemes.
+    A kind that is not named takes the default, but for a head, which goes with the embedding, and
+    routers, which stay f32. "keep" gives the default too: see `schemes_for`. Raises SchemeError for
+    unknown kinds or schemes.
     """
     if text.strip().lower() == KEEP:
         text = DEFAULT_SCHEME
     if "=" not in text:
-        return dict.fromkeys(KINDS, Scheme.parse(text))
+        return dict.fromkeys(KINDS, Scheme.parse(text)) | {"router": SCHEMES[ROUTER_SCHEME]}
     chosen: dict[str, Scheme] = {}
     for item in text.split(","):
         kind, _, name = (part.strip() for part in item.partition("="))
@@ -66,7 +72,31 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
         chosen[kind] = Scheme.parse(name)
     default = Scheme.parse(DEFAULT_SCHEME)
     chosen.setdefault("head", chosen.get("embedding", default))
+    chosen.setdefault("router", SCHEMES[ROUTER_SCHEME])
     return {kind: chosen.get(kind, default) for kind in KINDS}
+
+
+def with_regions(config: ModelConfig, asked: str | None, checkpoint: Checkpoint) -> ModelConfig:
+    """The model with the regions that were asked for, else with those that its source has.
+
+    Raises RegionError where they do not fit the model.
+    """
+    try:
+        if asked is not None:
+            found = parse_regions(asked)
+            check_regions(found, config.layers)
+        else:
+            held: object = ()
+            if isinstance(checkpoint, MyaiSource):
+                held = checkpoint.file.manifest.config.get("named_regions", ())
+            found = msgspec.convert(held, Regions)
+            if found:
+                check_regions(found, config.layers)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"{checkpoint.path}: regions: {str(error)[:300]}") from None
+    except ValueError as error:
+        raise RegionError(f"--regions: {error}") from None
+    return msgspec.structs.replace(config, named_regions=found)
 
 
 def schemes_for(
@@ -74,6 +104,7 @@ def schemes_for(
     checkpoint: Checkpoint,
     plan: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
+    regions: str | None = None,
 ) -> dict[str, Scheme]:
     """Schemes by kind, and by tensor where a plan or a source in codes names its own.
 
@@ -86,6 +117,7 @@ def schemes_for(
     if text.strip().lower() == KEEP:
         schemes |= kept(checkpoint.tensors, config)
     if plan is not None:
+        config = with_regions(config, regions, checkpoint)
         planned = planned_schemes(read_plan(plan, config), checkpoint, config)
         schemes |= planned
         matrices = [s for s in model_tensors(config) if s.kind != "vector"]
@@ -103,11 +135,15 @@ def scheme_of(schemes: Mapping[str, Scheme], spec: TensorSpec) -> Scheme:
     return schemes.get(spec.name) or schemes[spec.kind]
 
 
-def planned_bytes(config: ModelConfig, schemes: Mapping[str, Scheme]) -> int:
-    """Bytes that the file will need, without its documents."""
+def planned_bytes(
+    config: ModelConfig, schemes: Mapping[str, Scheme], same: Container[str] = ()
+) -> int:
+    """Bytes that the file will need, without its documents. `same` are tensors that share bytes."""
     total = HEADER
     for spec in model_tensors(config):
-        if spec.kind == "vector":
+        if spec.name in same:
+            pass
+        elif spec.kind == "vector":
             total += spec.shape[0] * 4
         else:
             total += packing.stored_bytes(scheme_of(schemes, spec), spec.shape[0], spec.shape[1])

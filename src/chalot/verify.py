@@ -90,7 +90,10 @@ def _numbers(file: MyaiFile) -> Iterator[Damage]:
         file.constant("rope.inverse_frequency", "<f4", config.head_dim // 2)
     except ChalotError as error:
         yield Damage("configuration", _without_path(error, file))
+    shared = file.aliases
     for name, entry in file.manifest.tensors.items():
+        if name in shared:
+            continue
         try:
             if len(entry.shape) == 1:
                 file.vector(name)

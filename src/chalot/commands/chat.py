@@ -21,6 +21,6 @@ def main(arguments: Arguments) -> int:
 
     with open_model(arguments) as model:
         options = sampling_of(arguments) | {"max_tokens": arguments.max_tokens}
-        run_it(model, system=arguments.system, **options)
+        run_it(model, system=arguments.system, cache=arguments.cache, **options)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who left by Ctrl-C may have pressed it once more
     return 0

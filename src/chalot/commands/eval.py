@@ -5,7 +5,7 @@ from argparse import Namespace as Arguments
 from pathlib import Path
 from typing import Any
 
-from chalot.commands.opening import MODEL, converted
+from chalot.commands.opening import MODEL, converted, margin
 from chalot.commands.output import as_json, progress, say, show
 from chalot.commands.unused import refuse_unused
 from chalot.errors import FormatError
@@ -21,6 +21,12 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--against", metavar="SOURCE", help="what it was made from: adds the KL")
     parser.add_argument("--text", metavar="FILE", help="text to measure perplexity on")
     parser.add_argument("--protocol", help="chalot (default), llama.cpp or huggingface")
+    parser.add_argument(
+        "--early-exit",
+        metavar="MARGIN,...",
+        type=margins,
+        help="KL and agreement with full depth along the text, where tokens may skip layers",
+    )
     parser.add_argument("--tokens", type=int, help="only so many tokens of the text")
     parser.add_argument(
         "--generate", metavar="PROMPTS", help="compare answers; a prompt a line, or .jsonl"
@@ -39,7 +45,7 @@ def check(arguments: Arguments) -> None:
         raise FormatError("nothing to measure; give --text FILE, --generate PROMPTS or --tasks")
     refuse_unused(
         arguments,
-        (bool(text), "--text", "--protocol --tokens"),
+        (bool(text), "--text", "--protocol --tokens --early-exit"),
         (bool(generate), "--generate", "--max-tokens"),
         (bool(tasks), "--tasks", "--limit"),
         (bool(text or generate), "--text or --generate", "--against"),
@@ -58,6 +64,26 @@ def check(arguments: Arguments) -> None:
         from chalot.evaluate.tasks import evaluator
 
         evaluator()
+
+
+def margins(text: str) -> list[float | str]:
+    """Margins of early exit, with commas between."""
+    return [margin(part.strip()) for part in text.split(",")]
+
+
+def early_exits(arguments: Arguments, path: Path) -> Any:
+    """Each margin against full depth."""
+    from chalot.evaluate.exits import exits
+
+    with progress(arguments, "leaving early") as advance:
+        return exits(
+            path,
+            arguments.text,
+            arguments.early_exit,
+            tokens=arguments.tokens,
+            threads=arguments.threads,
+            progress=lambda n, of: advance("", n, of),
+        )
 
 
 def answers(arguments: Arguments, path: Path) -> Any:
@@ -126,6 +152,11 @@ def main(arguments: Arguments) -> int:
             raise
         reports["text"] = report
         shown.append(render(report))
+    if arguments.early_exit:
+        reports["early_exit"] = early_exits(arguments, path)
+        from chalot.evaluate.exits import render as render_exits
+
+        shown.append(render_exits(reports["early_exit"]))
     if arguments.generate:
         reports["answers"] = answers(arguments, path)
         shown.append(show_answers(reports["answers"]))

@@ -36,6 +36,14 @@ def names(text: str) -> list[str]:
     return found
 
 
+def margin(text: str) -> float | str:
+    """A margin of early exit; its range is the model's to check."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"found {text!r:.40}, expected a number or auto") from None
+
+
 def cache_type(parser: ArgumentParser, default: str | None) -> None:
     """--kv"""
     kinds = ("int8", "f16", "f32")
@@ -53,7 +61,17 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
+    text = "of each layer's experts, those that stay in memory; the rest is read when it is used"
+    parser.add_argument("--experts-resident", type=int, metavar="N", help=text)
+    parser.add_argument(
+        "--keep", type=names, default=(), metavar="REGION,...", help="keep regions in memory"
+    )
+    text = "most bytes of weights in memory, as 200MB; the rest is read again for each token"
+    parser.add_argument("--budget", type=size, metavar="SIZE", help=text)
     drafting_arguments(parser)
+    text = "skip layers where the best token leads by so much (logits), or auto; changes answers"
+    parser.add_argument("--early-exit", metavar="MARGIN", type=margin, help=text)
+    long_text_arguments(parser)
     cache_type(parser, "int8")
     parser.add_argument(
         "--kv-budget", type=size, metavar="SIZE", help="most bytes of the cache, as 512MB"
@@ -70,6 +88,16 @@ def drafting_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(draft=True)
     text = "most tokens to guess ahead (default: 16; fewer where they do not pay)"
     parser.add_argument("--draft-tokens", type=int, metavar="N", default=16, help=text)
+
+
+def long_text_arguments(parser: ArgumentParser) -> None:
+    """--window, --sinks, --cache"""
+    text = "see the last N positions alone: text without end, in a cache that does not grow"
+    parser.add_argument("--window", type=int, metavar="N", help=text)
+    text = "first positions that are seen besides (default: 4)"
+    parser.add_argument("--sinks", type=int, metavar="N", help=text)
+    text = "keep what was read in this file, and go on from what it holds"
+    parser.add_argument("--cache", type=Path, metavar="FILE", help=text)
 
 
 def converted(model: str, arguments: Arguments) -> Path:
@@ -94,8 +122,11 @@ def open_model(arguments: Arguments) -> Any:
     from chalot.load import load
 
     path = converted(arguments.model, arguments)
-    names = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft", "draft_tokens")
+    names: tuple[str, ...] = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
+    names += ("draft", "draft_tokens", "experts_resident")
+    names += ("keep", "budget", "early_exit", "window", "sinks")
     options = {name: getattr(arguments, name) for name in names}
+    options["texts"] = max(getattr(arguments, "answers", None) or 1, 1)
     if isinstance(arguments.draft, str):
         options["draft"] = converted(arguments.draft, arguments)
     return load(path, **options)

@@ -16,6 +16,8 @@ from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
 
+LOOK = 4e-6  # seconds that looking for a draft takes
+PART = 0.01  # of a pass: what looking in vain may take
 LOOKED_AT = 8  # earlier places with the same two tokens, latest first
 LONGEST = 32  # tokens of a match that are counted
 BELIEFS = (0.3, 0.5, 0.7, 0.85, 0.9)  # share kept, for matches of 2, 4, 8, 16, 32 tokens or more
@@ -101,7 +103,9 @@ class TextDrafter:
     """
 
     def __init__(self, costs: Costs, most: int = MOST) -> None:
+        self.costs = costs
         self.paces = [Pace(costs, belief, most) for belief in BELIEFS]
+        self.resting = 0  # tokens to come for which no draft is looked for
         self.tokens: list[int] = []
         self.last: dict[tuple[int, int], int] = {}  # two tokens -> the place behind them
         self.earlier: list[int] = []  # for each place, the one before behind the same two; 0: none
@@ -119,34 +123,33 @@ class TextDrafter:
 
     def match(self) -> tuple[int, int]:
         """The place that ended as the text does now, and how many tokens agree; (0, 0) if none."""
+        tokens, earlier, end = self.tokens, self.earlier, len(self.tokens)
         best = found = 0
-        place = self.earlier[-1] if self.earlier else 0
+        place = earlier[-1] if earlier else 0
         for _ in range(LOOKED_AT):
-            if not place or best == LONGEST:
+            if not place:
                 break
-            same = self._same(place)
-            if same > best:
-                best, found = same, place
-            place = self.earlier[place - 1]
+            at, behind, least = place - 3, end - place, max(place - LONGEST, 0)  # two are known
+            while at >= least and tokens[at] == tokens[at + behind]:
+                at -= 1
+            if place - 1 - at > best:
+                best, found = place - 1 - at, place
+                if best == LONGEST:
+                    break
+            place = earlier[place - 1]
         return found, best
-
-    def _same(self, place: int) -> int:
-        """How many tokens before a place are those that end the text."""
-        tokens, behind = self.tokens, len(self.tokens) - place
-        least = max(place - LONGEST, 0)
-        at = place - 3  # two are known
-        while at >= least and tokens[at] == tokens[at + behind]:
-            at -= 1
-        return place - 1 - at
 
     def propose(self, text: Text, most: int) -> list[int]:
         """See Drafter."""
+        if self.resting:
+            self.resting -= 1
+            return []
         self.read(text.tokens)
         place, same = self.match()
-        if not place:
-            return []
-        pace = self.paces[same.bit_length() - 2]
-        count = pace.length(most)
+        pace = self.paces[max(same.bit_length() - 2, 0)]
+        count = pace.length(most) if place else 0
+        if not count and self.costs.one:  # looking must not cost a model of microseconds much
+            self.resting = int(LOOK / (PART * self.costs.one))
         draft = self.tokens[place : place + count]
         while draft and len(draft) < count:  # the match reaches into the draft: it goes round
             draft += draft[: count - len(draft)]

@@ -35,6 +35,7 @@ class Stats:
 
     prompt_tokens: int = 0
     new_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, that the cache held already
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     native_seconds: float = 0.0  # of decode_seconds, inside the forward pass
@@ -42,7 +43,7 @@ class Stats:
     passes: int = 0  # forward passes that decoded
     drafted: int = 0  # tokens that passes took along on trial
     accepted: int = 0  # of those, the ones that were right
-    plain_seconds: float = 0.0  # what decoding token by token would have taken, as far as known
+    cost: float = 0.0  # of drafts and passes as they usually are, in passes of one token
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -72,8 +73,8 @@ class Stats:
 
     @property
     def speed_up(self) -> float:
-        """Decoding speed over that of one token a pass, by the median time of such passes."""
-        return self.plain_seconds / self.decode_seconds if self.drafted else 1.0
+        """Expected speed over one token a pass: what others do on the machine does not count."""
+        return (self.passes + self.accepted) / self.cost if self.drafted else 1.0
 
     @property
     def drafting(self) -> str:
@@ -281,7 +282,12 @@ class Session:
             return []
         room = min(self.engine.context, self.sequence.room()) - len(self.tokens)
         room = min(room, CHUNK - 1, room if most is None else most - 1)
-        return self.drafter.propose(self, room) if room > 0 else []
+        if room <= 0:
+            return []
+        start = time.thread_time()
+        draft = self.drafter.propose(self, room)
+        self.stats.cost += (time.thread_time() - start) / (self.engine.costs.one or 1.0)
+        return draft
 
     def _verify(self, draft: list[int]) -> list[int]:
         """Run the last token and the draft; the right ones of it, and the token behind them."""
@@ -293,12 +299,12 @@ class Session:
         self.sequence.truncate(len(self.tokens) + len(found) - 1)
         seconds = time.perf_counter() - start
         costs.note(len(part), seconds)
+        stats.cost += costs.of(len(part))
         if draft and self.drafter is not None:
             self.drafter.learn(len(found) - 1)
         stats.passes += 1
         stats.drafted += len(draft)
         stats.accepted += len(found) - 1
-        stats.plain_seconds += len(found) * (costs.one or seconds) if draft else seconds
         return found
 
     def _forget(self) -> None:
@@ -315,6 +321,19 @@ class Session:
         self.next = None
         if self.drafter is not None:
             self.drafter.truncate(len(self.tokens))
+
+    def fork(self, **changes: float) -> "Session":
+        """A second text that begins as this one does, and shares its pages; it does not draft.
+
+        `changes` are of its sampling: with another `choice` it has other random numbers.
+        """
+        other = self._new(with_changes(self.sampling, **changes))  # type: ignore[arg-type]
+        other.tokens, other.start, other.next = list(self.tokens), self.start, self.next
+        other.sequence = self.sequence.fork(len(self.tokens))
+        return other
+
+    def _new(self, sampling: Sampling) -> "Session":
+        return Session(self.engine, sampling)
 
     def use(self, drafter: Drafter | None) -> None:
         """Draft by another drafter from here on."""
@@ -334,3 +353,25 @@ class Session:
         self.next = None
         if self.drafter is not None:
             self.drafter.close()
+
+
+def step_all(sessions: list[Session]) -> list[int]:
+    """One new token for each text of one engine, all in one forward pass: what `step` gives each.
+
+    Raises ContextError where `step` would; none of them has changed then.
+    """
+    engine = sessions[0].engine
+    start, native = time.perf_counter(), engine.native_seconds
+    due = [s for s in sessions if not s.confirmed and len(s.tokens) - s.sequence.length == 1]
+    if due:
+        counts = [wanted(s.tokens, s.sampling, engine.vocabulary, s.start) for s in due]
+        ids, logits = engine.best([Work(s.sequence, s.tokens[-1:]) for s in due], max(counts))
+        for row, s in enumerate(due):
+            s.next = ids[row], logits[row]
+    took = time.perf_counter() - start, engine.native_seconds - native
+    out = []
+    for s in sessions:
+        s.stats.decode_seconds += took[0] / len(sessions)
+        s.stats.native_seconds += took[1] / len(sessions)
+        out.append(s.step())
+    return out

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 SLOPE = 0.04  # of a pass, for each more token in it: assumed where nothing was measured
-RECENT = 9  # passes of one size whose median counts
+RECENT = 9  # passes of one size that count
 NEWEST = 1 / 8  # least weight of the newest measurement in a running average
 MOST = 16  # drafted tokens in a pass, unless something else is asked for
 FIRST = 8  # at first no draft is longer
@@ -23,6 +23,7 @@ LEAST = 4  # so much may always be drafted, where it pays
 BELIEF = 6.0  # drafted tokens that what is believed at first weighs as much as
 MEMORY = 0.97  # what a draft's outcome still weighs after the next one
 YIELD = 1.05  # tokens for the time of one, below which drafting pauses
+FAR = 0.7  # of the best gain: where a length gains less, longer ones are not looked at
 PAUSE = 8, 256  # drafts passed over: at first, and after many trials that failed
 
 
@@ -41,7 +42,8 @@ class Costs(Protocol):
 class StepCosts:
     """The time of forward passes: of one token in seconds, of more tokens in that.
 
-    Each is the median of the last ones, because others' work makes single ones many times longer.
+    Each is the lower quartile of the last ones: others' work makes some of them many times longer,
+    and none of them shorter.
     """
 
     one: float | None = None
@@ -58,12 +60,12 @@ class StepCosts:
         known = [] if tokens == 1 else [self.of(tokens)]  # stands against a first one that is off
         recent = self.recent.setdefault(tokens, deque(known, RECENT))
         recent.append(seconds if tokens == 1 else max(seconds / (self.one or 1.0), 1.0))
-        middle = sorted(recent)[(len(recent) - 1) // 2]
+        quartile = sorted(recent)[(len(recent) - 1) // 3]
         self.passes[tokens] = self.passes.get(tokens, 0) + 1
         if tokens == 1:
-            self.one = middle
+            self.one = quartile
         else:
-            self.relative[tokens] = middle
+            self.relative[tokens] = quartile
             self.known = {}
 
     def of(self, tokens: int) -> float:
@@ -124,21 +126,27 @@ class Pace:
             gain = tokens / (cost(count + 1) + count * draft)
             if gain > gains[1]:
                 gains = count, gain
+            elif gain < FAR * gains[1]:
+                break
         return gains
 
     def length(self, most: int) -> int:
         """Tokens to draft now, of at most so many; 0 while drafting does not pay."""
         if self.costs.one is None:  # a plain pass first, to compare with
             return 0
+        if 0 < self.waited < self.pause:
+            self.waited += 1
+            return 0
         best, gain = self.best(min(self.limit, most))
         if not best or gain >= YIELD:
+            self.waited = 0
             return best
-        self.waited += 1
-        if self.waited < self.pause:
-            return 0
-        self.waited = 0
-        self.pause = min(2 * self.pause, PAUSE[1])
-        return best
+        if self.waited:  # long enough: a trial
+            self.waited = 0
+            self.pause = min(2 * self.pause, PAUSE[1])
+            return best
+        self.waited = 1
+        return 0
 
     def learn(self, drafted: int, kept: int, seconds: float = 0.0) -> None:
         """`kept` of `drafted` tokens were right; drafting took so many seconds."""

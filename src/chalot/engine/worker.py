@@ -82,7 +82,7 @@ class Worker:
                     busy = self._run_calls() or self.scheduler.run_once()
                 except Exception as error:  # a fault of chalot's own: who waits must hear of it
                     self.scheduler.fail_all(as_chalot_error(error))
-                    busy = True
+                    busy = False
             if not busy:
                 self._wake.wait()
         with self.guard:

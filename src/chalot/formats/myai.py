@@ -207,11 +207,21 @@ class MyaiFile:
         return manifest, found.hex()
 
     def extents(self) -> Iterator[tuple[str, Extent]]:
-        """Every extent with what it is called."""
+        """Every extent once, with what it is called; of a shared one, the first name."""
+        seen = set()
         for name, entry in self.manifest.tensors.items():
-            yield name, entry.extent
+            if entry.extent not in seen:
+                seen.add(entry.extent)
+                yield name, entry.extent
         yield from self.manifest.documents.items()
         yield from self.manifest.constants.items()
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The tensors that lie in another one's extent -> the first name of that extent."""
+        first: dict[Extent, str] = {}
+        found = {n: first.setdefault(e.extent, n) for n, e in self.manifest.tensors.items()}
+        return {name: of for name, of in found.items() if name != of}
 
     def _check_extents(self) -> None:
         end_of_last = HEADER
@@ -234,7 +244,14 @@ class MyaiFile:
                 )
         if manifest_at - end_of_last >= ALIGNMENT:
             raise FormatError(f"{self.path}: bytes before the manifest belong to nothing")
+        first: dict[Extent, tuple[str, TensorEntry]] = {}
         for name, entry in self.manifest.tensors.items():
+            of, same = first.setdefault(entry.extent, (name, entry))
+            if (same.scheme, same.shape) != (entry.scheme, entry.shape):
+                raise FormatError(
+                    f"{self.path}: tensor {quoted(name)} shares the extent of {quoted(of)}, which "
+                    "has another scheme or shape; damaged file?"
+                )
             self._check_entry(name, entry)
 
     def _check_entry(self, name: str, entry: TensorEntry) -> None:

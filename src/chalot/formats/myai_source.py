@@ -41,6 +41,7 @@ CONFIG = {  # of the manifest -> of config.json
 }
 FOLLOWS = {"family", "activation", "rope_scaling"} | {  # said otherwise, or by the family's name
     *("output_bias", "head_norms", "post_norms", "inner_norms"),
+    "named_regions",  # carried by whoever converts (chalot.storing)
 }
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 SHIFTED = ("gemma", "gemma2")  # families whose checkpoints hold norm weights less 1
@@ -95,6 +96,12 @@ class MyaiSource:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by Hugging Face's name; read-only."""
         return MappingProxyType(self._tensors)
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Tensors that are another one, by Hugging Face's names: see MyaiFile.aliases."""
+        known = {own: name for name, own in self._own.items()}
+        return {known[name]: known[of] for name, of in self.file.aliases.items()}
 
     def raw(self, name: str) -> NDArray[Any]:
         """Stored values of a dense tensor, mapped. Raises UnsupportedError for one in codes."""

@@ -55,6 +55,10 @@ class MyaiWriter(NewFile):
         extent = self.extent(pieces)
         self.tensors[name] = TensorEntry(scheme, shape, extent, activation)
 
+    def alias(self, name: str, of: str, activation: int = 8) -> None:
+        """Give a tensor the extent of another one, which holds the same weights."""
+        self.tensors[name] = msgspec.structs.replace(self.tensors[of], activation=activation)
+
     def note_error(self, name: str, error: float) -> None:
         """Say what storing a tensor cost: its relative squared error."""
         self.tensors[name] = msgspec.structs.replace(self.tensors[name], error=error)

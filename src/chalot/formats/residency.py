@@ -11,14 +11,19 @@ Prefetching a few layers ahead of each forward pass, in native code, was tried a
 """
 
 import ctypes
+import mmap
 import os
 import sys
 import threading
+from collections.abc import Iterable
 
 from chalot import machine
 from chalot.errors import LimitError, UnsupportedError
-from chalot.formats.myai import MyaiFile
+from chalot.formats.myai import Extent, MyaiFile
+from chalot.quant.packing import ALIGNMENT
 
+Run = tuple[int, int]  # first byte, and the one behind the last
+PAGE_SIZE = mmap.PAGESIZE
 PIECE = 4 << 20  # bytes, of which the middle one tells whether they are in memory
 
 
@@ -55,18 +60,41 @@ def read_ahead(file: MyaiFile) -> threading.Thread | None:
     return thread
 
 
-def lock(file: MyaiFile) -> None:
-    """Keep a file's bytes in memory until it is closed. Raises LimitError where that is refused."""
+def lock(file: MyaiFile, runs: Iterable[Run] | None = None, option: str = "--mlock") -> None:
+    """Keep a file's bytes, or some runs of them, in memory until it is closed.
+
+    Raises LimitError where that is refused; the `option` that asked for it is named.
+    """
     if sys.platform == "win32":
-        raise UnsupportedError(f"{file.path}: --mlock is not known on Windows; leave it out")
+        raise UnsupportedError(f"{file.path}: {option} is not known on Windows; leave it out")
     import resource
 
     library = ctypes.CDLL(None, use_errno=True)
-    if library.mlock(ctypes.c_void_p(file.data.ctypes.data), ctypes.c_size_t(file.size)):
-        reason = os.strerror(ctypes.get_errno())
-        allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        limit = "any number" if allowed == resource.RLIM_INFINITY else f"{allowed:,}"
-        raise LimitError(
-            f"{file.path}: {file.size:,} bytes cannot be locked in memory ({reason}); the system "
-            f"lets this process lock {limit}: raise that (ulimit -l), or leave out --mlock"
-        )
+    wanted = [(0, file.size)] if runs is None else list(runs)
+    for start, end in wanted:
+        begin = start // PAGE_SIZE * PAGE_SIZE
+        if library.mlock(ctypes.c_void_p(address(file, begin)), ctypes.c_size_t(end - begin)):
+            reason = os.strerror(ctypes.get_errno())
+            allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+            limit = "any number" if allowed == resource.RLIM_INFINITY else f"{allowed:,}"
+            count = sum(end - start for start, end in wanted)
+            raise LimitError(
+                f"{file.path}: {count:,} bytes cannot be locked in memory ({reason}); the system "
+                f"lets this process lock {limit}: raise that (ulimit -l), or leave out {option}"
+            )
+
+
+def address(file: MyaiFile, offset: int) -> int:
+    """Where a byte of the file lies in memory."""
+    return int(file.data.ctypes.data) + offset
+
+
+def runs_of(extents: Iterable[Extent]) -> list[Run]:
+    """The bytes of extents, (start, end), in order; those that all but touch are one."""
+    out: list[Run] = []
+    for start, end in sorted((e.offset, e.offset + e.bytes) for e in extents):
+        if out and start - out[-1][1] < ALIGNMENT:
+            out[-1] = out[-1][0], max(out[-1][1], end)  # one extent may be two tensors
+        else:
+            out.append((start, end))
+    return out

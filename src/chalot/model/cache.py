@@ -2,7 +2,8 @@
 
 Memory is reserved when the cache is made and taken by the system when a page is first written, so
 a cache for a long context costs only what a conversation fills. Sequences with the same beginning
-share its pages; one that goes on in a page that others read too takes a copy of it first.
+share its pages; one that goes on in a page that others read too takes a copy of it first. Where
+queries see a window only, pages that lie behind it are given back, and have the number -1.
 """
 
 import mmap
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from chalot.errors import ContextError
 from chalot.kernels.program import PAGE, CacheShape
+from chalot.model.window import REWIND, Window
+from chalot.quant.scheme import PANEL
 
 
 class Sequence:
@@ -21,14 +24,24 @@ class Sequence:
         self.cache = cache
         self.pages: list[int] = []
         self.length = 0
+        self.gone = cache.sink_pages  # pages before this one, sinks aside, were given back
 
     def reserve(self, positions: int) -> None:
         """Take pages for that many positions. Raises ContextError when the cache has none left."""
+        self._leave_behind()
         last = self.length // PAGE
         if positions > self.length and self.length % PAGE:
             self.pages[last] = self.cache.own(self.pages[last])
         while len(self.pages) * PAGE < positions:
             self.pages.append(self.cache.take())
+
+    def reserve_with_gap(self, positions: int, gone: int) -> None:
+        """Take pages for an empty sequence that is to have been given back those before `gone`."""
+        count = -(-positions // PAGE)
+        for n in range(count):
+            behind = self.cache.sink_pages <= n < gone
+            self.pages.append(-1 if behind else self.cache.take())
+        self.gone = max(self.cache.sink_pages, min(gone, count))
 
     def missing(self, positions: int) -> int:
         """How many pages `reserve` would take, a copy of one that is shared included."""
@@ -50,21 +63,37 @@ class Sequence:
             free -= 1  # a copy of the page in hand
         return (len(self.pages) + free) * PAGE if free >= 0 else self.length
 
+    def _leave_behind(self) -> None:
+        """Give back pages that no query will see, not even after going back by REWIND positions."""
+        first = self.cache.window.first(self.length - REWIND) // PAGE
+        for n in range(self.gone, min(first, len(self.pages))):
+            self.cache.release(self.pages[n])
+            self.pages[n] = -1
+            self.gone = n + 1
+
     def truncate(self, length: int) -> None:
-        """Forget positions from `length` on, and give back pages that hold nothing else."""
+        """Forget positions from `length` on, and give back pages that hold nothing else.
+
+        All positions are forgotten where queries at `length` would see pages that are gone.
+        """
+        if length < self.length and self.gone > self.cache.sink_pages:
+            length = length if self.cache.window.first(length) // PAGE >= self.gone else 0
         self.length = min(self.length, length)
         keep = -(-self.length // PAGE)
         for page in reversed(self.pages[keep:]):
-            self.cache.release(page)
+            if page >= 0:
+                self.cache.release(page)
         del self.pages[keep:]
+        self.gone = min(self.gone, max(keep, self.cache.sink_pages))
 
     def fork(self, length: int | None = None) -> "Sequence":
         """A second sequence that begins as this one does, for `length` positions (all), unread."""
         other = Sequence(self.cache)
-        other.length = self.length if length is None else min(length, self.length)
-        other.pages = self.pages[: -(-other.length // PAGE)]
+        other.length, other.pages, other.gone = self.length, list(self.pages), self.gone
         for page in other.pages:
-            self.cache.share(page)
+            if page >= 0:
+                self.cache.share(page)
+        other.truncate(self.length if length is None else length)
         return other
 
     def close(self) -> None:
@@ -75,11 +104,20 @@ class Sequence:
 class PageCache:
     """Pages for sequences that share a model: for `positions`, in at most `budget` bytes.
 
-    Raises ContextError where that is no page, or more than the system gives.
+    With a `window`, sequences give back what lies behind it. Raises ContextError where the budget
+    is no page, or more than the system gives.
     """
 
-    def __init__(self, shape: CacheShape, positions: int, budget: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: CacheShape,
+        positions: int,
+        budget: int | None = None,
+        window: Window | None = None,
+    ) -> None:
         self.shape = shape
+        self.window = window or Window()
+        self.sink_pages = -(-self.window.sinks // PAGE)
         self.count = -(-positions // PAGE)
         if budget is not None:
             self.count = min(self.count, budget // shape.page_bytes)
@@ -130,10 +168,15 @@ class PageCache:
         """
         if self.users[page] == 1:
             return page
-        copy, size = self.take(), self.shape.page_bytes
-        self.arena[copy * size :][:size] = self.arena[page * size :][:size]
+        copy = self.take()
+        self.page(copy)[:] = self.page(page)
         self.release(page)
         return copy
+
+    def page(self, number: int) -> NDArray[np.uint8]:
+        """A page's bytes, in the arena."""
+        size = self.shape.page_bytes
+        return self.arena[number * size : (number + 1) * size]
 
     def tables(self, sequences: list[Sequence]) -> NDArray[np.int32]:
         """(sequences, most pages) int32: each sequence's pages, -1 where it has none."""
@@ -142,3 +185,22 @@ class PageCache:
         for row, s in zip(out, sequences, strict=True):
             row[: len(s.pages)] = s.pages
         return out
+
+
+def cleared(page: NDArray[np.uint8], shape: CacheShape, first: int) -> NDArray[np.uint8]:
+    """A copy of a page with zeros in its positions from `first` on: what it held of other texts."""
+    out = page.copy()
+    heads = out.reshape(shape.layers, 2, shape.kv_heads, -1)
+    if shape.kind != "int8":
+        heads.reshape(*heads.shape[:3], PAGE, -1)[..., first:, :] = 0
+        return out
+    codes = heads[..., : PAGE * shape.stride]
+    heads[..., PAGE * shape.stride :].reshape(*heads.shape[:3], PAGE, 4)[..., first:, :] = 0
+    keys, values = codes[:, 0], codes[:, 1]
+    for position in range(first, PAGE):
+        panel, row, quad = position // PANEL, position % PANEL, position // 4
+        of_keys = keys.reshape(shape.layers, shape.kv_heads, -1, shape.stride // 4, PANEL, 4)
+        of_keys[:, :, panel, :, row] = 0
+        tiles = values.reshape(shape.layers, shape.kv_heads, shape.stride // 16, -1, PANEL, 4)
+        tiles[:, :, :, quad, :, position % 4] = 0
+    return out

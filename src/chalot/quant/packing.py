@@ -148,6 +148,35 @@ def take_panels(
     return out
 
 
+def take_rows(matrix: Matrix, rows: NDArray[np.int64]) -> Matrix:
+    """Some rows of a matrix, in ascending order, with the very codes that they have there."""
+    shape = (len(rows), matrix.shape[1])
+    if not matrix.scheme.is_coded:
+        data = aligned(stored_bytes(matrix.scheme, *shape))
+        data.reshape(len(rows), -1)[:] = matrix.data.reshape(matrix.shape[0], -1)[rows]
+        return Matrix(matrix.scheme, shape, data)
+    whole, found = Layout(matrix.scheme, *matrix.shape), []
+    at_once = PANEL * 256  # what unpacking takes stays small
+    for first in range(0, matrix.shape[0], at_once):
+        inside = rows[(rows >= first) & (rows < first + at_once)] - first
+        if inside.size:
+            size = min(at_once, matrix.shape[0] - first), matrix.shape[1]
+            data = take_panels(matrix.data, whole, Layout(matrix.scheme, *size), first // PANEL)
+            found.append((unpack(data, matrix.scheme, size), inside))
+
+    def joined(part: str) -> NDArray[Any] | None:
+        if getattr(found[0][0], part) is None:
+            return None
+        taken = np.concatenate([getattr(codes, part)[inside] for codes, inside in found])
+        behind_it = [(0, -len(taken) % PANEL)] + [(0, 0)] * (taken.ndim - 1)
+        return np.pad(taken, behind_it)
+
+    parts: dict[str, Any] = {
+        part: joined(part) for part in ("codes", "levels", "segments", "row_scale", "row_offset")
+    }
+    return Matrix(matrix.scheme, shape, pack(Codes(matrix.scheme, shape, **parts)), matrix.tables)
+
+
 def stored_bytes(scheme: Scheme, rows: int, columns: int) -> int:
     """Bytes of a matrix in the file, without the alignment between extents."""
     if scheme.is_coded:

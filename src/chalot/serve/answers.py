@@ -1,9 +1,11 @@
 """Answers as they come: steps of the scheduler become text, scored tokens, calls and an end."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from chalot.engine.requests import NO_TOKEN, PromptToken, Step, Ticket
@@ -101,26 +103,44 @@ class Answer:
             raise Fault("structured output: the answer does not keep its grammar", 500)
 
 
+class Mailbox:
+    """From the scheduler's thread to the event loop: one call wakes it for all that has come."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._letters: deque[tuple[Answers, int, Step | ChalotError]] = deque()
+        self._called = False
+
+    def put(self, answers: "Answers", index: int, item: Step | ChalotError) -> None:
+        """Any thread."""
+        self._letters.append((answers, index, item))
+        if not self._called:
+            self._called = True
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._called = False  # what comes from here on calls again
+        while self._letters:
+            answers, index, item = self._letters.popleft()
+            answers.heard.put_nowait((index, item))
+
+
 class Answers:
     """All answers to one job: `start`, read `deltas`, and `cancel` when nobody listens."""
 
-    def __init__(self, served: Served, job: Job, metrics: Metrics) -> None:
-        self.served, self.job, self.metrics = served, job, metrics
+    def __init__(self, served: Served, job: Job, metrics: Metrics, mailbox: Mailbox) -> None:
+        self.served, self.job, self.metrics, self.mailbox = served, job, metrics, mailbox
         self.answers = [Answer(served, job, i) for i in range(len(job.requests))]
         self.tickets: list[Ticket] = []
         self.names: set[tuple[bytes, str]] = set()  # that they can be cancelled by
-        self._loop = asyncio.get_running_loop()
-        self._heard: asyncio.Queue[tuple[int, Step | ChalotError]] = asyncio.Queue()
+        self.heard: asyncio.Queue[tuple[int, Step | ChalotError]] = asyncio.Queue()
 
     def start(self) -> None:
         """Hand all requests to the scheduler, or none. Raises Fault."""
         try:
             for index, request in enumerate(self.job.requests):
-
-                def hear(item: Step | ChalotError, index: int = index) -> None:
-                    with suppress(RuntimeError):  # the loop is closed: nobody listens
-                        self._loop.call_soon_threadsafe(self._heard.put_nowait, (index, item))
-
+                hear = partial(self.mailbox.put, self, index)
                 self.tickets.append(self.served.scheduler.submit(request, hear, hear))
         except ChalotError as error:
             self.cancel()
@@ -133,7 +153,7 @@ class Answers:
         clocks = [self.metrics.clock() for _ in self.tickets]
         try:
             while left:
-                index, item = await self._heard.get()
+                index, item = await self.heard.get()
                 answer = self.answers[index]
                 if answer.finish is not None:  # it ended at a stop string
                     continue

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("POST", "/v1/completions", completions.handle),
     ("POST", "/v1/responses", responses.handle),
     ("POST", "/v1/messages", messages.handle),
+    ("POST", "/v1/messages/count_tokens", messages.count),
     ("POST", "/v1/embeddings", embeddings.handle),
     ("GET", "/v1/models", information.models),
     ("GET", "/v1/models/{name:path}", information.model),
@@ -158,4 +160,9 @@ def run(model: Model, settings: Settings, say: Callable[[str], None], verbose: b
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = found.getsockname()[1]
         say(f"{settings.name} at http://{host}:{port}, API at /v1 (Ctrl-C stops)")
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # uvicorn raises them again when it has ended
+            signal.signal(number, lambda *_: None)
         server_of(make_app(served), settings, verbose).run(sockets=[found])

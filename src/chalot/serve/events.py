@@ -72,35 +72,46 @@ class EventStream:
         self, chunks: AsyncGenerator[bytes, None], quiet: float, headers: Mapping[str, str]
     ) -> None:
         self.chunks, self.quiet = chunks, quiet
+        self.sent = 0  # chunks
+        self.left = False  # the client
         self.headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "x-accel-buffering": "no",  # nginx would hold events back
             **headers,
         }
 
+    async def _watch(self, receive: Receive, task: "asyncio.Task[Any]") -> None:
+        await _gone(receive)
+        self.left = True
+        task.cancel()
+
+    async def _keep_open(self, send: Send) -> None:
+        while True:
+            before = self.sent
+            await asyncio.sleep(self.quiet)
+            if self.sent == before:
+                await send({"type": "http.response.body", "body": WAITING, "more_body": True})
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in self.headers.items()]
-        gone = asyncio.ensure_future(_gone(receive))
-        coming: asyncio.Future[bytes] | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        beside = [
+            asyncio.ensure_future(self._watch(receive, task)),
+            asyncio.ensure_future(self._keep_open(send)),
+        ]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            while True:
-                if coming is None:
-                    coming = asyncio.ensure_future(anext(self.chunks))
-                waits: set[asyncio.Future[Any]] = {gone, coming}
-                await asyncio.wait(waits, timeout=self.quiet, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    return
-                if not coming.done():
-                    chunk = WAITING
-                else:
-                    try:
-                        chunk = coming.result()
-                    except StopAsyncIteration:
-                        break
-                    coming = None
+            async for chunk in self.chunks:
+                self.sent += 1
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            for one in beside:  # before the end, which looks like a client that leaves
+                one.cancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not self.left:
+                raise
+            task.uncancel()
         finally:
-            await _end(gone, *([] if coming is None else [coming]))
+            await _end(*beside)
             await self.chunks.aclose()

@@ -7,6 +7,7 @@ import secrets
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from chalot.errors import ChalotError
-from chalot.serve.answers import Answers, Delta
+from chalot.serve.answers import Answers, Delta, Mailbox
 from chalot.serve.events import ClientGone, EventStream, as_json, event, while_connected
 from chalot.serve.faults import Fault, fault_of
 from chalot.serve.jobs import Job
@@ -42,6 +43,11 @@ class Server:
         self.running: dict[tuple[bytes, str], Answers] = {}  # namespace, id
         self.embedding = asyncio.Lock()  # one text at a time
         self.draining = False
+
+    @cached_property
+    def mailbox(self) -> Mailbox:
+        """Made within the event loop."""
+        return Mailbox()
 
     def drain(self, now: bool) -> None:
         """The server stops: answers end by themselves, or `now`."""
@@ -101,7 +107,7 @@ class Exchange:
     async def begin(self, make: Callable[[], Job], name: str) -> Answers:
         """Answers that are under way, to be cancelled by `name`."""
         job = await self.prepared(make)
-        answers = Answers(self.served, job, self.metrics)
+        answers = Answers(self.served, job, self.metrics, self.server.mailbox)
         answers.start()
         names = {(self.namespace, name), (self.namespace, self.id)}
         self.server.running.update(dict.fromkeys(names, answers))

@@ -4,6 +4,7 @@ A conversation in its shape becomes one in OpenAI's, and the answer goes back in
 """
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,7 +14,7 @@ from chalot.serve.answers import Answers, Delta
 from chalot.serve.events import as_json, event
 from chalot.serve.exchange import Exchange
 from chalot.serve.faults import Fault
-from chalot.serve.jobs import Job, Talk, chat_job, check_model, sampling_of
+from chalot.serve.jobs import Job, Talk, chat_job, check_model, sampling_of, template_tools
 from chalot.serve.served import Served
 from chalot.serve.settings import MOST_STOPS
 from chalot.serve.shapes import Count, Function, Json, Name, Positive, Share, Stop, Tool
@@ -69,20 +70,25 @@ class ToolChoice(Struct, forbid_unknown_fields=True):
     disable_parallel_tool_use: bool | None = None
 
 
-class MessagesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
-    """POST /v1/messages"""
+class CountRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/messages/count_tokens"""
 
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=10_000)]
-    max_tokens: Positive
     model: str | None = None
     system: str | list[TextBlock] | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+
+
+class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/messages"""
+
+    max_tokens: Positive
     stop_sequences: Annotated[list[Stop], Meta(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     temperature: Share | None = None
     top_p: Share | None = None
     top_k: Count | None = None
-    tools: Annotated[list[AnthropicTool], Meta(max_length=128)] | None = None
-    tool_choice: ToolChoice | None = None
     metadata: Json | None = None  # without effect
     service_tier: str | None = None
 
@@ -113,8 +119,8 @@ def _turn(turn: Turn) -> list[dict[str, Any]]:
     return out
 
 
-def talk_of(body: MessagesRequest) -> Talk:
-    """The conversation."""
+def talk_of(body: CountRequest) -> Talk:
+    """The conversation, without limits."""
     messages = [m for turn in body.messages for m in _turn(turn)]
     if body.system is not None:
         messages.insert(0, {"role": "system", "content": _joined(body.system)})
@@ -130,15 +136,15 @@ def talk_of(body: MessagesRequest) -> Talk:
         ),
         named.get(choice.type, choice.type),
         not choice.disable_parallel_tool_use,
-        max_tokens=body.max_tokens,
-        stops=tuple(body.stop_sequences or ()),
     )
 
 
 def job_of(served: Served, body: MessagesRequest, namespace: bytes) -> Job:
     """The request as a job."""
     check_model(served, body.model)
-    return chat_job(served, talk_of(body), sampling_of(served, body), namespace)
+    stops = tuple(body.stop_sequences or ())
+    talk = replace(talk_of(body), max_tokens=body.max_tokens, stops=stops)
+    return chat_job(served, talk, sampling_of(served, body), namespace)
 
 
 def usage_of(answers: Answers) -> dict[str, int]:
@@ -214,6 +220,18 @@ async def chunks(exchange: Exchange, answers: Answers) -> AsyncGenerator[bytes, 
                 yield send("content_block_stop", index=index)
             yield send("message_delta", delta=end_of(delta), usage=usage_of(answers))
     yield send("message_stop")
+
+
+async def count(exchange: Exchange) -> Any:
+    """POST /v1/messages/count_tokens: those of the prompt."""
+    body = await exchange.body(CountRequest)
+    served = exchange.served
+    check_model(served, body.model)
+    talk = talk_of(body)
+    tools = template_tools(talk.tools) if talk.tools else None
+    encode = served.tokenizer.encode_chat
+    ids = await exchange.prepared(lambda: encode(talk.messages, tools=tools))
+    return as_json({"input_tokens": len(ids)})
 
 
 async def handle(exchange: Exchange) -> Any:

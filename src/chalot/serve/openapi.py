@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from chalot import __version__
-from chalot.serve.messages import MessagesRequest
+from chalot.serve.messages import CountRequest, MessagesRequest
 from chalot.serve.responses import ResponseRequest
 from chalot.serve.shapes import (
     ChatRequest,
@@ -20,6 +20,7 @@ BODIES = {  # path -> what it takes, and what it is
     "/v1/completions": (CompletionRequest, "Text after a text"),
     "/v1/responses": (ResponseRequest, "An answer, in the shape of OpenAI's newer API"),
     "/v1/messages": (MessagesRequest, "An answer, in the shape of Anthropic's API"),
+    "/v1/messages/count_tokens": (CountRequest, "Tokens of such a request"),
     "/v1/embeddings": (EmbeddingRequest, "Texts as vectors of length 1"),
     "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation"),
     "/detokenize": (DetokenizeRequest, "The text of token ids"),

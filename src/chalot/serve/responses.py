@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from chalot.serve.answers import Answers, Delta, Scored
-from chalot.serve.chat import one_token
+from chalot.serve.answers import Answers, Delta
+from chalot.serve.chat import logprobs_of
 from chalot.serve.events import as_json, event
 from chalot.serve.exchange import Exchange
 from chalot.serve.faults import Fault
@@ -125,7 +125,7 @@ class ResponseRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None  # a text that is too long is an error
-    background: Literal[False] | None = None
+    background: bool | None = None  # only false: nothing is stored
     previous_response_id: None = None
     store: bool | None = None  # from here on without effect: nothing is stored
     metadata: Json | None = None
@@ -183,6 +183,8 @@ def _format(settings: TextSettings | None) -> Format | None:
 def job_of(served: Served, body: ResponseRequest, namespace: bytes) -> Job:
     """The request as a job."""
     check_model(served, body.model)
+    if body.background:
+        raise Fault("background: nothing is stored here; expected false", param="background")
     choice = body.tool_choice or "auto"
     scored = body.top_logprobs is not None or bool(body.include)
     talk = Talk(
@@ -211,14 +213,6 @@ def usage_of(answers: Answers) -> dict[str, Any]:
     }
 
 
-def logprobs_of(tokens: Sequence[Scored]) -> list[dict[str, Any]]:
-    """Of some tokens."""
-    return [
-        {**one_token(t.piece, t.logprob), "top_logprobs": [one_token(*one) for one in t.top]}
-        for t in tokens
-    ]
-
-
 def text_id(exchange: Exchange, index: int) -> str:
     """Of the text item at a place of the output."""
     return f"msg_{exchange.id}" + (f"_{index}" if index else "")
@@ -232,7 +226,7 @@ def text_item(
         "type": "output_text",
         "text": "".join(d.text for d in deltas),
         "annotations": [],
-        "logprobs": logprobs_of([t for d in deltas for t in d.tokens]),
+        "logprobs": logprobs_of([t for d in deltas for t in d.tokens])["content"],
     }
     return {
         "id": text_id(exchange, index),
@@ -337,7 +331,7 @@ class Events:
             out.append(self.make("response.output_item.added", output_index=self.item, item=item))
             out.append(self.make("response.content_part.added", **self._place(), part=part))
         self.said.append(delta)
-        more = {"delta": delta.text, "logprobs": logprobs_of(delta.tokens)}
+        more = {"delta": delta.text, "logprobs": logprobs_of(delta.tokens)["content"]}
         return [*out, self.make("response.output_text.delta", **self._place(), **more)]
 
     def close(self, status: str) -> list[bytes]:

@@ -76,7 +76,26 @@ Program::Visible Program::visible(const Op& op, int position, int page) const {
   return {all ? 0 : std::max(0, position + 1 - op.window - first), end};
 }
 
+// Norms of queries and of keys that take all heads of a token together.
+void Program::norm_all_heads(const Op& op, const Run& run) {
+  const int queries = heads_ * cache_.head_dim, keys = cache_.kv_heads * cache_.head_dim;
+  float* padded = scratch_[size_t(run.id)].as<float>();
+  auto norm = [&](float* x, const float* weight, int n) {
+    std::memset(padded, 0, size_t(round_up(n, 16)) * 4);
+    std::memcpy(padded, x, size_t(n) * 4);
+    run.k.rms_norm(padded, weight, n, op.number, padded, false);
+    std::memcpy(x, padded, size_t(n) * 4);
+  };
+  for (int t = run.from(); t < run.to(); t++) {
+    norm(numbers(op.in, t), op.weight, queries);
+    norm(numbers(op.in, t) + queries, op.weight + round_up(queries, 16), keys);
+  }
+  run.pool.barrier();
+}
+
 void Program::rope_store(const Op& op, const Run& run) {
+  if (of_all_heads(op)) norm_all_heads(op, run);
+  const bool by_head = op.weight && !of_all_heads(op);
   const Batch& batch = run.batch;
   const int dim = cache_.head_dim, half = dim / 2, share = heads_ / cache_.kv_heads,
             units = run.count * cache_.kv_heads;
@@ -88,7 +107,7 @@ void Program::rope_store(const Op& op, const Run& run) {
     const float *cosine = cosine_.as<float>() + size_t(t) * half, *sine = sine_.as<float>() + size_t(t) * half;
     auto turn = [&](float* x, const float* norm, bool for_sinks = false) {
       std::memcpy(turned, x, size_t(dim) * 4);
-      if (op.weight) run.k.rms_norm(turned, norm, dim, op.number, turned, false);
+      if (by_head) run.k.rms_norm(turned, norm, dim, op.number, turned, false);
       run.k.rotate(turned, for_sinks ? sink_cosine_.as<float>() : cosine, for_sinks ? sink_sine_.as<float>() : sine,
                    half);
       if (cache_.rotation() > 1) run.k.spread(turned, cache_.stride(), cache_.rotation());

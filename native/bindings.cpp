@@ -108,16 +108,17 @@ struct Model {
     expect(type >= 0 && type <= int(CacheType::int8), "cache: unknown type");
     return {CacheType(type), layers, kv_heads, head_dim};
   }
-  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused, sinks); a part:
-  // (matrix, bias, column).
+  // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused, sinks, routing, top,
+  // routes, planes); a part: (matrix, bias, column).
   std::vector<Op> ops_of(nb::list ops) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
-      expect(t.size() == 13, "operation: expected thirteen fields");
+      expect(t.size() == 17, "operation: expected seventeen fields");
       Op op;
-      int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]);
-      expect(kind >= 0 && kind <= int(OpKind::restore) && gate >= 0 && gate <= int(Gate::relu2),
+      int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]), routing = nb::cast<int>(t[13]);
+      expect(kind >= 0 && kind <= int(OpKind::prefetch) && gate >= 0 && gate <= int(Gate::relu2) && routing >= 0 &&
+                 routing <= int(Routing::sigmoid),
              "operation: unknown kind");
       op.kind = OpKind(kind);
       op.in = nb::cast<int>(t[1]);
@@ -139,6 +140,10 @@ struct Model {
       op.cap = nb::cast<float>(t[10]);
       op.fused = nb::cast<bool>(t[11]);
       op.sinks = nb::cast<int>(t[12]);
+      op.routing = Routing(routing);
+      op.top = nb::cast<int>(t[14]);
+      op.routes = nb::cast<int>(t[15]);
+      op.planes = nb::cast<int>(t[16]);
       out.push_back(op);
     }
     return out;
@@ -387,5 +392,6 @@ NB_MODULE(_native, m) {
                                     Out<uint8_t>, Out<float>>(&Model::run))
       .def("best", &Model::best)
       .def("copy_slot", &Model::copy_slot)
+      .def_prop_ro("taken", [](const Model& m) { return m.program.taken(); })
       .def_prop_ro("page_bytes", [](const Model& s) { return s.program.cache().page_bytes(); });
 }

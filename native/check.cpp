@@ -33,6 +33,30 @@ void Program::check_fused(size_t i) const {
   }
 }
 
+// Gate, up and down of each expert, all of one width; the weights come from a route that chose as many.
+void Program::check_experts(size_t i) const {
+  const Op& op = ops_[i];
+  const Slot &in = slots_[size_t(op.in)], &out = slots_[size_t(op.out)], &routes = slots_[size_t(op.routes)];
+  if (op.planes < 0 || op.planes > 2 || op.top < 1 || !op.add || out.planes || routes.planes || op.out == op.in)
+    invalid(i, "experts add numbers to a slot of their own, of 1 or 2 planes, or none");
+  if (op.parts.size() != size_t(routes.width) * 3) invalid(i, "experts need gate, up and down for each");
+  const Op* from = nullptr;
+  for (size_t before = 0; before < i; before++)
+    if (ops_[before].out == op.routes || (ops_[before].kind == OpKind::rope_store && ops_[before].in == op.routes))
+      from = &ops_[before];
+  if (!from || from->kind != OpKind::route || from->top != op.top)
+    invalid(i, "experts need a route that chose as many");
+  const int width = op.parts[0].w.rows;
+  for (size_t p = 0; p < op.parts.size(); p++) {
+    const Part& part = op.parts[p];
+    const bool down = p % 3 == 2;
+    const int rows = down ? out.width : width, columns = down ? width : in.width;
+    if (part.w.rows != rows || part.w.columns != columns) invalid(i, "an expert has another shape than the others");
+    if (is_coded(part.w.scheme) != ((down ? op.planes : in.planes) > 0)) invalid(i, "expert and input differ in kind");
+    if (part.bias || part.column) invalid(i, "experts have no biases");
+  }
+}
+
 void Program::check() {
   const bool heads_fit = cache_.kv_heads > 0 && heads_ > 0 && heads_ % cache_.kv_heads == 0 && heads_ <= kMostHeads;
   const bool size_fits = cache_.head_dim > 0 && cache_.stride() <= kMaxHead && cache_.head_dim % 2 == 0;
@@ -56,7 +80,7 @@ void Program::check() {
     };
     const int queries = heads_ * cache_.head_dim, keys = cache_.kv_heads * cache_.head_dim;
     const bool all_tokens = op.kind == OpKind::embed || op.kind == OpKind::rope_store || op.kind == OpKind::attend ||
-                            op.kind == OpKind::gather;
+                            op.kind == OpKind::gather || op.kind == OpKind::experts || op.kind == OpKind::prefetch;
     if (gathered && all_tokens) invalid(i, "after gather only the wanted tokens are there");
     if (op.kind != OpKind::embed) {
       slot(op.in);
@@ -113,12 +137,31 @@ void Program::check() {
         if (op.kind == OpKind::attend) reaches.push_back(op.window);
         numbers(op.in, queries + 2 * keys + (op.sinks ? queries : 0));
         if (op.kind == OpKind::attend) numbers(op.out, queries);
-        if (op.kind == OpKind::rope_store && op.weight && op.weight_size != size_t(2 * cache_.stride()))
-          invalid(i, "the weights of norms must be two heads, padded to 16");
+        if (op.kind == OpKind::rope_store && of_all_heads(op) &&
+            op.weight_size != size_t(round_up(queries, 16) + round_up(keys, 16)))
+          invalid(i, "the weights of norms must be two heads, or all queries and keys, padded to 16");
         break;
       case OpKind::gate:
         numbers(op.in, 2 * slot(op.out).width);
         numbers(op.out, slot(op.out).width);
+        break;
+      case OpKind::route:
+        numbers(op.in, slot(op.out).width);
+        numbers(op.out, slot(op.in).width);
+        if (slot(op.in).width > kMostExperts || op.top < 1 || op.top > slot(op.in).width)
+          invalid(i, "a token takes 1 to all of 1 to 1024 experts");
+        if (op.routing == Routing::sigmoid && op.top != slot(op.in).width)
+          invalid(i, "where each score is for itself, a token takes all experts");
+        break;
+      case OpKind::experts:
+        slot(op.routes);
+        slot(op.out);
+        if (!filled[size_t(op.routes)]) invalid(i, "nothing has written what it reads");
+        check_experts(i);
+        break;
+      case OpKind::prefetch:
+        numbers(op.in, int(op.parts.size() / 3));
+        if (op.parts.size() % 3 || op.out >= 0) invalid(i, "prefetch takes gate, up and down of each expert");
         break;
       case OpKind::gather:
         numbers(op.in, slot(op.out).width);

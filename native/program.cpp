@@ -18,7 +18,8 @@ size_t to_lines(size_t n) { return (n + 63) / 64 * 64; }
 
 // Operations whose work is split over tokens: between two of them no thread needs another's result.
 bool by_token(OpKind k) {
-  return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate || k == OpKind::restore;
+  return k == OpKind::embed || k == OpKind::norm || k == OpKind::quantize || k == OpKind::gate ||
+         k == OpKind::restore || k == OpKind::route || k == OpKind::prefetch;
 }
 
 // sin and cos of a float32 angle, in double, rounded to float32: pi / 2 in three parts (33 + 33 + 53 bits), so that
@@ -76,6 +77,13 @@ Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache,
   for (const Op& op : ops_)
     for (const Part& part : op.parts) scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(part.w));
   scratch_bytes_ = to_lines(std::max(scratch_bytes_, attention_scratch_bytes()));
+  for (const Op& op : ops_)
+    if (of_all_heads(op)) scratch_bytes_ = std::max(scratch_bytes_, to_lines(op.weight_size * 4));
+  for (Op& op : ops_)
+    if (op.kind == OpKind::experts) {
+      op.taken = taken_.size();
+      taken_.emplace_back(op.parts.size() / 3);
+    }
   written_.assign(slots_.size(), false);
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
@@ -91,7 +99,8 @@ void Program::reserve(const Batch& batch, int threads) {
   const int tokens = std::max(batch.tokens, batch.wanted);
   size_t each = scratch_bytes_;
   for (const Op& op : ops_)
-    if (op.fused) each = scratch_bytes_ + size_t(tokens) * 2 * kBlock * 4;  // behind what `product` needs
+    if (op.fused || op.kind == OpKind::experts)
+      each = scratch_bytes_ + size_t(tokens) * 2 * kBlock * 4;  // behind what `product` needs
   while (int(scratch_.size()) < threads) scratch_.emplace_back();
   for (Buffer& b : scratch_) b.reserve(each);
   if (!batch.logits) logits_.reserve(size_t(batch.wanted) * size_t(vocabulary_) * 4);
@@ -99,6 +108,8 @@ void Program::reserve(const Batch& batch, int threads) {
   held_.assign(size_t(threads) * size_t(batch.wanted), 0);
   if (tokens <= room_) return;
   room_ = 0;  // until all of it is there
+  for (const Op& op : ops_)
+    if (op.kind == OpKind::experts) reserve_experts(op, tokens);
   for (size_t i = 0; i < slots_.size(); i++) {
     const size_t stride = size_t(slots_[i].stride()), n = size_t(tokens), planes = size_t(slots_[i].planes);
     Storage& s = storage_[i];
@@ -135,7 +146,7 @@ void Program::run(const Kernels& kernels, Pool& pool, const Batch& batch) {
   reserve(batch, pool.size());
   cut_blocks(batch, pool.size());
   Shares shares(pool.size());
-  split(shares, ops_[0], pool.size());
+  split(shares, ops_[0], pool.size(), batch.tokens);
   pool.run([&](int id) { execute({kernels, pool, batch, shares, batch.tokens, id, pool.size()}); });
   collect(batch, pool.size());
 }
@@ -162,7 +173,8 @@ void Program::execute(Run run) {
       apply(op, run);
     if (i + 1 == ops_.size()) break;
     const Op& next = ops_[i + 1];
-    if (!(by_token(op.kind) && by_token(next.kind))) run.pool.barrier([&] { split(run.shares, next, run.threads); });
+    if (!(by_token(op.kind) && by_token(next.kind)))
+      run.pool.barrier([&] { split(run.shares, next, run.threads, run.count); });
   }
   if (run.count && run.batch.count) {
     run.pool.barrier();
@@ -170,7 +182,8 @@ void Program::execute(Run run) {
   }
 }
 
-void Program::split(Shares& shares, const Op& op, int threads) const {
+void Program::split(Shares& shares, const Op& op, int threads, int tokens) {
+  if (op.kind == OpKind::experts) return group(op, tokens);  // which splits its stages itself
   int total = 0, most = 1;
   if (op.kind == OpKind::attend) {
     total = int(blocks_.size()) * cache_.kv_heads * (by_page_ ? most_pages_ : 1);
@@ -185,10 +198,9 @@ void Program::split(Shares& shares, const Op& op, int threads) const {
   shares.split(total, piece > 1 ? piece / 2 * 2 : 1);
 }
 
-void Program::quantize(const Kernels& k, const float* x, int block, int slot, int token) {
-  Storage& to = storage_[size_t(slot)];
-  const size_t stride = size_t(slots_[size_t(slot)].stride()), blocks = stride / kBlock, t = size_t(token);
-  const size_t planes = size_t(slots_[size_t(slot)].planes), b = size_t(block);
+void Program::quantize(const Kernels& k, const float* x, int block, const Slot& slot, Storage& to, int token) {
+  const size_t stride = size_t(slot.stride()), blocks = stride / kBlock, t = size_t(token);
+  const size_t planes = size_t(slot.planes), b = size_t(block);
   k.quantize(x, kBlock, int(planes), to.codes.as<int8_t>() + t * planes * stride + b * kBlock, stride,
              to.scales.as<float>() + t * blocks + b, to.sums.as<int32_t>() + t * planes * blocks + b, blocks);
 }
@@ -211,7 +223,7 @@ void Program::apply(const Op& op, const Run& run) {
     case OpKind::quantize:
       for (int t = first; t < last; t++)
         for (int b = 0; b < slots_[size_t(op.out)].stride() / kBlock; b++)
-          quantize(k, numbers(op.in, t) + b * kBlock, b, op.out, t);
+          quantize(k, numbers(op.in, t) + b * kBlock, b, slots_[size_t(op.out)], storage_[size_t(op.out)], t);
       break;
     case OpKind::restore: {
       const Slot& s = slots_[size_t(op.in)];
@@ -228,6 +240,15 @@ void Program::apply(const Op& op, const Run& run) {
     }
     case OpKind::linear:
       linear(op, run);
+      break;
+    case OpKind::prefetch:
+      prefetch(op, run);
+      break;
+    case OpKind::route:
+      route(op, run);
+      break;
+    case OpKind::experts:
+      experts(op, run);
       break;
     case OpKind::rope_store:
       rope_store(op, run);
@@ -297,7 +318,7 @@ void Program::gated(const Op& op, const Run& run) {
     for (int t = 0; t < run.count; t++) {
       float* g = both + size_t(t) * 2 * kBlock;
       run.k.gate(gate.gate, g, g + kBlock, kBlock, g);
-      quantize(run.k, g, block, coded.out, t);
+      quantize(run.k, g, block, slots_[size_t(coded.out)], storage_[size_t(coded.out)], t);
     }
   }
 }

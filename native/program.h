@@ -11,7 +11,22 @@
 
 namespace chalot {
 
-enum class OpKind : int { embed, norm, quantize, linear, rope_store, attend, gate, gather, restore };
+enum class OpKind : int {
+  embed,
+  norm,
+  quantize,
+  linear,
+  rope_store,
+  attend,
+  gate,
+  gather,
+  restore,
+  route,
+  experts,
+  prefetch
+};
+enum class Routing : int { softmax, chosen, sigmoid };  // weights: of all scores, of the chosen, of each by itself
+constexpr int kMostExperts = 1024;
 
 struct Part {  // one matrix of a fused product
   Matrix w;
@@ -23,7 +38,9 @@ struct Op {
   OpKind kind;
   int in = -1, out = -1;  // slots; a linear op with out = -1 writes the batch's logits
   std::vector<Part> parts;
-  const float* weight = nullptr;  // norm: (width padded to 16); rope_store: q's and k's norm, (2, head stride), or none
+  // norm: (width padded to 16); rope_store: none, q's and k's norm of each head, (2, head stride), or of all heads
+  // together, (queries padded to 16), (keys padded to 16)
+  const float* weight = nullptr;
   size_t weight_size = 0;
   float number = 0;  // embed: factor; norm, rope_store: epsilon; attend: the scores' scale
   int layer = 0;
@@ -34,6 +51,11 @@ struct Op {
   float cap = 0;   // attend: scores become cap * tanh(score / cap); linear: so do logits; 0: they stay
   // linear: gate and up, which run as one with the gate and the quantize behind them; slots between are not written
   bool fused = false;
+  Routing routing = Routing::softmax;  // route
+  int top = 0;                         // route, experts: experts that a token takes
+  int routes = -1;                     // experts: the slot with their weights, -1 where they are not taken
+  int planes = 0;                      // experts: of what down is multiplied with; 0: numbers
+  size_t taken = 0;                    // experts: where its counts are; set by Program
 };
 
 struct Slot {
@@ -103,6 +125,8 @@ class Program {
   int width(int slot) const { return slot < 0 || size_t(slot) >= slots_.size() ? -1 : slots_[size_t(slot)].width; }
   int vocabulary() const { return vocabulary_; }
   const CacheShape& cache() const { return cache_; }
+  // For each operation that runs experts, in order: tokens that each one had, since the program was made.
+  const std::vector<std::vector<int64_t>>& taken() const { return taken_; }
 
  private:
   struct Storage {
@@ -125,6 +149,9 @@ class Program {
     int from() const { return int(int64_t(count) * id / threads); }
     int to() const { return int(int64_t(count) * (id + 1) / threads); }
   };
+  struct Group {  // the pairs of an expert and its tokens, one after another
+    int expert, first, count;
+  };
   struct Visible {  // positions [from, to) of a page
     int from, to;
   };
@@ -134,13 +161,26 @@ class Program {
   void check_fused(size_t op) const;
   void reserve(const Batch& batch, int threads);
   void cut_blocks(const Batch& batch, int threads);
-  void split(Shares& shares, const Op& op, int threads) const;
+  void split(Shares& shares, const Op& op, int threads, int tokens);
   void execute(Run run);
   void apply(const Op& op, const Run& run);
   void angles(const Run& run);
-  void quantize(const Kernels& k, const float* x, int block, int slot, int token);
+  static void quantize(const Kernels& k, const float* x, int block, const Slot& slot, Storage& to, int token);
   void linear(const Op& op, const Run& run);
   void gated(const Op& op, const Run& run);
+  void route(const Op& op, const Run& run);
+  void group(const Op& op, int tokens);
+  void reserve_experts(const Op& op, int tokens);
+  void gather_tokens(const Op& op, const Run& run);
+  void times(const Run& run, const Matrix& w, const Storage& from, const Slot& slot, const Group& g, int first,
+             int last, Output out);
+  void experts(const Op& op, const Run& run);
+  void make_block(const Op& op, const Run& run, const Group& g, const Slot& inner, int block, float* both);
+  void add_panels(const Op& op, const Run& run, const Group& g, const Slot& inner, int first, int last, float* made);
+  void check_experts(size_t op) const;
+  void prefetch(const Op& op, const Run& run) const;
+  void norm_all_heads(const Op& op, const Run& run);
+  bool of_all_heads(const Op& op) const { return op.weight && op.weight_size != size_t(2 * cache_.stride()); }
   void rope_store(const Op& op, const Run& run);
   void attend(const Op& op, const Run& run);
   struct Rows;
@@ -170,6 +210,10 @@ class Program {
   // reach_ ones else (0: all).
   int stream_ = 0, sinks_ = 0, reach_ = 0;
   Buffer cosine_, sine_, sink_cosine_, sink_sine_, logits_, partial_, best_;
+  Storage gathered_, inner_;   // what experts multiply, their tokens together; what gate and up make of it
+  std::vector<Group> groups_;  // of experts that some token takes
+  std::vector<int> pairs_;     // tokens, those of one expert together
+  std::vector<std::vector<int64_t>> taken_;
   std::vector<Block> blocks_;
   std::vector<int> held_;  // by thread and wanted row
   int most_pages_ = 0;     // that a block looks at

@@ -22,7 +22,7 @@ using namespace chalot;
 
 namespace {
 
-constexpr char kMagic[17] = "chalot replay 1\n";
+constexpr char kMagic[17] = "chalot replay 2\n";
 
 struct alignas(64) Line {
   uint8_t bytes[64];
@@ -88,7 +88,7 @@ Matrix read_matrix(File& f) {
 
 Op read_op(File& f) {
   Op op;
-  op.kind = f.one_of(OpKind::restore);
+  op.kind = f.one_of(OpKind::prefetch);
   op.in = f.whole();
   op.out = f.whole();
   op.parts.resize(f.count());
@@ -110,6 +110,10 @@ Op read_op(File& f) {
   op.cap = f.number();
   op.fused = f.whole();
   op.sinks = f.whole();
+  op.routing = f.one_of(Routing::sigmoid);
+  op.top = f.whole();
+  op.routes = f.whole();
+  op.planes = f.whole();
   return op;
 }
 

@@ -23,7 +23,7 @@ from chalot.load import Model, read_weights
 from chalot.model.transformer import build as build_program
 
 ROOT = Path(__file__).parent.parent
-MAGIC = b"chalot replay 1\n"
+MAGIC = b"chalot replay 2\n"
 RELEASE = ["-DCHALOT_REPLAY=ON", "-DCMAKE_BUILD_TYPE=Release"]
 
 

@@ -7,7 +7,20 @@ import pytest
 import tiny
 from chalot.kernels.backend import open_backend
 from chalot.model.config import FAMILIES, from_hugging_face
-from golden.cases import OLD, bitnet, gemma, gemma2, llama, mistral, qwen2, qwen3
+from golden.cases import (
+    OLD,
+    bitnet,
+    gemma,
+    gemma2,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from test_exactness import NATIVE, digest, feed, ids
 
 TOKENS = 24
@@ -22,6 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": gemma(),
     "gemma2": gemma2(sliding_window=9),
     "bitnet": bitnet("autobitlinear"),
+    "mixtral": mixtral(),
+    "qwen2_moe": qwen2_moe(num_experts=20),
+    "qwen3_moe": qwen3_moe(mlp_only_layers=[0]),
+    "olmoe": olmoe(),
 }
 
 

@@ -7,8 +7,8 @@ import pytest
 
 import chalot
 from chalot.describe import describe
-from chalot.formats.folders import open_folder
 from chalot.formats.checkpoint import Checkpoint
+from chalot.formats.folders import open_folder
 from chalot.formats.gguf import GgufFile
 from chalot.formats.gguf_blocks import BY_NAME
 from chalot.formats.gguf_names import to_gguf

@@ -11,7 +11,21 @@ from hypothesis import strategies as st
 from chalot.errors import ChalotError, FormatError, UnsupportedError
 from chalot.model.config import FAMILIES, ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import model_tensors
-from golden.cases import OLD, YARN, bitnet, gemma, gemma2, llama, mistral, qwen2, qwen3
+from golden.cases import (
+    OLD,
+    YARN,
+    bitnet,
+    gemma,
+    gemma2,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 
 BASES: dict[str, dict[str, Any]] = {
     "llama": llama(**OLD),
@@ -21,10 +35,18 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma": gemma(),
     "gemma2": gemma2(),
     "bitnet": bitnet("autobitlinear"),
+    "mixtral": mixtral(),
+    "qwen2_moe": qwen2_moe(use_sliding_window=True),
+    "qwen3_moe": qwen3_moe(use_sliding_window=True, sliding_window=20),
+    "olmoe": olmoe(),
 }
 WHOLE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "vocab_size", "max_position_embeddings", "sliding_window"),
+)
+OF_EXPERTS = (
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("shared_expert_intermediate_size", "decoder_sparse_step"),
 )
 POSITIVE = (
     *("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping"),
@@ -39,6 +61,7 @@ NAN, INF = float("nan"), float("inf")
 NO_NUMBERS: list[Any] = [0, -1, 1 << 120, 10**5000, INF, -INF, NAN, "8", "", True, [8], {"a": 8}]
 NULL = (  # keys of which null says as much as nothing
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+    *("decoder_sparse_step", "num_experts", "num_local_experts"),
     *POSITIVE,
     *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
 )
@@ -77,10 +100,10 @@ def test_the_bases_are_models() -> None:
 @pytest.mark.parametrize("family", BASES)
 def test_a_number_that_is_none_is_named(family: str) -> None:
     tried = 0
-    for key in (*WHOLE, *POSITIVE, *OF_ROPE):
+    for key in (*WHOLE, *POSITIVE, *OF_ROPE, *OF_EXPERTS):
         if not has(family, key):
             continue
-        whole = key in WHOLE or key == "original_max_position_embeddings"
+        whole = key in (*WHOLE, *OF_EXPERTS) or key == "original_max_position_embeddings"
         for value in [*NO_NUMBERS, *([2.5] if whole else [])]:
             said = refused(changed(family, key, value), key)
             assert "expected" in said and (value != 0 or " 0" in said), said
@@ -158,7 +181,17 @@ anything = st.recursive(
     ),
     max_leaves=6,
 )
-KEYS = (*WHOLE, *POSITIVE, *FLAGS, "rope_scaling", "rope_parameters", "layer_types", "hidden_act")
+KEYS = (
+    *WHOLE,
+    *OF_EXPERTS,
+    *POSITIVE,
+    *FLAGS,
+    "mlp_only_layers",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "hidden_act",
+)
 KEYS += ("hidden_activation", "max_window_layers", "dtype", "torch_dtype", "quantization_config")
 
 

@@ -124,6 +124,11 @@ def test_logits_are_those_of_transformers(case: Case, made: Path) -> None:
         ("gemma2", {"query_pre_attn_scalar": 25}),
         ("gemma2", {"sliding_window": 41}),
         ("bitnet", {"hidden_act": "silu"}),
+        ("mixtral", {"num_experts_per_tok": 3}),
+        ("qwen2-moe", {"norm_topk_prob": True}),
+        ("qwen3-moe", {"norm_topk_prob": False}),
+        ("qwen3-moe-plain", {"num_experts_per_tok": 2}),
+        ("olmoe", {"rms_norm_eps": 1e-4}),
     ],
 )
 def test_a_wrong_setting_shows(

@@ -12,10 +12,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """\
 # Commands
 
-What `chalot COMMAND --help` says, for all of them. This page is made by `tools/command_reference.py`.
+What `chalot COMMAND --help` says, for all of them; made by `tools/command_reference.py`.
 
-Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted. Answers go to stdout,
-everything else to stderr.
+Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted. Answers go to
+stdout, everything else to stderr.
 """
 
 

@@ -21,6 +21,7 @@ from chalot import __version__, machine
 from chalot.engine.generate import Work
 from chalot.errors import ContextError
 from chalot.load import Model, load
+from chalot.mixture import is_routed
 from chalot.sessions import OpenSession
 from chalot.table import pairs, rows, size
 
@@ -152,12 +153,14 @@ class ReadLoop:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of weights that one token reads: all of them, and of an untied embedding one row."""
-    total = 0
+    """Bytes of weights that one token reads: of an untied embedding one row, of experts its own."""
+    total, experts = 0, 0
     for name, entry in model.file.manifest.tensors.items():
         lookup_only = name == "embedding" and not model.config.tied
         total += entry.extent.bytes // (entry.shape[0] if lookup_only else 1)
-    return total
+        experts += entry.extent.bytes if is_routed(name) else 0
+    found = model.config.experts
+    return total if found is None else total - experts + experts * found.top // found.count
 
 
 def made_up_ids(model: Model, count: int) -> list[int]:

@@ -23,9 +23,10 @@ from chalot.formats.names import hugging_face
 from chalot.keeping import keeps
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
+from chalot.mixture import check_alike, refuse_mixture
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
 from chalot.model.config import ModelConfig, inverse_frequencies
-from chalot.model.layers import KINDS, TensorSpec, model_tensors
+from chalot.model.layers import KINDS, TensorSpec, layer_tensors, model_tensors
 from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
@@ -85,6 +86,7 @@ class Conversion:
         matrices = [s for s in self.specs if s.kind != "vector"]
         self.schemes = {s.name: scheme_of(how.schemes, s) for s in matrices}
         self.balanced = {s.name: scheme_of(how.balance or how.schemes, s) for s in matrices}
+        check_alike(self.schemes)
         self.absmean = how.ternary == "absmean"
         if self.absmean:
             own = {n for n, s in self.schemes.items() if s.fit == "ternary"}
@@ -98,6 +100,7 @@ class Conversion:
         self.plan = Plan()
         self.refining: Refining | None = None
         if how.refine is not None:
+            refuse_mixture(self.config, "--refine", "leave --refine out")
             self.refining = Refining(how.refine, checkpoint, self.config, self.schemes, backend)
         self.errors: dict[str, tuple[float, float]] = {}
         self.taken: set[str] = set()  # tensors that have the source's own codes
@@ -190,12 +193,10 @@ class Conversion:
 
     def _source_scheme(self, layer: int) -> Scheme:
         """The dense scheme that holds a layer's weights as the source stores them."""
-        dtype = self.checkpoint.tensors[hugging_face(f"layers.{layer}.query")].dtype
-        same = all(
-            self.checkpoint.tensors[hugging_face(f"layers.{layer}.{n}")].dtype == dtype
-            for n in ("key", "value", "output", "gate", "up", "down")
-        )
-        return SCHEMES[dtype if same and dtype in packing.DENSE else "f32"]
+        specs = [s for s in layer_tensors(self.config, layer) if s.kind not in ("vector", "router")]
+        types = {self.checkpoint.tensors[hugging_face(s.name)].dtype for s in specs}
+        dtype = types.pop()
+        return SCHEMES[dtype if not types and dtype in packing.DENSE else "f32"]
 
     def _digest(self, spec: TensorSpec) -> None:
         """Let the source's digest have a matrix that is written later."""

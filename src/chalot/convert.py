@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from chalot import __version__, machine
-from chalot.conversion import Conversion, KindReport, Progress
+from chalot.checking import read_config
+from chalot.conversion import Conversion, KindReport, Progress, calibration_ids
 from chalot.errors import LimitError, OutputError, SchemeError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile, Source
@@ -58,6 +59,7 @@ def convert(
     balance: str | None = None,
     ternary: str = TERNARY[0],
     refine: Refine | None = None,
+    experts: int | None = None,
     regions: str | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
@@ -69,8 +71,9 @@ def convert(
     tensors go by it and not by `scheme`. `balance` folds channels of a dense file as another scheme
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
     BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
-    the layers ("shallow=0-5,deep=6-17,fact=18-23"). Peak memory is that of a layer and its largest
-    tensor (chalot.fitting). The file appears whole or not at all.
+    the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
+    stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
+    (chalot.fitting). The file appears whole or not at all.
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
@@ -81,27 +84,48 @@ def convert(
         scheme=(scheme, MAY_TEXT),
         threads=(threads, MAY_COUNT),
         plan=(plan, MAY_PATH),
+        experts=(experts, MAY_COUNT),
         refine=(refine, ("a chalot.refining.Refine or None", (Refine, type(None)))),
     )
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     asked = [] if scheme is None else ["--scheme", scheme]
     asked += [] if plan is None else ["--plan", str(plan)]
+    asked += [] if experts is None else ["--experts", str(experts)]
     said = command or shlex.join(["chalot", "convert", str(source), *asked])
     name = name or called(source)
     found = resolve(source, progress)
     check_place(Path(out), found)
     checkpoint = open_checkpoint(found)
     try:
+        some = with_experts(checkpoint, experts, threads, plan is not None)
         notes: list[str] = []
         schemes = schemes_for(
-            scheme, checkpoint, None if plan is None else Path(plan), notes.append, regions
+            scheme, some, None if plan is None else Path(plan), notes.append, regions
         )
         balanced = parse_schemes(balance) if balance else None
         how = Storing(schemes, balanced, ternary, refine, notes, regions)
         watch = progress or (lambda *_: None)
-        return write_myai(checkpoint, Path(out), how, name, said, threads, watch)
+        return write_myai(some, Path(out), how, name, said, threads, watch)
     finally:
         checkpoint.close()
+
+
+def with_experts(
+    checkpoint: Checkpoint, experts: int | None, threads: int | None, planned: bool
+) -> Checkpoint:
+    """The checkpoint, with so many of each layer's experts if that is asked for.
+
+    Raises SchemeError for a number that cannot be, and beside a plan.
+    """
+    if experts is None:
+        return checkpoint
+    if planned:
+        raise SchemeError(f"--experts {experts}: a plan names all experts; leave one of them out")
+    from chalot.pruning import pruned
+
+    config = read_config(checkpoint)
+    ids = calibration_ids(checkpoint, config)
+    return pruned(checkpoint, experts, open_backend(threads=threads), ids)
 
 
 def write_myai(

@@ -26,6 +26,7 @@ from chalot.keeping import KEEP, kept, usual_of
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.library import is_ready
 from chalot.load import read_model_config
+from chalot.mixture import mixture_report
 from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
@@ -95,6 +96,8 @@ def describe(
             )
         finally:
             checkpoint.close()
+    config = msgspec.convert(found.architecture, ModelConfig)
+    found = dataclasses.replace(found, mixture=mixture_report(config, found.tensors))
     full = found.architecture["context"]
     wanted = {0, min(USUAL_CONTEXT, full), full} | (set() if context is None else {context})
     shown = tuple(found.memory(n) for n in sorted(wanted))

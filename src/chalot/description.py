@@ -11,6 +11,7 @@ from chalot.fitting import render as render_fit
 from chalot.formats.files import quoted
 from chalot.kernels.program import CACHE
 from chalot.memory import Memory, Stored
+from chalot.mixture import MixtureReport
 from chalot.model.config import ModelConfig
 from chalot.quant.scheme import SCHEMES
 from chalot.region_bytes import RegionReport, region_table
@@ -92,6 +93,7 @@ class Description:
     scheme: str | None = None  # by which what is no .myai file yet is judged
     regions: tuple[RegionReport, ...] = ()
     fit: Fit | None = None  # of such a source: every scheme, and the best
+    mixture: MixtureReport | None = None
 
     def memory(self, context: int, kv: str = CACHE, whole: bool = False) -> Memory:
         """Resident bytes of a process that has loaded the model and filled `context` tokens.
@@ -119,6 +121,7 @@ class Description:
             text,
             self.origin.tables,
             self.file_bytes if whole else 0,
+            self.mixture.expert_bytes if self.mixture else 0,
         )
 
     def fits(self, context: int) -> bool | None:
@@ -148,6 +151,7 @@ def _facts(report: Description) -> str:
         ("family", a["family"]),
         ("parameters", f"{report.parameters:,}"),
         ("layers", f"{a['layers']}, hidden {a['hidden']:,}, feed-forward {a['feed_forward']:,}"),
+        *mixture_facts(report.mixture),
         ("heads", f"{a['heads']} of {a['head_dim']}, {a['kv_heads']} of keys and values"),
         ("vocabulary", f"{a['vocabulary']:,}{', tied' if a['tied'] else ''}"),
         ("context", f"{a['context']:,} tokens"),
@@ -169,6 +173,25 @@ def _facts(report: Description) -> str:
     others = [name for name in k.runs_here if name != k.chosen]
     facts.append(("kernels", f"{k.chosen} on {k.threads} threads; also run: {', '.join(others)}"))
     return pairs(facts)
+
+
+def mixture_facts(found: MixtureReport | None) -> list[tuple[str, str]]:
+    """Lines of a mixture; none of a dense model."""
+    if found is None:
+        return []
+    shared = f", and a shared one of {found.shared_width:,}" if found.shared_width else ""
+    return [
+        (
+            "experts",
+            f"{found.experts} of width {found.width:,} in {found.layers} layers, "
+            f"a token takes {found.top}{shared}",
+        ),
+        (
+            "a token",
+            f"uses {found.active_parameters:,} parameters, reads {size(found.token_bytes)}; "
+            f"all experts are {size(found.expert_bytes)}",
+        ),
+    ]
 
 
 def _kind_table(report: Description) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from chalot import export_gguf, export_safetensors
 from chalot.conversion import Progress
-from chalot.convert import ConvertReport, check_place, write_myai
+from chalot.convert import ConvertReport, check_place, with_experts, write_myai
 from chalot.errors import SchemeError
 from chalot.export_npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -86,14 +86,17 @@ TARGETS = {
     "myai": Target(
         to_myai,
         ".myai",
-        ("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions"),
+        (
+            *("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions"),
+            "experts",
+        ),
     ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
         to_safetensors,
         ".safetensors",
-        ("type",),
+        ("type", "experts"),
         folder=True,
         type=export_safetensors.DEFAULT_TYPE,
     ),
@@ -153,12 +156,14 @@ def export(
     progress: Progress | None = None,
     command: str | None = None,
     refine: Refine | None = None,
+    experts: int | None = None,
     regions: str | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
     Without `to`, the ending of `out` says it. `type` is of gguf and safetensors, `scheme` of myai,
-    `bits` of npz ("4"), and `tokenizer` of gguf. The file or folder appears whole or not at all.
+    `bits` of npz ("4"), and `tokenizer` of gguf; of a mixture so many `experts` of each layer stay
+    (chalot.pruning). The file or folder appears whole or not at all.
     Raises SchemeError for a target, type or setting that is not known or has no use, and any other
     ChalotError for what is wrong with source or place.
     """
@@ -173,11 +178,12 @@ def export(
         plan=(plan, MAY_PATH),
         bits=(bits, MAY_TEXT),
         threads=(threads, MAY_COUNT),
+        experts=(experts, MAY_COUNT),
     )
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
-    given |= {"refine": refine is not None, "regions": regions}
+    given |= {"refine": refine is not None, "regions": regions, "experts": experts is not None}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     options = Options(
         str(source),
@@ -197,6 +203,7 @@ def export(
     check_place(Path(out), found)
     checkpoint = open_checkpoint(found)
     try:
-        return TARGETS[to].write(checkpoint, Path(out), options)
+        some = with_experts(checkpoint, experts, threads, plan is not None)
+        return TARGETS[to].write(some, Path(out), options)
     finally:
         checkpoint.close()

@@ -27,6 +27,7 @@ from chalot.formats.gguf_names import PERMUTED, SHIFTED, to_gguf
 from chalot.formats.gguf_vocabulary import tokenizer_metadata
 from chalot.formats.gguf_writer import GgufWriter, TensorPlan, Value, header
 from chalot.formats.names import hugging_face
+from chalot.mixture import refuse_mixture
 from chalot.model.config import ModelConfig
 from chalot.model.layers import KINDS, TensorSpec
 from chalot.model.rope import kept
@@ -86,6 +87,7 @@ class GgufExport(Export):
         self, checkpoint: Checkpoint, types: Mapping[str, str], threads: int, progress: Progress
     ) -> None:
         super().__init__(checkpoint, progress)
+        refuse_mixture(self.config, "GGUF", "export it as safetensors")
         self.fields = fields(self.config)
         self.row = written(self.fields)
         self.types, self.threads = types, threads

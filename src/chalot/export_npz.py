@@ -19,6 +19,7 @@ from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.names import hugging_face
 from chalot.formats.npz_writer import NpzWriter
+from chalot.mixture import refuse_mixture
 from chalot.model.config import ModelConfig
 from chalot.model.layers import TensorSpec
 from chalot.quant.rows import BITS, Rows, dequantize_rows, quantize_rows, row_bytes
@@ -32,6 +33,7 @@ class NpzExport(Export):
 
     def __init__(self, checkpoint: Checkpoint, bits: int, progress: Progress) -> None:
         super().__init__(checkpoint, progress)
+        refuse_mixture(self.config, "NPZ", "export it as safetensors")
         self.bits = bits
 
     def stored_bytes(self, spec: TensorSpec) -> int:

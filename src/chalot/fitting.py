@@ -137,7 +137,8 @@ def converting_bytes(
     run = numbers * 4 * (COPIES if coded else DENSE_COPIES)
     layer = 0
     if coded:
-        specs = [t for t in layer_tensors(config, 0) if t.kind != "vector"]
+        most = max(range(config.layers), key=lambda i: config.experts_of(i) is not None)
+        specs = [t for t in layer_tensors(config, most) if t.kind != "vector"]
         types = {source[n].dtype for t in specs if (n := hugging_face(t.name)) in source}
         width = WIDTHS.get(types.pop(), 4) if len(types) == 1 else 4
         counts = [prod(t.shape) for t in specs]

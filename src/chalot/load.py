@@ -22,6 +22,7 @@ from chalot.engine.generate import CHUNK, Engine, Session, Stats, Work
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling
 from chalot.errors import ContextError, FormatError, LimitError, TokenizerError
+from chalot.experts_memory import ExpertsMemory
 from chalot.formats.documents import parse_json
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
@@ -121,6 +122,7 @@ class Model:
         activations: int | None = None,
         mmap: bool = True,
         mlock: bool = False,
+        experts_resident: int | None = None,
         keep: Iterable[str] = (),
         budget: int | None = None,
         early_exit: Margin = None,
@@ -140,6 +142,8 @@ class Model:
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
         for, for dense matrices too: for measuring. Without `mmap` the file is read into memory of
         this process's own, in huge pages where the system has them; `mlock` keeps it in memory.
+        Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
+        the rest is read when it is used; answers are the same (docs/experts.md).
         `keep` names regions of layers that are locked in memory, `budget` is the most bytes of
         weights there: the rest is read again in each forward pass (chalot.residence).
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
@@ -154,16 +158,21 @@ class Model:
         a draft model with other ids.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
-        counts |= {"window": window, "sinks": sinks}
+        counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
+        whole = mlock or budget is not None or early_exit is not None
+        if whole and experts_resident is not None:
+            raise LimitError(
+                "--experts-resident does not go with --mlock, --budget or --early-exit; give one"
+            )
         if mlock and budget is not None:
             raise LimitError("--mlock keeps the whole file in memory, --budget does not; give one")
         self.residence = Residence(self.file, self.config, keep, budget)
         if mlock:
             lock(self.file)
-        elif mmap and self.residence.stream is None:
+        elif mmap and self.residence.stream is None and experts_resident is None:
             read_ahead(self.file)
         if kv not in CACHE_TYPES:
             raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
@@ -187,6 +196,8 @@ class Model:
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         looked_at = self.residence.looked_at
         weights = read_weights(self.file, self.config, activations, looked_at)
+        self.experts = ExpertsMemory(self.file, self.config, experts_resident)
+        weights = self.experts.with_paging(weights)
         self.maker = Maker(self.config, weights, frequencies, shape, self.backend)
         streams = self.residence.stream is not None
         self.reflexes = Reflexes(self.file, self.maker, calibration, early_exit, streams)
@@ -197,7 +208,7 @@ class Model:
             self.config.vocabulary,
             self.context,
             self.backend.exp,
-            self.file.check_length,
+            self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
         )
         self.kept = sessions.Kept(
@@ -218,7 +229,9 @@ class Model:
         if runnable is None and self.residence.stream is None:
             program = build(made.config, made.weights, made.inverse_frequency, kv)
             self.head_input = head_input(program)
-            return self.backend.compile(program)
+            whole = self.backend.compile(program)
+            self.experts.attach(whole, program, made.weights)
+            return whole
         if runnable is None:
             runnable = Pieces(made, self.residence.borders)
             runnable.before = self.residence.before_piece(p.layers for p in runnable.pieces)
@@ -227,10 +240,11 @@ class Model:
 
     @property
     def reports(self) -> dict[str, Any]:
-        """What memory and early exit came to so far, where they were asked for: str says it too."""
+        """What memory, early exit and experts came to, where asked for: str says it too."""
         memory = self.residence.report() if self.residence.asked else None
-        both = {"residency": memory, "early_exit": self.reflexes.report()}
-        return {name: report for name, report in both.items() if report is not None}
+        found: dict[str, Any] = {"residency": memory, "early_exit": self.reflexes.report()}
+        found["experts"] = self.experts.report()
+        return {name: report for name, report in found.items() if report is not None}
 
     # ---- text
 

@@ -26,7 +26,8 @@ import numpy as np
 from chalot.engine.generate import CHUNK
 from chalot.errors import ContextError
 from chalot.kernels.backend import thread_count
-from chalot.kernels.program import CACHE, PAGE, Slot
+from chalot.kernels.program import CACHE, PAGE, Op, Program, Slot
+from chalot.mixture import untouched
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build, cache_shape
@@ -78,13 +79,15 @@ def estimate(
     text: bool = True,
     tables: int = 0,
     whole: int = 0,
+    experts: int = 0,
 ) -> Memory:
     """What a process takes that has loaded the model and filled `context` positions.
 
     `stored` has every matrix by name; `weights` and `embedding` are bytes of all tensors and of the
     embedding; `text` is whether there is a tokenizer, `tables` the bytes of its tables, if it has
-    them; `whole` the bytes of the file if all of it is resident. Raises ContextError for a context
-    that the model does not have.
+    them; `whole` the bytes of the file if all of it is resident; `experts` the bytes of routed
+    experts, not all of which a short text touches. Raises ContextError for a context that the model
+    does not have.
     """
     if not 0 <= context <= config.context:
         raise ContextError(f"--context {context}: this model was made for 0 to {config.context}")
@@ -94,6 +97,8 @@ def estimate(
     elif not config.tied:
         runs = max(1, embedding // NEIGHBOURS)
         unread = int(embedding * (1 - 1 / runs) ** max(context, 1))
+    if not whole:
+        unread += untouched(config.experts, experts, context)
     cached = cache_bytes(config, context, kv)
     tokens = min(max(context, 1), CHUNK)
     buffers = buffer_bytes(config, stored, tokens)
@@ -139,14 +144,23 @@ def buffer_bytes(config: ModelConfig, stored: Mapping[str, Stored], tokens: int)
     widest = max(m.shape[1] for m in matrices.values())
     rows = max(QUERY_ROWS, config.heads // config.kv_heads)
     attending = rows * (round_up(config.head_dim, PANEL) * 14 + 6 * PAGE + 76)
+    pairs = max((pair_bytes(op, program) for op in program.ops), default=0)
     scratch = max(round_up(widest, BLOCK) * 2 * PANEL + 32768, attending) + tokens * 2 * BLOCK * 4
     return (
-        tokens * (sum(map(slot_bytes, program.written())) + config.head_dim * 4)
+        tokens * (sum(map(slot_bytes, program.written())) + config.head_dim * 4 + pairs)
         + thread_count(None) * scratch
         + sum(v.nbytes for v in vectors.values())
         + config.vocabulary * LOGIT_BYTES
         + len(specs) * TENSOR_OBJECT
     )
+
+
+def pair_bytes(op: Op, program: Program) -> int:
+    """Bytes a token of what its experts multiply and make, copied side by side."""
+    if op.kind != "experts":
+        return 0
+    inner = Slot(op.parts[0].matrix.shape[0], op.planes)
+    return op.top * (slot_bytes(program.slots[op.source]) + slot_bytes(inner))
 
 
 def slot_bytes(slot: Slot) -> int:

@@ -17,10 +17,11 @@ from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.model.regions import Regions, check_regions, parse_regions
 from chalot.planfile import planned_schemes, read_plan
 from chalot.quant import packing
-from chalot.quant.scheme import Scheme
+from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.refining import Refine
 
 DEFAULT_SCHEME = "nl4"
+ROUTER_SCHEME = "f32"  # small, and a wrong choice of experts is a large error
 DOCUMENTS = (  # of a source, that its file holds too
     "config.json",
     "generation_config.json",
@@ -53,14 +54,14 @@ class Storing:
 def parse_schemes(text: str) -> dict[str, Scheme]:
     """The scheme of each kind of tensor: "nl4" for all, or "attention=int8,ffn=nl4".
 
-    A kind that is not named takes the default; a head that is not named goes with the embedding.
-    "keep" gives the default too: see `schemes_for`. Raises SchemeError for unknown kinds or
-    schemes.
+    A kind that is not named takes the default, but for a head, which goes with the embedding, and
+    routers, which stay f32. "keep" gives the default too: see `schemes_for`. Raises SchemeError for
+    unknown kinds or schemes.
     """
     if text.strip().lower() == KEEP:
         text = DEFAULT_SCHEME
     if "=" not in text:
-        return dict.fromkeys(KINDS, Scheme.parse(text))
+        return dict.fromkeys(KINDS, Scheme.parse(text)) | {"router": SCHEMES[ROUTER_SCHEME]}
     chosen: dict[str, Scheme] = {}
     for item in text.split(","):
         kind, _, name = (part.strip() for part in item.partition("="))
@@ -71,6 +72,7 @@ def parse_schemes(text: str) -> dict[str, Scheme]:
         chosen[kind] = Scheme.parse(name)
     default = Scheme.parse(DEFAULT_SCHEME)
     chosen.setdefault("head", chosen.get("embedding", default))
+    chosen.setdefault("router", SCHEMES[ROUTER_SCHEME])
     return {kind: chosen.get(kind, default) for kind in KINDS}
 
 

@@ -67,7 +67,10 @@ def unfolding(config: ModelConfig, layer: int, made: Rows, source: Rows) -> Plan
     def note_rows(name: str, factor: Floats) -> None:
         plan.rows[p + name] = plan.rows[p + name + ".bias"] = factor
 
-    norms = {"attention_norm": ("query", "key", "value"), ffn_norm(c): ("gate", "up")}
+    norms: dict[str, tuple[str, ...]] = {"attention_norm": ("query", "key", "value")}
+    dense = c.experts_of(layer) is None  # experts are not folded
+    if dense:
+        norms[ffn_norm(c)] = ("gate", "up")
     if c.inner_norms:
         norms |= {"attention_inner_norm": ("output",), "ffn_inner_norm": ("down",)}
     if c.head_norms:  # balanced with each other
@@ -78,10 +81,13 @@ def unfolding(config: ModelConfig, layer: int, made: Rows, source: Rows) -> Plan
         plan.columns.update(dict.fromkeys((p + name for name in readers), nearest(found, wanted)))
     repeats = c.heads // c.kv_heads
     pairs: list[tuple[str, str, int, tuple[int, int, int, int]]] = []
-    if not c.head_norms:  # rope turns dimensions i and half + i of a head together
+    if not (
+        c.head_norms or c.whole_norms
+    ):  # rope turns dimensions i and half + i of a head together
         pairs.append(("key", "query", 1, (c.kv_heads, repeats, 2, c.head_dim // 2)))
     if not c.inner_norms:  # query heads of a group read one value head
         pairs.append(("value", "output", 0, (c.kv_heads, repeats, 1, c.head_dim)))
+    if dense and not c.inner_norms:
         pairs.append(("up", "down", 0, (1, 1, 1, c.feed_forward)))
     for giver, taker, axis, shape in pairs:
         sizes = [

@@ -121,6 +121,42 @@ def bitnet(linear: str, mode: str = "offline", **changes: Any) -> dict[str, Any]
     return config | {"quantization_config": packed} | changes
 
 
+def mixtral(**changes: Any) -> dict[str, Any]:
+    """A config.json as Mixtral 8x7B ships it."""
+    usual = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "rms_norm_eps": 1e-5}
+    sizes = {"intermediate_size": 80, "num_local_experts": 6, "num_experts_per_tok": 2}
+    rest = {"sliding_window": None, "router_aux_loss_coef": 0.02, "output_router_logits": False}
+    return without(mistral(**usual, **sizes, **rest), "mlp_bias") | changes
+
+
+MOE = {"moe_intermediate_size": 48, "num_experts": 7, "num_experts_per_tok": 3} | {
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": False,
+    "tie_word_embeddings": False,
+}
+
+
+def qwen2_moe(**changes: Any) -> dict[str, Any]:
+    """A config.json as Qwen1.5-MoE and Qwen2-57B-A14B ship it."""
+    usual = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}
+    return qwen2(**usual, **MOE, shared_expert_intermediate_size=72) | changes
+
+
+def qwen3_moe(**changes: Any) -> dict[str, Any]:
+    """A config.json as Qwen3-30B-A3B ships it."""
+    usual = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    return qwen3(**usual, **MOE | {"norm_topk_prob": True}) | changes
+
+
+def olmoe(**changes: Any) -> dict[str, Any]:
+    """A config.json as OLMoE ships it."""
+    usual = {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "clip_qkv": None}
+    sizes = {"intermediate_size": 56, "num_experts": 8, "num_experts_per_tok": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "norm_topk_prob": False}
+    return without(llama(**usual, **sizes, **heads), "mlp_bias", "pretraining_tp") | changes
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint: its config.json, how its tensors are stored, and how long the text is."""
@@ -253,6 +289,22 @@ CASES = {
             bitnet("autobitlinear", hidden_size=320, intermediate_size=400, head_dim=80),
             "f32",
         ),
+        Case("mixtral", mixtral()),
+        Case("mixtral-window", mixtral(sliding_window=20, num_experts_per_tok=1), "f32", shards=2),
+        Case("qwen2-moe", qwen2_moe()),
+        Case(
+            "qwen2-moe-sparse",
+            qwen2_moe(
+                **{"decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True},
+                **{"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 20},
+                **{"qkv_bias": False, "max_window_layers": 3},
+            ),
+            "f32",
+        ),
+        Case("qwen3-moe", qwen3_moe()),
+        Case("qwen3-moe-plain", qwen3_moe(norm_topk_prob=False, attention_bias=True), "f32"),
+        Case("olmoe", olmoe()),
+        Case("olmoe-groups", olmoe(num_key_value_heads=2, norm_topk_prob=True), "f32"),
     )
 }
 
@@ -265,7 +317,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     size = config.get("head_dim", hidden // heads)
     keys = config.get("num_key_value_heads", heads) * size
     family = config["model_type"]
-    biased = {"q_proj", "k_proj", "v_proj"} if family == "qwen2" else set()
+    always = family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True))
+    biased = {"q_proj", "k_proj", "v_proj"} if always else set()
     if config.get("attention_bias"):
         biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
     if config.get("mlp_bias"):
@@ -273,7 +326,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if family == "gemma2":
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if family == "qwen3":
+    if family == "olmoe":
+        norms |= {"self_attn.q_norm": heads * size, "self_attn.k_norm": keys}
+    if family in ("qwen3", "qwen3_moe"):
         norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
     if family == "bitnet":
         norms |= {"self_attn.attn_sub_norm": hidden, "mlp.ffn_sub_norm": inner}
@@ -284,14 +339,39 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."
         out |= {f"{at}{name}.weight": (n,) for name, n in norms.items()}
-        for part, matrices in (("self_attn", attention), ("mlp", feed)):
+        fed = expert_shapes(config, i) or {f"mlp.{name}": shape for name, shape in feed.items()}
+        for part, matrices in (("self_attn.", attention), ("", fed)):
             for name, shape in matrices.items():
-                out[f"{at}{part}.{name}.weight"] = shape
-                if name in biased:
-                    out[f"{at}{part}.{name}.bias"] = shape[:1]
+                out[f"{at}{part}{name}.weight"] = shape
+                if name.removeprefix("mlp.") in biased:
+                    out[f"{at}{part}{name}.bias"] = shape[:1]
     out["model.norm.weight"] = (hidden,)
     if not config.get("tie_word_embeddings", family.startswith("gemma")):
         out["lm_head.weight"] = (config["vocab_size"], hidden)
+    return out
+
+
+def expert_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of a layer's experts by their names within it; none of a dense layer."""
+    count = config.get("num_local_experts", config.get("num_experts", 0))
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not count or (layer + 1) % step or layer in dense:
+        return {}
+    hidden = config["hidden_size"]
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    if config["model_type"] == "mixtral":
+        at, names = "block_sparse_moe.", ("w1", "w3", "w2")
+    else:
+        at, names = "mlp.", ("gate_proj", "up_proj", "down_proj")
+    out: dict[str, tuple[int, ...]] = {at + "gate": (count, hidden)}
+    each = {f"{at}experts.{e}.": width for e in range(count)}
+    shared = config.get("shared_expert_intermediate_size")
+    if shared:
+        each[at + "shared_expert."] = shared
+        out[at + "shared_expert_gate"] = (1, hidden)
+    for p, inner in each.items():
+        out |= {p + names[0]: (inner, hidden), p + names[1]: (inner, hidden)}
+        out[p + names[2]] = (hidden, inner)
     return out
 
 

@@ -63,6 +63,8 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="NAME=FIRST-LAST,...",
         help="layers by name (default: shallow, deep, fact; 0-5, 6-17, 18-23 of 24)",
     )
+    text = "of each layer's experts, those that a text takes most: another model, smaller"
+    parser.add_argument("--experts", type=int, metavar="K", help=text)
     parser.add_argument("--refine", help="better codes at the same bytes: gptq or hqq")
     parser.add_argument(
         "--calibration", metavar="FILE", help="text for --refine (default: chalot's own)"
@@ -97,6 +99,8 @@ def main(arguments: Arguments) -> int:
     check_settings(arguments)
     if arguments.plan and arguments.dry_run:
         arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
+    if arguments.experts is not None and (arguments.fit or arguments.dry_run):
+        arguments.parser.error("--fit and --dry-run judge all experts; leave --experts out")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -178,6 +182,7 @@ def one(source: str, arguments: Arguments) -> Any:
             progress=advance,
             command=command,
             refine=refine,
+            experts=arguments.experts,
             regions=arguments.regions,
         )
     if not arguments.json:

@@ -61,6 +61,8 @@ def sampling_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--no-mmap", dest="mmap", action="store_false", help="read it into memory, in huge pages"
     )
+    text = "of each layer's experts, those that stay in memory; the rest is read when it is used"
+    parser.add_argument("--experts-resident", type=int, metavar="N", help=text)
     parser.add_argument(
         "--keep", type=names, default=(), metavar="REGION,...", help="keep regions in memory"
     )
@@ -121,7 +123,7 @@ def open_model(arguments: Arguments) -> Any:
 
     path = converted(arguments.model, arguments)
     names: tuple[str, ...] = ("threads", "context", "kv", "kv_budget", "mmap", "mlock")
-    names += ("draft", "draft_tokens")
+    names += ("draft", "draft_tokens", "experts_resident")
     names += ("keep", "budget", "early_exit", "window", "sinks")
     options = {name: getattr(arguments, name) for name in names}
     options["texts"] = max(getattr(arguments, "answers", None) or 1, 1)

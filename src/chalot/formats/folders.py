@@ -1,10 +1,13 @@
-"""A Hugging Face folder by what its config.json says of how matrices are stored."""
+"""A Hugging Face folder by what its config.json says of how matrices are stored.
+
+Experts are given one by one, whatever their names in the files.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from chalot.errors import UnsupportedError
-from chalot.formats import bitnet, packed
+from chalot.formats import bitnet, experts, packed
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
@@ -39,7 +42,7 @@ def as_computed(
     """The tensors of headers as `open_folder` would give them, before there is a folder."""
     method, settings = method_of(config, f"{where}: config.json")
     if not method:
-        return tensors
+        return experts.listed(tensors, where)
     if method == "bitnet":
         packing = bitnet.read_packing(settings, f"{where}: config.json")
         return bitnet.describe_tensors(tensors, packing, where)
@@ -52,7 +55,7 @@ def open_folder(path: Path) -> Checkpoint:
     try:
         method, settings = method_of(folder.document("config.json"), path / "config.json")
         if not method:
-            return folder
+            return experts.expert_by_expert(folder)
         if method == "bitnet":
             packing = bitnet.read_packing(settings, path / "config.json")
             return bitnet.BitNetFolder(folder, packing)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.formats import gguf_config, gguf_tokenizer
+from chalot.formats import gguf_config, gguf_experts, gguf_tokenizer
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.files import open_inside, open_regular, quoted, read_at
 from chalot.formats.gguf_blocks import READABLE, decode
@@ -251,6 +251,12 @@ class GgufFile:
                     f"{at} is {stored.kind.name}; chalot reads {', '.join(READABLE)}: take a file "
                     "of one of these types, or convert the original weights"
                 )
+            experts = dict(gguf_experts.one_by_one(name, stored, part.path))
+            if experts:
+                if experts.keys() & places.keys():
+                    raise FormatError(f"{at} holds what another tensor holds; expected it once")
+                places |= {theirs: _Place(part, each) for theirs, each in experts.items()}
+                continue
             theirs = from_gguf(name, self.architecture) or name
             turned = self.architecture in PERMUTED and re.search(r"[qk]_proj\.", theirs)
             if turned and (head % 2 or stored.shape[0] % head):

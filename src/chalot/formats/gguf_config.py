@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
+from chalot.formats import gguf_experts
 from chalot.formats.gguf_header import Metadata, Stored, quoted_value
 
 Config = dict[str, Any]
@@ -40,11 +41,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             "final_logit_softcapping": ("final_logit_softcapping", 30.0),
         },
     ),
+    "qwen2moe": Architecture({"model_type": "qwen2_moe", "hidden_act": "silu"}),
+    "qwen3moe": Architecture({"model_type": "qwen3_moe", "hidden_act": "silu"}),
+    "olmoe": Architecture({"model_type": "olmoe", "hidden_act": "silu"}),
     "bitnet": Architecture({"model_type": "bitnet", "hidden_act": "silu"}),
     "bitnet-b1.58": Architecture({"model_type": "bitnet", "hidden_act": "relu2"}),
 }
 CLASSES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "bitnet": "BitNetForCausalLM",
 }  # fmt: skip
 NEUTRAL: Config = {  # what changes a model's function -> the value that does not
@@ -109,7 +115,7 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         "num_attention_heads": heads,
         "num_key_value_heads": integer("attention.head_count_kv", heads),
         "head_dim": head,
-        "intermediate_size": integer("feed_forward_length"),
+        "intermediate_size": integer("feed_forward_length", _feed(tensors)),
         "max_position_embeddings": integer("context_length"),
         "rms_norm_eps": metadata.number(f"{name}.attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
@@ -123,11 +129,21 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         wide = config["num_hidden_layers"] == GEMMA2_27B_LAYERS
         config["query_pre_attn_scalar"] = hidden // heads if wide else head
         config["sliding_window"] = integer("attention.sliding_window", 4096)
+    config |= gguf_experts.settings(metadata, name, tensors, config["num_hidden_layers"])
+    if "num_local_experts" in config:
+        config |= {"model_type": "mixtral", "architectures": [CLASSES["mixtral"]]}
+    if name == "qwen2moe":
+        config["qkv_bias"] = config["attention_bias"]
     for token in ("bos", "eos", "padding"):
         key = f"tokenizer.ggml.{token}_token_id"
         if key in metadata:
             config[f"{token.removesuffix('ding')}_token_id"] = metadata.integer(key)
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _feed(tensors: Mapping[str, Stored]) -> int | None:
+    """Of a mixture without dense layers, where metadata may say 0 or nothing: any number does."""
+    return 1 if any(".ffn_gate_inp." in name for name in tensors) else None
 
 
 def _rows_of_tokens(metadata: Metadata, tensors: Mapping[str, Stored]) -> int:
@@ -146,8 +162,6 @@ def _rows_of_tokens(metadata: Metadata, tensors: Mapping[str, Stored]) -> int:
 
 def _refuse_unknown(metadata: Metadata, name: str, known: set[str]) -> None:
     """Raise UnsupportedError for what would change the function, and is not among the `known`."""
-    if metadata.integer(f"{name}.expert_count", 0):
-        raise UnsupportedError(f"{metadata.where}: mixtures of experts cannot be run")
     for short in sorted(NEUTRAL.keys() - known):
         key = f"{name}.{short}"
         found = metadata.values.get(key, NEUTRAL[short])

@@ -32,6 +32,10 @@ LAYER = MappingProxyType(  # blk.N.* -> model.layers.N.*
         "ffn_up": "mlp.up_proj",
         "ffn_sub_norm": "mlp.ffn_sub_norm",
         "ffn_down": "mlp.down_proj",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+        "ffn_up_shexp": "mlp.shared_expert.up_proj",
+        "ffn_down_shexp": "mlp.shared_expert.down_proj",
     }
 )
 CHANGED = MappingProxyType(  # architecture -> rows that replace those of LAYER

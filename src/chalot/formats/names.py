@@ -1,4 +1,4 @@
-"""chalot's tensor names to Hugging Face's: one table. {i} stands for the layer.
+"""chalot's tensor names to Hugging Face's: one table. {i} stands for the layer, {e} for the expert.
 
 Gemma 2's post_attention_layernorm is another norm than everybody else's: so it has another name
 here, and the norm before the feed-forward has two.
@@ -24,6 +24,14 @@ HUGGING_FACE = {
     "layers.{i}.ffn_inner_norm": "model.layers.{i}.mlp.ffn_sub_norm.weight",
     "layers.{i}.ffn_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
     "layers.{i}.down": "model.layers.{i}.mlp.down_proj.weight",
+    "layers.{i}.router": "model.layers.{i}.mlp.gate.weight",
+    "layers.{i}.experts.{e}.gate": "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+    "layers.{i}.experts.{e}.up": "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+    "layers.{i}.experts.{e}.down": "model.layers.{i}.mlp.experts.{e}.down_proj.weight",
+    "layers.{i}.shared.gate": "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
+    "layers.{i}.shared.up": "model.layers.{i}.mlp.shared_expert.up_proj.weight",
+    "layers.{i}.shared.down": "model.layers.{i}.mlp.shared_expert.down_proj.weight",
+    "layers.{i}.shared_router": "model.layers.{i}.mlp.shared_expert_gate.weight",
 }
 
 
@@ -32,7 +40,10 @@ def hugging_face(name: str) -> str:
     stem, _, bias = name.partition(".bias") if name.endswith(".bias") else (name, "", None)
     parts = stem.split(".")
     if parts[0] == "layers":
-        found = HUGGING_FACE[f"layers.{{i}}.{parts[2]}"].format(i=parts[1])
+        rest, expert = parts[2:], ""
+        if rest[0] == "experts" and len(rest) == 3:
+            expert, rest[1] = rest[1], "{e}"
+        found = HUGGING_FACE[f"layers.{{i}}.{'.'.join(rest)}"].format(i=parts[1], e=expert)
     else:
         found = HUGGING_FACE[stem]
     return found if bias is None else found.removesuffix("weight") + "bias"

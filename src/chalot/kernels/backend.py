@@ -50,6 +50,14 @@ class Runnable(Protocol):
         """(tokens, width): what the last batch left in a float slot that is written."""
 
 
+class Compiled(Runnable, Protocol):
+    """A program of one backend alone, which counts."""
+
+    @property
+    def taken(self) -> list[NDArray[np.int64]]:
+        """Tokens that each expert had so far, for each operation that runs experts, in order."""
+
+
 class Backend(Protocol):
     """Kernels of one instruction set on a number of threads."""
 
@@ -61,7 +69,7 @@ class Backend(Protocol):
     def threads(self) -> int:
         """Threads that compute."""
 
-    def compile(self, program: Program) -> Runnable:
+    def compile(self, program: Program) -> Compiled:
         """Check a program and make it ready. Raises KernelError where it does not fit together."""
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
@@ -94,7 +102,7 @@ class ReferenceBackend:
     name = "reference"
     threads = 1
 
-    def compile(self, program: Program) -> Runnable:
+    def compile(self, program: Program) -> Compiled:
         """See Backend."""
         return reference.ReferenceProgram(program)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import KernelError
 from chalot.kernels import _native  # type: ignore[attr-defined]
-from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, Batch, Op, Program
+from chalot.kernels.program import CACHE_TYPES, GATES, KINDS, ROUTINGS, Batch, Op, Program
 from chalot.quant.codes import padded, quantize
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import Layout, Matrix, aligned, pack
@@ -33,7 +33,7 @@ def matrix_fields(m: Matrix) -> tuple[object, ...]:
 
 
 def op_fields(op: Op) -> tuple[object, ...]:
-    """The thirteen fields of an operation."""
+    """The seventeen fields of an operation."""
     parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
     return (
         KINDS.index(op.kind),
@@ -49,6 +49,10 @@ def op_fields(op: Op) -> tuple[object, ...]:
         op.cap,
         op.fused,
         op.sinks,
+        ROUTINGS.index(op.routing),
+        op.top,
+        op.routes,
+        op.planes,
     )
 
 
@@ -111,6 +115,11 @@ class NativeProgram:
             )
         except (IndexError, ValueError) as error:
             raise KernelError(f"batch: {error}") from None
+
+    @property
+    def taken(self) -> list[NDArray[np.int64]]:
+        """See Compiled."""
+        return [np.array(counts, np.int64) for counts in self.native.taken]
 
     def slot(self, index: int, tokens: int) -> NDArray[np.float32]:
         """See Runnable."""

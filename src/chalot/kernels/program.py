@@ -14,6 +14,10 @@ one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a
     gate      target <- activation(first half of source) * second half
     restore   target <- the numbers that source's codes stand for, to see what coding them costs
     gather    target <- the rows whose logits are wanted; what follows runs on those alone
+    route     target <- each expert's weight, of its score; -1 for those that a token does not take
+    experts   target += weight * down(activation(gate x) * up x), expert after expert, for each
+              token's own; `parts` are gate, up and down of each; the weights are in slot `routes`
+    prefetch  asks the system for the pages of the experts that source's weights choose
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +30,12 @@ from chalot.quant.scheme import PANEL, round_up
 
 PAGE = 256  # positions of a cache page
 LOGITS = -1  # as a target: the batch's logits
-KINDS = ("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore")
+KINDS = (
+    *("embed", "norm", "quantize", "linear", "rope_store", "attend", "gate", "gather", "restore"),
+    *("route", "experts", "prefetch"),
+)
+# of scores: the softmax; that of the chosen alone; of each score by itself
+ROUTINGS = ("softmax", "chosen", "sigmoid")
 GATES = ("silu", "gelu_tanh", "relu2")
 CACHE_TYPES = ("f32", "f16", "int8")
 CACHE = "int8"  # unless something else is asked for
@@ -57,7 +66,7 @@ class Op:
     source: int = LOGITS
     target: int = LOGITS
     parts: tuple[Part, ...] = ()
-    # norm: padded to 16; rope_store: q's and k's for one head, each padded to 16, or None
+    # norm: padded to 16; rope_store: q's and k's, of one head or all, each padded to 16, or None
     weight: NDArray[np.float32] | None = None
     number: float = 0.0  # embed: factor; norm, rope_store: epsilon; attend: factor of the scores
     layer: int = 0
@@ -72,6 +81,10 @@ class Op:
     # window), as if nothing lay between them and the window; rope_store then needs the window too,
     # and puts queries turned for that behind v, as [q | k | v | q for the sinks]
     sinks: int = 0
+    routing: str = "softmax"  # route: of ROUTINGS
+    top: int = 0  # route, experts: experts that a token takes
+    routes: int = LOGITS  # experts: the slot that route wrote
+    planes: int = 0  # experts: of what down is multiplied with; 0: numbers
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,54 @@ def merge(so_far: Gathered, page: Gathered) -> Gathered:
     return fma(out, before, gathered * here), top, denominator
 
 
+def route(routing: str, top: int, scores: Floats) -> Floats:
+    """Weights (tokens, experts) of the `top` scores, of equal ones the lower; -1 for the others.
+
+    e^(score - largest) over its sum, over all experts or the chosen ones, in ascending order.
+    """
+    if routing == "sigmoid":
+        return F32(1) / (F32(1) + exp(F32(0) - scores))
+    p = exp(scores - scores.max(axis=1, keepdims=True))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    chosen = np.zeros(p.shape, bool)
+    np.put_along_axis(chosen, best, True, axis=1)
+    summed = np.where(chosen, p, F32(0)) if routing == "chosen" else p
+    total = np.zeros(len(p), F32)
+    for e in range(p.shape[1]):
+        total = total + summed[:, e]
+    return np.where(chosen, p / total[:, None], F32(-1))
+
+
+def times(matrix: Matrix, x: Floats, planes: int) -> Floats:
+    """(tokens, rows): what `linear` gives of numbers, or of their codes where there are planes."""
+    if not planes:
+        return dense(matrix, x)
+    coded = quantize(x, planes)
+    y = product(matrix, *coded)
+    add_offsets(matrix, *coded, y)
+    return y
+
+
+def run_experts(
+    op: Op, x: Floats | tuple[NDArray[np.int8], Floats], routes: Floats, target: Floats
+) -> None:
+    """target (tokens, hidden) += what each token's experts make, in ascending order."""
+    for e in range(routes.shape[1]):
+        rows = np.flatnonzero(routes[:, e] != -1)
+        if not len(rows):
+            continue
+        gate_up = [part.matrix for part in op.parts[3 * e : 3 * e + 2]]
+        if isinstance(x, tuple):
+            mine = x[0][rows], x[1][rows]
+            g, up = (product(m, *mine) for m in gate_up)
+            add_offsets(gate_up[0], *mine, g)
+            add_offsets(gate_up[1], *mine, up)
+        else:
+            g, up = (dense(m, x[rows]) for m in gate_up)
+        y = times(op.parts[3 * e + 2].matrix, gate(op.gate, g, up), op.planes)
+        target[rows] = target[rows] + routes[rows, e, None] * y
+
+
 def best_of(logits: Floats, count: int) -> tuple[NDArray[np.int32], Floats]:
     """Ids and logits (rows, count) by descending logit, then ascending id; -1 if not finite."""
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :count].astype(np.int32)
@@ -290,6 +338,9 @@ class ReferenceProgram:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.slots: dict[int, Floats] = {}
+        mixtures = [op for op in program.ops if op.kind == "experts"]
+        self.order = {id(op): i for i, op in enumerate(mixtures)}
+        self.taken = [np.zeros(len(op.parts) // 3, np.int64) for op in mixtures]
 
     def best(
         self, batch: Batch, arena: NDArray[np.uint8], count: int
@@ -314,6 +365,8 @@ class ReferenceProgram:
         for op in self.program.ops:
             if op.kind == "gather" and not len(batch.wanted):
                 break
+            if op.kind == "prefetch":
+                continue
             if op.kind == "restore":
                 width = self.program.slots[op.target].width
                 slots[op.target] = restore(*codes[op.source])[:, :width]
@@ -325,6 +378,12 @@ class ReferenceProgram:
                 slots[op.source] = self.rope_store(op, slots[op.source], batch, arena)
             elif op.kind == "attend":
                 slots[op.target] = self.attend(op, slots[op.source], batch, arena)
+            elif op.kind == "route":
+                slots[op.target] = route(op.routing, op.top, slots[op.source])
+            elif op.kind == "experts":
+                x = codes[op.source] if op.source in codes else slots[op.source]
+                run_experts(op, x, slots[op.routes], slots[op.target])
+                self.taken[self.order[id(op)]] += (slots[op.routes] != -1).sum(axis=0)
             else:
                 slots[op.target] = self.simple(op, slots, batch)
         return logits
@@ -400,7 +459,13 @@ class ReferenceProgram:
         angle = batch.positions.astype(F32)[:, None] * self.program.inverse_frequency
         sine, cosine = sine_cosine(angle)
         turned = heads + shape.kv_heads
-        if op.weight is not None:
+        queries = heads * shape.head_dim
+        if op.weight is not None and len(op.weight) != 2 * shape.stride:  # of all heads together
+            flat = parts.reshape(len(x), -1)
+            edge, end = round_up(queries, PANEL), turned * shape.head_dim
+            flat[:, :queries] = rms_norm(flat[:, :queries], op.weight[:edge], op.number)
+            flat[:, queries:end] = rms_norm(flat[:, queries:end], op.weight[edge:], op.number)
+        elif op.weight is not None:
             of_query, of_key = op.weight.reshape(2, shape.stride)
             parts[:, :heads] = rms_norm(parts[:, :heads], of_query, op.number)
             parts[:, heads:turned] = rms_norm(parts[:, heads:turned], of_key, op.number)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from chalot.errors import WeightError
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE, Batch, padded_vector
-from chalot.kernels.reference import rms_norm
+from chalot.kernels.reference import gate, rms_norm, route
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm, layer_tensors
@@ -118,9 +118,13 @@ class Trial:
             least = int(np.argmin(errors))
             chosen = least if errors[least] < fold.GAIN * errors[0] else 0
             kept[planes] = errors[chosen], tried[chosen]
-        extra = kept[1][0] - kept[2][0]
-        planes = 2 if extra > max(NOTABLE, 0.1 * kept[2][0]) else 1
+        planes = planes_for(kept[1][0], kept[2][0])
         return kept[planes][1], planes
+
+
+def planes_for(eight: float, sixteen: float) -> int:
+    """Planes of an input whose products have these errors with 8 and with 16 bits."""
+    return 2 if eight - sixteen > max(NOTABLE, 0.1 * sixteen) else 1
 
 
 def dense(rows: Floats) -> Matrix:
@@ -152,7 +156,7 @@ def run_layer(
         batch = Batch(tokens, tokens - at, tokens * 0, cache.tables([sequence]))
         runnable.run(batch, cache.arena)
         slots = (*LAYER_INPUTS, ROTATED, "hidden")
-        yield {n: runnable.slot(named[n], len(tokens)) for n in slots}
+        yield {n: runnable.slot(named[n], len(tokens)) for n in slots if n in named}
 
 
 class Calibration:
@@ -192,7 +196,8 @@ class Calibration:
                 vectors[spec.name] = weights
                 continue
             shape = (spec.shape[0], spec.shape[1])
-            matrices[spec.name] = Matrix(dense_scheme, shape, pack_dense(weights, dense_scheme))
+            held = SCHEMES["f32"] if spec.kind == "router" else dense_scheme
+            matrices[spec.name] = Matrix(held, shape, pack_dense(weights, held))
             if self.schemes[spec.name].is_coded:
                 rows = weights[some_rows(len(weights))]
                 samples[spec.name] = (rows, self.schemes[spec.name])
@@ -200,6 +205,8 @@ class Calibration:
         inputs = self._run(i, Weights(matrices, vectors))
         if samples:
             self._plan(f"layers.{i}.", inputs, samples)
+            if self.config.experts_of(i) is not None:
+                self._plan_experts(i, inputs["feed-forward input"], matrices, samples)
             self._balance_keys(f"layers.{i}.", inputs[ROTATED], vectors)
         return inputs
 
@@ -251,6 +258,8 @@ class Calibration:
             ("feed-forward input", ("gate", "up"), (ffn_norm(self.config), same, same)),
             ("feed-forward inner", ("down",), gated),
         ):
+            if slot not in inputs:  # experts are not folded: what they read, the router reads too
+                continue
             coded = {p + r: samples[p + r] for r in readers if p + r in samples}
             if not coded:
                 continue
@@ -264,6 +273,40 @@ class Calibration:
             self.plan.rows[p + producer + ".bias"] = inverse
             self.plan.columns.update(dict.fromkeys((p + r for r in readers), factor))
 
+    def _plan_experts(
+        self,
+        i: int,
+        x: Floats,
+        matrices: Mapping[str, Matrix],
+        samples: Mapping[str, tuple[Floats, Scheme]],
+    ) -> None:
+        """Activation bits of experts: all of a layer have the same, by the mean of their errors.
+
+        Each down is tried on what its own expert makes of the tokens that the router sends it.
+        """
+        experts, p = self.config.experts_of(i), f"layers.{i}."
+        assert experts is not None
+        scores = self.backend.product(matrices[p + "router"], x, 1)
+        routing = "chosen" if experts.normalised else "softmax"
+        routes = route(routing, experts.top, scores)
+        each = {f"{p}experts.{e}.": x[routes[:, e] != -1] for e in range(experts.count)}
+        for of_kind in (each, {p + "shared.": x} if experts.shared_width else {}):
+            readers = [n + part for n in of_kind for part in ("gate", "up") if n + part in samples]
+            if readers:
+                trial = Trial(self.backend, x, {n: samples[n] for n in readers})
+                self.plan.planes.update(dict.fromkeys(readers, trial.best(None)[1]))
+            errors = []
+            for n, mine in of_kind.items():
+                if len(mine) and n + "down" in samples:
+                    g, up = (self.backend.product(matrices[n + m], mine, 1) for m in ("gate", "up"))
+                    inner = gate(self.config.activation, g, up)
+                    trial = Trial(self.backend, inner, {n + "down": samples[n + "down"]})
+                    errors.append(trial.errors(np.ones(inner.shape[1], np.float32)))
+            if errors:
+                eight, sixteen = (sum(e[j] for e in errors) / len(errors) for j in (0, 1))
+                downs = [n + "down" for n in of_kind]
+                self.plan.planes.update(dict.fromkeys(downs, planes_for(eight, sixteen)))
+
     def _balance_keys(self, p: str, rotated: Floats, vectors: Mapping[str, Floats]) -> None:
         """Factors of the rows that make queries and keys, from queries after rope and keys.
 
@@ -271,7 +314,7 @@ class Calibration:
         it, one for all heads.
         """
         c, query, key = self.config, p + "query", p + "key"
-        if not (self.schemes[query].is_coded and self.schemes[key].is_coded):
+        if c.whole_norms or not (self.schemes[query].is_coded and self.schemes[key].is_coded):
             return
         heads = rotated.reshape(len(rotated), -1, c.head_dim)[:, : c.heads + c.kv_heads]
         if c.head_norms:  # which the slot's keys, unlike its queries, have not been through

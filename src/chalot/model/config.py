@@ -6,12 +6,14 @@ something passed over in silence.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
+from chalot.model.experts import ExpertKeys, Experts, read_experts
 from chalot.model.regions import Region, Regions, check_regions, default_regions
 from chalot.model.rope import RopeScaling, frequencies, read_rope
 from chalot.model.settings import (
@@ -65,6 +67,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     windows: tuple[int, ...] = ()  # positions that a query of a layer sees; 0: all; (): all layers
     sinks: tuple[int, ...] = ()  # first positions that it sees besides; (): none (model/window.py)
     named_regions: tuple[Region, ...] = ()  # (): see `regions`
+    whole_norms: bool = False  # of queries and keys, all heads of a token together, before rope
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary")
@@ -96,6 +100,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("sinks: expected one number, fewer than its layers' one window")
         if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; expected more than 1 with yarn")
+        if self.experts is not None:
+            self.experts.check(self.layers)
+            if self.feed_forward_bias or self.post_norms or self.inner_norms:
+                raise ValueError("experts go with no biases and norms of feed-forwards")
+        if self.head_norms and self.whole_norms:
+            raise ValueError("queries and keys have norms of heads or of all heads, not both")
         if self.named_regions:
             check_regions(self.named_regions, self.layers)
         if self.activation not in ACTIVATIONS:
@@ -113,6 +123,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     def window(self, layer: int) -> int:
         """Positions that a query sees in that layer, its own included; 0: all."""
         return self.windows[layer] if self.windows else 0
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """The experts of that layer; None where it is dense."""
+        found = self.experts
+        return None if found is None or layer in found.dense_layers else found
 
     @property
     def scale(self) -> float:
@@ -139,6 +154,19 @@ class Family(msgspec.Struct, frozen=True):
     head_norms: bool = False
     post_norms: bool = False
     inner_norms: bool = False
+    whole_norms: bool = False
+    experts: ExpertKeys | None = None
+
+
+def switched_on(config: Settings, layer: int) -> bool:
+    """Qwen3-MoE's rule: the window is for all layers or none."""
+    return flag(config, "use_sliding_window")
+
+
+def early_odd_layers(config: Settings, layer: int) -> bool:
+    """Qwen2-MoE's rule: the window, where it is on, is for each second one of the first layers."""
+    late = late_layers(config, layer)
+    return flag(config, "use_sliding_window") and layer % 2 == 0 and not late
 
 
 def late_layers(config: Settings, layer: int) -> bool:
@@ -153,6 +181,13 @@ def late_layers(config: Settings, layer: int) -> bool:
 
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
     "layer_types": None
+}
+COUNTS: dict[str, Any] = {"num_experts": None, "num_local_experts": None}
+QWEN_EXPERTS = {
+    **COUNTS,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "norm_topk_prob": False,
 }
 GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
@@ -187,6 +222,39 @@ FAMILIES = {
         embedding_scaled=True,
         post_norms=True,
     ),
+    "mixtral": Family(
+        COUNTS
+        | {"sliding_window": None, "num_experts_per_tok": 2}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        windowed=lambda config, layer: True,
+        experts=ExpertKeys("intermediate_size", True, usual=8),
+    ),
+    "qwen2_moe": Family(
+        QWEN
+        | QWEN_EXPERTS
+        | {"qkv_bias": True, "moe_intermediate_size": 1408}
+        | {"shared_expert_intermediate_size": 5632, "num_experts_per_tok": 4},
+        "qkv_bias",
+        windowed=early_odd_layers,
+        experts=ExpertKeys(
+            "moe_intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", True, 60
+        ),
+    ),
+    "qwen3_moe": Family(
+        QWEN | QWEN_EXPERTS | {"moe_intermediate_size": 768, "num_experts_per_tok": 8},
+        "attention_bias",
+        "attention_bias",
+        windowed=switched_on,
+        head_norms=True,
+        experts=ExpertKeys("moe_intermediate_size", "norm_topk_prob", sparse=True, usual=128),
+    ),
+    "olmoe": Family(
+        COUNTS | {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
+        "attention_bias",
+        "attention_bias",
+        whole_norms=True,
+        experts=ExpertKeys("intermediate_size", "norm_topk_prob", usual=64),
+    ),
     "bitnet": Family(
         {"hidden_act": "relu2", "rope_theta": 500000.0, "rms_norm_eps": 1e-5},
         "attention_bias",
@@ -197,6 +265,7 @@ FAMILIES = {
 OPTIONAL = {  # settings of some families, refused in the others
     *("sliding_window", "query_pre_attn_scalar", "use_bidirectional_attention", "use_mrope"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts"),
 }
 GATES = {
     "silu": "silu",
@@ -252,6 +321,8 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "head_norms": row.head_norms,
             "post_norms": row.post_norms,
             "inner_norms": row.inner_norms,
+            "whole_norms": row.whole_norms,
+            "experts": read_experts(config, row.experts),
             "score_scale": 1 / math.sqrt(scalar) if scalar else 0.0,
             "score_cap": positive(config, "attn_logit_softcapping"),
             "logit_cap": positive(config, "final_logit_softcapping"),
@@ -301,7 +372,10 @@ def windows(config: Settings, row: Family) -> tuple[int, ...]:
     """Each layer's window, 0 where it has none; () if no layer has one."""
     layers, kinds = whole(config, "num_hidden_layers"), config.get("layer_types")
     rule = row.windowed or (lambda config, layer: False)
-    size = whole(config, "sliding_window") if config.get("sliding_window") is not None else 0
+    given = config.get("sliding_window")
+    if given == 0 and not config.get("use_sliding_window", True):  # as transformers 5 saves it
+        given = None
+    size = 0 if given is None else whole(config, "sliding_window")
     chosen = by_rule = [size != 0 and rule(config, i) for i in range(layers)]
     if kinds is not None:
         by_kind = {"full_attention": False, "sliding_attention": True}

@@ -3,8 +3,10 @@
 from typing import NamedTuple
 
 from chalot.model.config import FAMILIES, ModelConfig
+from chalot.model.experts import Experts
 
-KINDS = ("embedding", "head", "attention", "ffn")  # of matrices; vectors are never quantised
+# of matrices; vectors are never quantised, routers only where that is asked for by name
+KINDS = ("embedding", "head", "attention", "ffn", "router")
 
 
 class TensorSpec(NamedTuple):
@@ -30,7 +32,6 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     offset = norm_offset(c)
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     rows = {"query": queries, "key": keys, "value": keys}
-    feed = {"gate": (c.feed_forward, c.hidden), "up": (c.feed_forward, c.hidden)}
     out: list[TensorSpec] = []
 
     def norm(name: str, size: int, there: bool = True) -> None:
@@ -49,20 +50,37 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
         matrix(name, (size, c.hidden), "attention")
     for name, size in rows.items():
         bias(name, size, c.query_key_value_bias)
-    norm("query_norm", c.head_dim, c.head_norms)
-    norm("key_norm", c.head_dim, c.head_norms)
+    norm("query_norm", queries if c.whole_norms else c.head_dim, c.head_norms or c.whole_norms)
+    norm("key_norm", keys if c.whole_norms else c.head_dim, c.head_norms or c.whole_norms)
     norm("attention_inner_norm", queries, c.inner_norms)
     matrix("output", (c.hidden, queries), "attention")
     bias("output", c.hidden, c.output_bias)
     norm("attention_post_norm", c.hidden, c.post_norms)
     norm(ffn_norm(c), c.hidden)
-    for name, shape in feed.items():
-        matrix(name, shape, "ffn")
-        bias(name, shape[0], c.feed_forward_bias)
+    experts = c.experts_of(layer)
+    if experts is not None:
+        return out + [t._replace(name=p + t.name) for t in expert_tensors(c, experts)]
+    for name in ("gate", "up"):
+        matrix(name, (c.feed_forward, c.hidden), "ffn")
+        bias(name, c.feed_forward, c.feed_forward_bias)
     norm("ffn_inner_norm", c.feed_forward, c.inner_norms)
     matrix("down", (c.hidden, c.feed_forward), "ffn")
     bias("down", c.hidden, c.feed_forward_bias)
     norm("ffn_post_norm", c.hidden, c.post_norms)
+    return out
+
+
+def expert_tensors(c: ModelConfig, experts: Experts) -> list[TensorSpec]:
+    """The router, the experts and the shared one, by their names within a layer."""
+    out = [TensorSpec("router", (experts.count, c.hidden), "router")]
+    each = [(f"experts.{e}.", experts.width) for e in range(experts.count)]
+    if experts.shared_width:
+        each.append(("shared.", experts.shared_width))
+    for p, width in each:
+        out += [TensorSpec(p + name, (width, c.hidden), "ffn") for name in ("gate", "up")]
+        out.append(TensorSpec(p + "down", (c.hidden, width), "ffn"))
+    if experts.shared_width:
+        out.append(TensorSpec("shared_router", (1, c.hidden), "router"))
     return out
 
 

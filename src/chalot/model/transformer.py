@@ -6,7 +6,8 @@ h += down(activation(gate(n)) * up(n)), n = norm(h)
 logits = head(norm(h))
 
 Some families have more norms: of q and k before rope, of what output and down are multiplied with,
-or of what they give.
+or of what they give. In some a layer has many feed-forwards, experts, of which a router chooses a
+few for each token.
 """
 
 from collections.abc import Mapping
@@ -16,11 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.errors import UnsupportedError
 from chalot.kernels.program import LOGITS, CacheShape, Op, Part, Program, Slot, padded_vector
 from chalot.model.config import ModelConfig
+from chalot.model.experts import Experts
 from chalot.model.layers import ffn_norm
 from chalot.quant.packing import Matrix
 
+FEED_FORWARD = ("gate", "up", "down")
 ROTATED = "queries, keys, values"  # the slot; rope turns what it holds
 
 
@@ -31,6 +35,7 @@ class Weights:
     matrices: Mapping[str, Matrix]
     vectors: Mapping[str, NDArray[np.float32]]
     planes: Mapping[str, int] = field(default_factory=dict)
+    paged: bool = False  # experts come from a file when they are used: they are asked for ahead
 
 
 class Builder:
@@ -76,7 +81,7 @@ class Builder:
 
     def head_norms(self, p: str) -> dict[str, Any]:
         """What rope_store needs to norm queries and keys, where the model does."""
-        if not self.config.head_norms:
+        if not (self.config.head_norms or self.config.whole_norms):
             return {}
         both = [padded_vector(self.weights.vectors[p + n]) for n in ("query_norm", "key_norm")]
         return {"weight": np.concatenate(both), "number": self.config.norm_epsilon}
@@ -99,18 +104,29 @@ class Builder:
             matrix = self.weights.matrices[name]
             bias = self.weights.vectors.get(name + ".bias")
             part = Part(matrix, None if bias is None else padded_vector(bias), column)
-            planes = self.weights.planes.get(name, 1 if matrix.scheme.is_coded else 0)
-            by_kind.setdefault((planes, matrix.scheme.is_coded), []).append(part)
-        for (planes, coded), parts in by_kind.items():
-            given = source
-            if planes:
-                width = self.slots[source].width
-                given = self.slot(f"codes {width} x {planes}", width, planes)
-                self.ops.append(Op("quantize", source, given))
-                if not coded:  # numbers through codes and back: what coding activations costs alone
-                    codes, given = given, self.slot(f"restored {width} x {planes}", width)
-                    self.ops.append(Op("restore", codes, given))
+            by_kind.setdefault((self.planes(name), matrix.scheme.is_coded), []).append(part)
+        for kind, parts in by_kind.items():
+            given = self.given(source, *kind)
             self.ops.append(Op("linear", given, target, parts=tuple(parts), add=add, cap=cap))
+
+    def planes(self, name: str) -> int:
+        """The planes of what a matrix is multiplied with; 0: numbers."""
+        coded = self.weights.matrices[name].scheme.is_coded
+        return self.weights.planes.get(name, 1 if coded else 0)
+
+    def given(self, source: int, planes: int, coded: bool) -> int:
+        """The slot with the numbers of source, with their codes, or with those as numbers again."""
+        if not planes:
+            return source
+        width = self.slots[source].width
+        given = self.slot(f"codes {width} x {planes}", width, planes)
+        self.ops.append(Op("quantize", source, given))
+        if coded:
+            return given
+        # numbers through codes and back: what coding activations costs alone
+        restored = self.slot(f"restored {width} x {planes}", width)
+        self.ops.append(Op("restore", given, restored))
+        return restored
 
     def layer(self, i: int, cache_layer: int) -> None:
         """One layer on the slot "hidden"."""
@@ -121,6 +137,8 @@ class Builder:
         seen: dict[str, Any] = {"window": c.window(i), "sinks": c.sinks_of(i)}
         if seen["sinks"]:
             both = self.slot(f"{ROTATED}, queries for sinks", 2 * (queries + keys))
+        if self.weights.paged and i and c.experts_of(i) is not None:
+            self.foresee(i)  # of an embedding alone a router knows little
         self.norm(hidden, normed, p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
@@ -134,10 +152,20 @@ class Builder:
         self.add_product(attended, hidden, p + "output", p + "attention_post_norm")
         fed = self.slot("feed-forward input", c.hidden)
         self.norm(hidden, fed, p + ffn_norm(c))
-        pair = self.slot("gate, up", 2 * c.feed_forward)
+        experts = c.experts_of(i)
+        if experts is None:
+            self.feed_forward(p, c.feed_forward, fed, hidden)
+        else:
+            self.mixture(p, experts, fed, hidden)
+
+    def feed_forward(self, p: str, width: int, fed: int, hidden: int) -> None:
+        """hidden += down(activation(gate) * up) of fed."""
+        c = self.config
+        own = "" if width == c.feed_forward else f" {width}"  # slots have one width
+        pair = self.slot("gate, up" + own, 2 * width)
         before = len(self.ops)
-        self.linear(fed, pair, {p + "gate": 0, p + "up": c.feed_forward})
-        gated = self.slot("gated" if c.inner_norms else "feed-forward inner", c.feed_forward)
+        self.linear(fed, pair, {p + "gate": 0, p + "up": width})
+        gated = self.slot("gated" if c.inner_norms else "feed-forward inner" + own, width)
         self.ops.append(Op("gate", pair, gated, gate=c.activation))
         norm = p + "ffn_inner_norm"
         gated = self.normed(c.inner_norms, gated, "feed-forward inner", norm)
@@ -165,6 +193,71 @@ class Builder:
         self.ops.append(Op("gather", hidden, last))
         self.norm(last, normed, "final_norm")
         self.linear(normed, LOGITS, {name: 0}, cap=self.config.logit_cap)
+
+    def mixture(self, p: str, experts: Experts, fed: int, hidden: int) -> None:
+        """hidden += what the experts make that the router chose, then what the shared one makes."""
+        each = [f"{p}experts.{e}." for e in range(experts.count)]
+        if experts.normalised and self.are_one(each):  # weights that sum to 1, of one thing
+            self.feed_forward(each[0], experts.width, fed, hidden)
+        else:
+            routing = "chosen" if experts.normalised else "softmax"
+            self.routed(p + "router", each, experts.top, routing, fed, hidden)
+        if experts.shared_width:
+            self.routed(p + "shared_router", [p + "shared."], 1, "sigmoid", fed, hidden)
+
+    def foresee(self, i: int) -> None:
+        """Ask for the experts that layer i's router chooses by the state that layer i begins with.
+
+        Attention adds little to it, so most are those that the layer will take (docs/experts.md).
+        Nothing that is computed depends on it.
+        """
+        c, p = self.config, f"layers.{i}."
+        experts = c.experts_of(i)
+        assert experts is not None
+        hidden, guessed = self.slot("hidden", c.hidden), self.slot("expected input", c.hidden)
+        scores = self.slot(f"scores {experts.count}", experts.count)
+        routes = self.slot(f"routes {experts.count}", experts.count)
+        self.norm(hidden, guessed, p + ffn_norm(c))
+        self.linear(guessed, scores, {p + "router": 0})
+        self.ops.append(Op("route", scores, routes, top=experts.top))
+        names = [f"{p}experts.{e}.{m}" for e in range(experts.count) for m in FEED_FORWARD]
+        parts = tuple(Part(self.weights.matrices[n]) for n in names)
+        self.ops.append(Op("prefetch", routes, parts=parts))
+
+    def are_one(self, experts: list[str]) -> bool:
+        """Whether all experts are the same bytes of a file."""
+        held = self.weights.matrices
+        return all(
+            len({held[e + name].data.ctypes.data for e in experts}) == 1 and len(experts) > 1
+            for name in FEED_FORWARD
+        )
+
+    def routed(
+        self, router: str, experts: list[str], top: int, routing: str, fed: int, hidden: int
+    ) -> None:
+        """hidden += each token's own of the named experts, by their router's scores."""
+        scores = self.slot(f"scores {len(experts)}", len(experts))
+        routes = self.slot(f"routes {len(experts)}", len(experts))
+        self.linear(fed, scores, {router: 0})
+        self.ops.append(Op("route", scores, routes, routing=routing, top=top))
+        names = [e + part for e in experts for part in FEED_FORWARD]
+        readers, downs = ([n for n in names if n.endswith("down") == d] for d in (False, True))
+        planes, coded = self.one_kind(readers)
+        inner, _ = self.one_kind(downs)
+        given = self.given(fed, planes, coded)
+        parts = tuple(Part(self.weights.matrices[n]) for n in names)
+        op = Op("experts", given, hidden, parts=parts, routes=routes, top=top, planes=inner)
+        self.ops.append(replace(op, gate=self.config.activation, add=True))
+
+    def one_kind(self, names: list[str]) -> tuple[int, bool]:
+        """Planes, and whether they are coded, of matrices that are to be alike in that."""
+        kinds = {(self.planes(n), self.weights.matrices[n].scheme.is_coded) for n in names}
+        if len({coded for _, coded in kinds}) > 1:
+            raise UnsupportedError(
+                f"{names[0]} ... {names[-1]}: some experts are coded and some are dense, expected "
+                "one of both; convert again with one scheme for the experts of a layer"
+            )
+        return max(kinds)
 
     def fuse_gate(self, start: int) -> None:
         """Make one of gate and up, what they make, and its codes, where all are coded."""

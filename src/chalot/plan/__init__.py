@@ -25,6 +25,7 @@ from chalot.formats.files import read_text
 from chalot.formats.myai import MyaiFile
 from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend
+from chalot.mixture import refuse_mixture
 from chalot.plan import ewq, fast_ewq
 from chalot.plan.budget import (
     budget_of,
@@ -317,6 +318,7 @@ def plan(
             open_backend(threads=threads),
             lambda *_: None,
         )
+        refuse_mixture(work.config, "chalot plan", "convert it by kinds, as --scheme ffn=nl4")
         most = fitting_bytes(checkpoint, context) if isinstance(size, str) else size
         budget = budget_of(work, most, bits)
         if method == "ewq":

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from chalot.serve.answers import Answers, Delta, Scored
-from chalot.serve.chat import one_token
+from chalot.serve.answers import Answers, Delta
+from chalot.serve.chat import logprobs_of
 from chalot.serve.events import as_json, event
 from chalot.serve.exchange import Exchange
 from chalot.serve.faults import Fault
@@ -213,14 +213,6 @@ def usage_of(answers: Answers) -> dict[str, Any]:
     }
 
 
-def logprobs_of(tokens: Sequence[Scored]) -> list[dict[str, Any]]:
-    """Of some tokens."""
-    return [
-        {**one_token(t.piece, t.logprob), "top_logprobs": [one_token(*one) for one in t.top]}
-        for t in tokens
-    ]
-
-
 def text_id(exchange: Exchange, index: int) -> str:
     """Of the text item at a place of the output."""
     return f"msg_{exchange.id}" + (f"_{index}" if index else "")
@@ -234,7 +226,7 @@ def text_item(
         "type": "output_text",
         "text": "".join(d.text for d in deltas),
         "annotations": [],
-        "logprobs": logprobs_of([t for d in deltas for t in d.tokens]),
+        "logprobs": logprobs_of([t for d in deltas for t in d.tokens])["content"],
     }
     return {
         "id": text_id(exchange, index),
@@ -339,7 +331,7 @@ class Events:
             out.append(self.make("response.output_item.added", output_index=self.item, item=item))
             out.append(self.make("response.content_part.added", **self._place(), part=part))
         self.said.append(delta)
-        more = {"delta": delta.text, "logprobs": logprobs_of(delta.tokens)}
+        more = {"delta": delta.text, "logprobs": logprobs_of(delta.tokens)["content"]}
         return [*out, self.make("response.output_text.delta", **self._place(), **more)]
 
     def close(self, status: str) -> list[bytes]:

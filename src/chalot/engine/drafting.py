@@ -16,7 +16,7 @@ from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
 
-LOOK = 4e-6  # seconds that looking for a draft takes
+LOOK = 8e-6  # seconds that looking for a draft takes
 PART = 0.01  # of a pass: what looking in vain may take
 LOOKED_AT = 8  # earlier places with the same two tokens, latest first
 LONGEST = 32  # tokens of a match that are counted

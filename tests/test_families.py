@@ -360,3 +360,14 @@ def test_granites_factors_are_the_others_numbers() -> None:
     assert (found.score_scale, found.logit_divisor) == (0.015625, 8)
     with pytest.raises(UnsupportedError, match="residual_multiplier"):
         from_hugging_face(llama(residual_multiplier=0.5))
+
+
+def test_what_was_fused_is_written_so(tmp_path: Path) -> None:
+    """Phi-3 as safetensors has the tensors that its folder had, number by number."""
+    folder = phi3_folder(tmp_path)
+    chalot.export(folder, tmp_path / "out", to="safetensors")
+    had, has = (safetensors.SafetensorsFolder(p) for p in (folder, tmp_path / "out"))
+    assert set(had.tensors) == set(has.tensors) and QKV in has.tensors
+    for name in had.tensors:
+        np.testing.assert_array_equal(had.float32(name), has.float32(name), name)
+    had.close(), has.close()

@@ -7,6 +7,7 @@ A vector that the type would round is stored as f32: norm weights may hold power
 folded in (model/calibration.py), and Gemma's are stored less 1, where rounding would cost more.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ ARCHITECTURES = {  # by model_type
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "granite": "GraniteForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
@@ -48,7 +51,13 @@ class SafetensorsExport(Export):
     def __init__(self, checkpoint: Checkpoint, dtype: str, progress: Progress) -> None:
         super().__init__(checkpoint, progress)
         self.types = {s.name: self._type(s, dtype) for s in self.specs}
-        self.plans = [TensorPlan(self.name(s), self.types[s.name], s.shape) for s in self.specs]
+        self.held: dict[str, list[TensorSpec]] = {}  # a tensor of the files -> what lies in it
+        for spec in self.specs:
+            self.held.setdefault(self.name(spec), []).append(spec)
+        self.plans = [
+            TensorPlan(name, self.types[s[0].name], (sum(t.shape[0] for t in s), *s[0].shape[1:]))
+            for name, s in self.held.items()
+        ]
         self.settings = settings(checkpoint, dtype)
         self.documents = {"config.json": json.dumps(self.settings, indent=2).encode()}
         for name in DOCUMENTS.keys() - {INDEX, "config.json"}:
@@ -92,9 +101,9 @@ class SafetensorsExport(Export):
 
     def write(self, writer: SafetensorsWriter) -> None:
         """All tensors, in the writer's order, and the documents."""
-        specs = {self.name(s): s for s in self.specs}
         for plan in writer.order:
-            writer.tensor(plan, self._pieces(specs[plan.name]))
+            parts = map(self._pieces, self.held[plan.name])
+            writer.tensor(plan, itertools.chain.from_iterable(parts))
         for name, content in self.documents.items():
             writer.document(name, content)
         self.checkpoint.check_unchanged()

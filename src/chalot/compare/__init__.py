@@ -289,7 +289,9 @@ def measure(
         progress("layers and memory", n, len(forms))
         form.quality = quality
         form.peak_bytes = peak_memory(form.file, base.backend.threads, base.context)
-        if n and swaps is not None:  # a source of codes has no layers to put back
+        # a source of codes has no layers to put back, nor has a form with fewer experts
+        same = models[n].config.experts == base.config.experts
+        if n and swaps is not None and same:
             form.layers = layer_losses(swaps, form.file)
         for prompt in prompts:
             form.prompts.append(answer(models[n], prompt, max_tokens))

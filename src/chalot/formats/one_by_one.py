@@ -30,6 +30,8 @@ OF_MIXTRAL = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.experts\.(\d+)
 GIVEN = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:experts\.(\d+)\.(\w+_proj)|gate)\.weight")
 STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 FUSED = re.compile(r"(model\.layers\.\d+)\.(self_attn\.qkv_proj|mlp\.gate_up_proj)\.weight")
+FUSED_INTO = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+FUSED_INTO |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 MOST = 1 << 17  # experts of all stacks: what is listed stays small
 
 
@@ -51,7 +53,10 @@ def one_name(name: str) -> str:
 
 
 def name_of_family(name: str, family: str) -> str:
-    """The name that a family's own files have for a tensor: `one_name` undone for Mixtral's."""
+    """The tensor of a family's own files that a matrix lies in: alone, but for Phi-3's."""
+    if family == "phi3":
+        *at, part, kind = ["", *name.split(".")]
+        return ".".join([*at, FUSED_INTO.get(part, part), kind])[1:]
     found = GIVEN.fullmatch(name) if family == "mixtral" else None
     if found is None:
         return name

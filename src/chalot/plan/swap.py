@@ -116,7 +116,8 @@ class Swaps:
             batch, cache = self._batch(program, np.arange(len(states), dtype=np.int32), False)
             runnable.run(batch, cache.arena)
             states = runnable.slot(slots["hidden"], len(states))
-            self.inputs.append({n: runnable.slot(slots[n], len(states)) for n in LAYER_INPUTS})
+            there = [n for n in LAYER_INPUTS if n in slots]  # not all where a layer has experts
+            self.inputs.append({n: runnable.slot(slots[n], len(states)) for n in there})
         self.hidden.append(states)
 
     def _program(self, weights: Weights) -> Program:

@@ -116,6 +116,7 @@ def test_equal_copies_are_stored_once(tmp_path: Path, model: Path) -> None:
         extra = weight_bytes(a) - weight_bytes(b)
     assert 0 < extra < 100_000
     assert render(found).count("are stored") == 1
+    assert sum(r.bytes for r in found.regions) == found.bytes
 
 
 def test_a_mixture_of_the_same_seed_is_the_same(tmp_path: Path, model: Path) -> None:

@@ -27,6 +27,10 @@ class Stored(Protocol):
     def bytes(self) -> int:
         """In the file."""
 
+    @property
+    def shares(self) -> str | None:
+        """The tensor whose bytes it has, if it has none of its own."""
+
 
 @dataclass(frozen=True)
 class RegionReport:
@@ -52,7 +56,7 @@ def region_reports(config: ModelConfig, tensors: Iterable[Stored]) -> tuple[Regi
 
 def sizes(tensors: Iterable[Stored]) -> tuple[int, int]:
     """(weights, bytes)"""
-    both = [(prod(t.shape), t.bytes) for t in tensors]
+    both = [(prod(t.shape), t.bytes if t.shares is None else 0) for t in tensors]
     return sum(weights for weights, _ in both), sum(stored for _, stored in both)
 
 

@@ -100,7 +100,7 @@ FILES = {  # name -> (content, part of the message)
     "architecture": (pack({"general.architecture": "mamba"}), "'mamba' is not known; chalot runs"),
     "architecture 7": (pack({"general.architecture": 7}), "is 7, expected a text"),
     "adapter": (pack({"general.type": "adapter"}), "holds a 'adapter', expected a whole model"),
-    "experts": (pack(model_metadata(**{"llama.expert_count": 8}), SMALL), "mixtures of experts"),
+    "experts": (pack(model_metadata(**{"llama.expert_count": 8}), SMALL), "holds experts"),
     "a scale of its own": (
         pack(model_metadata(**{"llama.embedding_scale": 12.0}), SMALL),
         "metadata llama.embedding_scale is 12.0; chalot runs llama models without it",

@@ -81,6 +81,11 @@ def settings(
                 "chalot runs mixtures without it"
             )
     widths = {_width(name, stored) for name, stored in tensors.items()} - {0}
+    if not widths:
+        raise FormatError(
+            f"{metadata.where}: metadata {architecture}.expert_count is {count}, and no tensor "
+            "holds experts; expected both or none"
+        )
     if len(widths) != 1:
         raise FormatError(
             f"{metadata.where}: found experts of widths {sorted(widths)[:4]}, expected one width"

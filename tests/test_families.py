@@ -20,7 +20,8 @@ from chalot.formats.checkpoint import open_checkpoint
 from chalot.kernels.backend import open_backend
 from chalot.kernels.program import PAGE
 from chalot.model import calibration
-from chalot.model.config import FAMILIES, ModelConfig, from_hugging_face, inverse_frequencies
+from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
+from chalot.model.families import FAMILIES
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
 from chalot.quant.scheme import SCHEMES

@@ -6,7 +6,8 @@ import pytest
 
 import tiny
 from chalot.kernels.backend import open_backend
-from chalot.model.config import FAMILIES, from_hugging_face
+from chalot.model.config import from_hugging_face
+from chalot.model.families import FAMILIES
 from golden.cases import (
     OLD,
     bitnet,

@@ -16,7 +16,8 @@ from chalot.formats.gguf_blocks import TYPES, decode
 from chalot.formats.gguf_config import llama3_scaling
 from chalot.formats.gguf_names import LAYER, MODEL, from_gguf, stored_rows, to_gguf
 from chalot.load import load
-from chalot.model.config import FAMILIES, from_hugging_face, inverse_frequencies
+from chalot.model.config import from_hugging_face, inverse_frequencies
+from chalot.model.families import FAMILIES
 from chalot.quant.scheme import SCHEMES
 from gguf_cases import bundled_model, decoded_hash, random_blocks
 from gguf_files import (

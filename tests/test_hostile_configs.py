@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chalot.errors import ChalotError, FormatError, UnsupportedError
-from chalot.model.config import FAMILIES, ModelConfig, from_hugging_face, inverse_frequencies
+from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
+from chalot.model.families import FAMILIES
 from chalot.model.layers import model_tensors
 from golden.cases import (
     OLD,

@@ -13,9 +13,9 @@ from chalot.convert import convert
 from chalot.describe import describe
 from chalot.errors import FormatError, RegionError
 from chalot.formats.myai import MyaiFile
-from chalot.load import read_model_config
 from chalot.model.config import ModelConfig
 from chalot.model.regions import Region, check_regions, default_regions, parse_regions
+from chalot.reading import read_model_config
 from chalot.region_bytes import OUTSIDE
 from myai_files import checkpoint, random_file
 from tiny import config

@@ -25,12 +25,12 @@ from chalot.formats.names import hugging_face
 from chalot.keeping import KEEP, kept, usual_of
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.library import is_ready
-from chalot.load import read_model_config
 from chalot.mixture import mixture_report
 from chalot.model.config import ModelConfig, from_hugging_face
 from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
+from chalot.reading import read_model_config
 from chalot.region_bytes import region_reports
 from chalot.sources import as_path, hub_id, on_hub, resolve
 from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of

@@ -14,8 +14,8 @@ import numpy as np
 from chalot.errors import ChalotError
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile, TensorEntry
-from chalot.load import read_model_config
 from chalot.quant.scheme import SCHEMES
+from chalot.reading import read_model_config
 from chalot.table import size
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, of

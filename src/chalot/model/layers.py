@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from chalot.model.config import FAMILIES, ModelConfig
+from chalot.model.config import ModelConfig
 from chalot.model.experts import Experts
+from chalot.model.families import FAMILIES
 
 # of matrices; vectors are never quantised, routers only where that is asked for by name
 KINDS = ("embedding", "head", "attention", "ffn", "router")

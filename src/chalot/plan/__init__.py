@@ -174,7 +174,7 @@ def by_loss(
 
 def ids_of(file: MyaiFile, words: str) -> list[int]:
     """The text's tokens. Raises FormatError for too few, or ids beyond the vocabulary."""
-    from chalot.load import read_model_config
+    from chalot.reading import read_model_config
     from chalot.text.tokenizer import from_source
 
     ids = from_source(file).encode(words[:MOST_TEXT])

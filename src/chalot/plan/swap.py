@@ -14,7 +14,6 @@ from chalot.evaluate.quality import log_softmax
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE, Batch, Program
-from chalot.load import read_model_config, read_weights
 from chalot.model.cache import PageCache
 from chalot.model.cache import Sequence as Place
 from chalot.model.layers import TensorSpec, model_tensors
@@ -22,6 +21,7 @@ from chalot.model.transformer import LAYER_INPUTS, Weights, build, build_from, b
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, numbers, pack_dense
 from chalot.quant.scheme import SCHEMES, Scheme
+from chalot.reading import read_model_config, read_weights
 
 Floats = NDArray[np.float32]
 MEMORY = 256 << 20  # bytes of the source's probabilities that are kept

@@ -46,6 +46,10 @@ def main(arguments: Arguments) -> int:
         raise FormatError("the prompt is not valid text; expected UTF-8") from None
     if arguments.answers is not None and arguments.cache is not None:
         raise OutputError("--cache keeps one text, -n makes several; leave one of them out")
+    if arguments.cache is not None:
+        from chalot.sessions import check_cache
+
+        check_cache(arguments.cache)
     with open_model(arguments) as model:
         options = sampling_of(arguments) | {"max_tokens": arguments.max_tokens}
         if arguments.choice is not None:
@@ -55,6 +59,11 @@ def main(arguments: Arguments) -> int:
         session = None
         if arguments.cache is not None:
             session = model.load_session(arguments.cache) if arguments.cache.exists() else None
+            if session is not None and session.note:
+                raise OutputError(
+                    f"{arguments.cache}: holds a conversation, which `chalot chat` goes on with; "
+                    "choose another name"
+                )
             options["session"] = session = session or model.session()
         silent = arguments.quiet or arguments.json
         pieces: list[str] = []

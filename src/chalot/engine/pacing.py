@@ -158,7 +158,7 @@ class Pace:
         weight = max(NEWEST, 1 / self.drafts)
         self.draft_seconds += weight * (seconds / drafted - self.draft_seconds)
         if kept == drafted:
-            self.limit = min(max(self.limit, 2 * drafted), self.most)
+            self.limit = min(max(self.limit, 2 * drafted + 1), self.most)
             self.pause = PAUSE[0]
         else:
             self.limit = max(self.limit // 2, kept, min(LEAST, self.most))

@@ -57,3 +57,23 @@ def test_whole_numbers_of_numpy_are_whole_numbers(demo_file: Path) -> None:
     with chalot.load(demo_file, context=np.int64(9)) as model:
         assert model.context == 9
     assert chalot.describe(demo_file).memory(np.int32(9)).context == 9
+
+
+def test_a_closed_model_says_so(demo_file: Path) -> None:
+    model = chalot.load(demo_file)
+    with model.session() as left_open:
+        model.generate("a", max_tokens=1)
+        left_open.prefill([1])
+        model.close()
+        uses: list[Callable[[], object]] = [
+            lambda: model.generate("a"),
+            lambda: model.generate_batch(["a"]),
+            lambda: model.chat([{"role": "user", "content": "a"}]),
+            lambda: model.logits([1]),
+            lambda: left_open.prefill([1]),
+            model.session,
+        ]
+        for use in uses:
+            with pytest.raises(chalot.ChalotError, match="the model is closed; load it again"):
+                use()
+    model.close()

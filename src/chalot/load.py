@@ -73,6 +73,7 @@ class Model(Opened):
 
     def generation_defaults(self) -> dict[str, Any]:
         """Sampling options that the model's makers ask for (generation_config.json)."""
+        self.file.check_length()  # every answer begins here: of a closed model there is none
         raw = self.file.document("generation_config.json")
         found = parse_json(raw, f"{self.file.path}: generation_config.json") if raw else {}
         if not isinstance(found, dict):

@@ -26,7 +26,7 @@ from chalot.model.window import LONGEST, Window
 from chalot.reading import read_model_config, read_weights
 from chalot.reflexes import Margin, Reflexes
 from chalot.residence import Residence
-from chalot.typed import MAY_COUNT, PATH, check_types
+from chalot.typed import COUNT, MAY_COUNT, PATH, check_types, token_ids
 
 
 def default_context(config: ModelConfig, position_bytes: int, budget: int | None) -> int:
@@ -98,6 +98,9 @@ class Opened:
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
         counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
+        check_types(texts=(texts, COUNT))
+        if texts < 1:
+            raise ContextError(f"texts is {texts}; expected 1 or more")
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
         whole = mlock or budget is not None or early_exit is not None
@@ -184,7 +187,7 @@ class Opened:
         Raises LimitError when that would not fit the memory that is free, ContextError when the
         ids are more than the context.
         """
-        tokens = [int(i) for i in ids]
+        tokens = token_ids(ids)
         count = len(tokens) if last is None else min(last, len(tokens))
         need, free = count * self.config.vocabulary * 4, machine.memory_available()
         if free is not None and need > free:
@@ -206,7 +209,7 @@ class Opened:
 
         Raises ContextError when the ids are more than the context, or outside the vocabulary.
         """
-        tokens = [int(i) for i in ids]
+        tokens = token_ids(ids)
         if any(not 0 <= i < self.config.vocabulary for i in tokens):
             raise ContextError(
                 f"token ids must be 0 to {self.config.vocabulary - 1}, found {min(tokens)} to "

@@ -284,3 +284,29 @@ def test_what_steers_is_escaped_in_json_and_the_same_when_read() -> None:
     assert not steers(re.sub("[\xa0\xad]", "", as_json({"a": every})))  # a space, a hyphen
     assert printable("one\n\ttwo \u65e5 \x1b") == "one\n\ttwo \u65e5 \\x1b"
     assert rows([["a"], ["b\nc"]]).count("\n") == 2
+
+
+PLACES = [
+    (["m", "--seed", "3", "--", "-x = 5"], "-x = 5"),
+    (["m", "--seed", "3", "--", "--seed"], "--seed"),
+    (["m", "--seed", "3", "--", "--"], "--"),
+    (["--seed", "3", "--", "m", "-x"], "-x"),
+    (["--seed", "3", "m", "--", "-5MB"], "-5MB"),
+    (["m", "--seed", "3", "text"], "text"),
+    (["m", "text", "--seed", "3"], "text"),
+]
+
+
+@pytest.mark.parametrize(("words", "prompt"), PLACES)
+def test_a_prompt_may_stand_behind_options_and_behind_two_dashes(
+    words: list[str], prompt: str
+) -> None:
+    parser = cli.build_parser("run")
+    found, unknown = parser.parse_known_args(cli.with_values(["run", *words]))
+    assert (found.model, found.prompt, found.seed, unknown) == ("m", prompt, 3, [])
+
+
+def test_more_words_than_a_verb_takes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "m", "a", "--", "--b"])
+    assert "found argument '--b', which chalot run does not take" in capsys.readouterr().err

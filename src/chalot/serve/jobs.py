@@ -143,9 +143,15 @@ def text_of(content: str | list[Any] | None) -> str | None:
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates want them. Raises Fault for arguments that are not JSON."""
+    """Messages as chat templates want them.
+
+    Raises Fault for a message without content, and for arguments that are not JSON.
+    """
     out = []
     for number, message in enumerate(messages):
+        if message.content is None and not (message.tool_calls or message.reasoning_content):
+            where = f"messages[{number}].content"
+            raise Fault(f"{where}: found none, expected text, or tool_calls", param=where)
         role = "system" if message.role == "developer" else message.role
         made: dict[str, Any] = {"role": role, "content": text_of(message.content) or ""}
         if message.name is not None:

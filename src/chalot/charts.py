@@ -23,7 +23,9 @@ def svg_path(text: str) -> Path:
     """Where a picture goes. Raises OutputError for a name that does not end in .svg."""
     path = Path(text).expanduser()
     if path.suffix.lower() != ".svg":
-        raise OutputError(f"{path}: is no .svg file, and pictures are; choose a name that ends in .svg")
+        raise OutputError(
+            f"{path}: is no .svg file, and pictures are; choose a name that ends in .svg"
+        )
     return path
 
 

@@ -22,7 +22,7 @@ from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import build, cache_shape, head_input
-from chalot.model.window import LONGEST, Window
+from chalot.model.window import LONGEST, SINKS, Window
 from chalot.reading import read_model_config, read_weights
 from chalot.reflexes import Margin, Reflexes
 from chalot.residence import Residence
@@ -36,6 +36,15 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     if room is None:
         return config.context
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
+
+
+def remedy(config: ModelConfig, context: int, window: Window, by_budget: bool) -> str:
+    """What helps, besides fewer tokens, against a text that is longer than a context."""
+    if window.size:
+        return "choose a larger --context" if context < LONGEST else "begin a new one"
+    if context >= config.context:
+        return f"add --window {max(1, config.context - SINKS)}: this is the model's own context"
+    return f"choose a larger --{'kv-budget' if by_budget else 'context'}"
 
 
 def cache_budget(texts: int, budget: int | None) -> int | None:
@@ -123,9 +132,11 @@ class Opened:
         self.window = Window.parse(window, sinks, self.config.context)
         self.config = self.window.of(self.config)
         longest = LONGEST if self.window.size else self.config.context
+        self.cut = context is None and kv_budget is not None and not self.window.size
         if context is None and not self.window.size:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = longest if context is None else context
+        self.cut = self.cut and self.context < self.config.context  # by the budget
         self.kv, self.kv_budget = kv, kv_budget
         if not 1 <= self.context <= longest:
             if self.window.size:
@@ -151,6 +162,7 @@ class Opened:
             self.backend.exp,
             self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
+            remedy=remedy(self.config, self.context, self.window, self.cut),
         )
         self.kept = sessions.Kept(
             self.file.digest, forced(activations, early_exit), shape, self.window, self.context

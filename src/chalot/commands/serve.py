@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 from pathlib import Path
 
-from chalot.commands.opening import MODEL, cache_type, converted, size
+from chalot.commands.opening import MODEL, cache_type, converted, say_context, size
 from chalot.commands.output import speaker
 from chalot.errors import FormatError, UnsupportedError
 from chalot.serve.settings import LOOPBACK
@@ -114,5 +114,6 @@ def main(arguments: Arguments) -> int:
     options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft")
     given = {name: getattr(arguments, name) for name in options}
     with load(path, **given) as model:
+        say_context(model, arguments)
         run(model, settings, speaker(arguments), arguments.verbose)
     return 0

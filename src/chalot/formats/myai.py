@@ -320,7 +320,7 @@ class MyaiFile:
         return values
 
     def check_length(self) -> None:
-        """Raise FormatError if the file was cut since it was opened, ClosedError if it is closed."""
+        """Raise FormatError if the file was cut since it was opened, ClosedError if closed."""
         if self.descriptor < 0:
             raise ClosedError("the model is closed; load it again")
         size = os.fstat(self.descriptor).st_size if self.mapped else self.size

@@ -99,9 +99,11 @@ def fitting(served: Served, ids: list[int], most: int, param: str) -> list[int]:
             f"{param}: found token {max(ids)}, expected ids of 0 to {size - 1}", param=param
         )
     if len(ids) + (most > 0) > context:
+        at_most = context >= served.model.config.context
+        remedy = "" if at_most else f", or restart the server: {served.model.engine.remedy}"
         raise Fault(
             f"{param}: found {len(ids)} tokens, this server's context holds {context} with one new "
-            "token at least; shorten the text, or start the server with a larger --context",
+            f"token at least; shorten the text{remedy}",
             param=param,
             code="context_length_exceeded",
         )

@@ -35,7 +35,12 @@ def test_a_conversation_goes_on_from_a_cache(
     kept, model = tmp_path / "talk.session", Talker()
     talk(monkeypatch, model, "one", "/exit", seed=1, cache=kept)
     _, err = talk(monkeypatch, model, "two", seed=2, cache=kept)
-    assert "(2 messages from" in err and "seed 1" in err
+    assert "(2 messages from" in err and "seed 2" in err  # what is asked for holds
+    _, err = talk(monkeypatch, model, "three", cache=kept, system="Be brief")
+    assert "seed 2" in err and "--system is not used" in err
+    with pytest.raises(OutputError, match="cannot be written"):
+        talk(monkeypatch, model, "four", cache=tmp_path / "none" / "talk.session")
+    del model.heard[-1]
     assert [m["content"] for m in model.heard[-1][0]] == ["one", "you said one", "two"]
 
 

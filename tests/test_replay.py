@@ -243,3 +243,17 @@ def test_a_server_needs_its_extra(
     path.write_text(json.dumps({"request": {}, "response": response}))
     with pytest.raises(ChalotError, match=r"chalot\[serve\]"):
         replay(path, demo_file)
+
+
+def test_several_answers_of_a_run(
+    demo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", str(demo_file), "def f(", "-n", "2", "--choice", "1", "--max-tokens", "9"]
+    assert cli.main([*run, "--json", "--seed", "4"]) == 0
+    path = tmp_path / "n.json"
+    path.write_text(capsys.readouterr().out)
+    assert cli.main(["replay", str(path), str(demo_file)]) == 0
+    changed = json.loads(path.read_text())
+    changed["answers"][1]["text"] += "x"
+    path.write_text(json.dumps(changed))
+    assert cli.main(["replay", str(path), str(demo_file)]) == 1

@@ -336,6 +336,27 @@ def test_run_with_a_cache(
     assert code == 1 and "cannot be written" in err
 
 
+def test_a_conversation_and_a_text_are_not_mixed(
+    demo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: chalot.Model
+) -> None:
+    """Neither replaces the other; who may read a file, and where a link leads, stays."""
+    path, link = tmp_path / "c", tmp_path / "link"
+    with model.session(temperature=0) as session:
+        session.prefill([1, 2, 3])
+        model.save_session(session, path, b"a conversation")
+    before = path.read_bytes()
+    run = ["run", str(demo_file), "x", "--max-tokens", "3", "--cache"]
+    code, _, err = ran(capsys, *run, str(path))
+    assert code == 1 and "holds a conversation" in err and path.read_bytes() == before
+    path.unlink()
+    path.touch(0o600)
+    link.symlink_to(path)
+    path.unlink()
+    assert ran(capsys, *run, str(link))[0] == 0 and link.is_symlink() and path.exists()
+    path.chmod(0o600)
+    assert ran(capsys, *run, str(link))[0] == 0 and path.stat().st_mode & 0o777 == 0o600
+
+
 def test_run_with_answers(demo_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["run", str(demo_file), "def read(path):\n", "--max-tokens", "9", "--seed", "3"]
     _, out, _ = ran(capsys, *run, "-n", "2", "--choice", "1", "--json")

@@ -5,9 +5,11 @@ prompt, twice leaves. Lines are edited with readline, and kept in `chat_history`
 """
 
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -27,6 +29,7 @@ HELP = """\
 /exit       leave (so do Ctrl-D, and Ctrl-C twice)
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next."""
 HISTORY_LINES = 1000
+NOTHING: Mapping[str, Any] = {}
 MAX_SAVED = 16_000_000  # bytes of a saved conversation
 
 # A model's text must not steer the terminal: control characters are shown as their pictures.
@@ -155,8 +158,8 @@ class Chat:
 
     def __init__(self, model: Talker, system: str | None, options: dict[str, Any]) -> None:
         self.model = model
-        self.options = {name: value for name, value in options.items() if value is not None}
-        self.options.setdefault("seed", secrets.randbits(32))
+        self.given = {name: value for name, value in options.items() if value is not None}
+        self.options = {"seed": secrets.randbits(32)} | self.given
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.system)
         self.commands: dict[str, Callable[[str], None]] = {
@@ -202,11 +205,13 @@ class Chat:
         path = _path(argument, "/load")
         self.go_on(read_saved(path), path)
 
-    def go_on(self, saved: Saved, path: Path) -> None:
-        """Take up a saved conversation."""
+    def go_on(self, saved: Saved, path: Path, held: Mapping[str, Any] = NOTHING) -> None:
+        """Take up a saved conversation with its options, but for those that are `held`."""
+        if self.system and self.system[0]["content"] != _system_of(saved):
+            say("(that conversation has its own beginning; --system is not used)")
         self.messages = [{"role": m.role, "content": m.content} for m in saved.messages]
         self.system = [m for m in self.messages[:1] if m["role"] == "system"]
-        self.options |= msgspec.to_builtins(saved.options)
+        self.options |= msgspec.to_builtins(saved.options) | dict(held)
         say(f"({len(self.messages)} messages from {path}, seed {self.options['seed']})")
         if saved.model != self.model.file.digest:
             say("(that conversation was held with another model file; answers will differ)")
@@ -250,6 +255,12 @@ class Chat:
             )
         elif line.strip():
             self.ask(line)
+
+
+def _system_of(saved: Saved) -> str | None:
+    """The system message of a saved conversation."""
+    first = saved.messages[0] if saved.messages else None
+    return first.content if first is not None and first.role == "system" else None
 
 
 def _path(argument: str, command: str) -> Path:
@@ -317,6 +328,23 @@ class _Lines:
         return line
 
 
+@contextmanager
+def _closed_as_left() -> Iterator[None]:
+    """A terminal that is closed, or SIGTERM, ends the input: what was said is kept all the same."""
+
+    def left(*_: object) -> None:
+        raise EOFError
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = [(number, signal.signal(number, left)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 def chat(
     model: Talker, *, system: str | None = None, cache: Path | None = None, **options: Any
 ) -> None:
@@ -330,10 +358,19 @@ def chat(
     """
     model.tokenizer.chat_template()
     talk = Chat(model, system, options)
+    if cache is not None:
+        from chalot.sessions import check_cache
+
+        check_cache(cache)
     if cache is not None and cache.exists():
-        talk.go_on(parse_saved(model.load_talk(cache), cache), cache)
+        note = model.load_talk(cache)
+        if not note:
+            raise FormatError(
+                f"{cache}: holds a text of `chalot run`, no conversation; choose another name"
+            )
+        talk.go_on(parse_saved(note, cache), cache, talk.given)
     say(f"seed {talk.options['seed']}; /help lists commands, Ctrl-D leaves")
-    with _Lines() as lines, suppress(KeyboardInterrupt):
+    with _Lines() as lines, _closed_as_left(), suppress(KeyboardInterrupt):
         leaving = False
         while True:
             try:

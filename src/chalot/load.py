@@ -279,7 +279,7 @@ class Model(Opened):
         """
         session = self.session(**{n: options.pop(n, None) for n in ("draft", "draft_tokens")})
         with self.lock:
-            sessions.restore(session, Path(path).expanduser(), self.kept)
+            session.note = sessions.restore(session, Path(path).expanduser(), self.kept)
         session.with_sampling(**options)
         return session
 

@@ -42,17 +42,25 @@ class RunOptions(Options, omit_defaults=True):
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
 
 
+class RunChoice(msgspec.Struct):
+    """One of several answers."""
+
+    choice: int
+    text: str
+
+
 class RunAnswer(msgspec.Struct):
-    """What `run --json` prints."""
+    """What `run --json` prints: a text, or with -n several answers."""
 
     prompt: str
-    text: str
     digest: str
     options: RunOptions
     max_tokens: int | None
     stop: list[str]
     context: int
     kv: Literal["int8", "f16", "f32"]
+    text: str = ""
+    answers: list[RunChoice] = []
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def read_transcript(path: Path) -> Transcript:
         saved = read_saved(path)
         how = saved.kv, saved.context, saved.window, saved.sinks
         return Transcript("chat", _digest(saved.model, path), saved, *how)
-    if {"prompt", "text"} <= keys:
+    if "prompt" in keys and keys & {"text", "answers"}:
         try:
             run = msgspec.convert(content, RunAnswer)
         except msgspec.ValidationError as error:
@@ -207,8 +215,9 @@ def _chat(model: Model, saved: Saved) -> Iterator[Again]:
 def _run(model: Model, run: RunAnswer) -> Iterator[Again]:
     options = msgspec.to_builtins(run.options) | {"max_tokens": run.max_tokens, "stop": run.stop}
     options = {name: value for name, value in options.items() if name not in ("window", "sinks")}
-    text = model.generate(run.prompt, **options)
-    yield compared(1, run.text, text)
+    for answer in run.answers or [RunChoice(options.get("choice", 0), run.text)]:
+        text = model.generate(run.prompt, **options | {"choice": answer.choice})
+        yield compared(answer.choice + 1, answer.text, text)
 
 
 def _server(model: Model, content: dict[str, Any]) -> Iterator[Again]:

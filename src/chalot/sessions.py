@@ -16,7 +16,7 @@ from chalot.engine.drafting import Drafter
 from chalot.engine.generate import Engine, Session, Stats, step_all
 from chalot.engine.sampler import Sampling, SamplingError
 from chalot.errors import ContextError, FormatError
-from chalot.formats.files import quoted
+from chalot.formats.files import check_place, quoted
 from chalot.formats.session_file import SessionFile, SessionHeader, write_session
 from chalot.kernels.program import PAGE, CacheShape
 from chalot.model.cache import cleared
@@ -39,6 +39,7 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         super().__init__(model.engine, sampling, drafter)
         self.model = model
         self.margin: float | None = None  # of early exit, where a supervisor sets it
+        self.note = b""  # what was kept with it in a file
 
     def prefill(self, ids: Iterable[int]) -> None:
         """See Session."""
@@ -82,6 +83,11 @@ class Kept:
         out: dict[str, str | int] = {"model": self.model, "activations": self.activations}
         out |= {f"cache {name}": value for name, value in asdict(self.shape).items()}
         return out | {"page": PAGE, "window": self.window.size, "sinks": self.window.sinks}
+
+
+def check_cache(path: Path) -> None:
+    """Raise OutputError where no session could be written: before work, not after it."""
+    check_place(path)  # its kind is seen when it is read
 
 
 def save(session: Session, path: Path, kept: Kept, note: bytes = b"") -> None:

@@ -46,6 +46,10 @@ def main(arguments: Arguments) -> int:
         raise FormatError("the prompt is not valid text; expected UTF-8") from None
     if arguments.answers is not None and arguments.cache is not None:
         raise OutputError("--cache keeps one text, -n makes several; leave one of them out")
+    if arguments.cache is not None:
+        from chalot.sessions import check_cache
+
+        check_cache(arguments.cache)
     with open_model(arguments) as model:
         options = sampling_of(arguments) | {"max_tokens": arguments.max_tokens}
         if arguments.choice is not None:
@@ -55,6 +59,11 @@ def main(arguments: Arguments) -> int:
         session = None
         if arguments.cache is not None:
             session = model.load_session(arguments.cache) if arguments.cache.exists() else None
+            if session is not None and session.note:
+                raise OutputError(
+                    f"{arguments.cache}: holds a conversation, which `chalot chat` goes on with; "
+                    "choose another name"
+                )
             options["session"] = session = session or model.session()
         silent = arguments.quiet or arguments.json
         pieces: list[str] = []
@@ -70,10 +79,8 @@ def main(arguments: Arguments) -> int:
         stats = model.last_stats
         if arguments.json:
             answer = {"prompt": prompt, "text": "".join(pieces), "digest": model.file.digest}
-            kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
-            kept |= {"kv": model.kv, "context": model.context}  # what `chalot replay` needs
-            said = {"options": said_options(arguments, stats)}
-            print(as_json(answer | said | kept | {"stats": stats} | model.reports))
+            made = made_with(model, arguments)
+            print(as_json(answer | made | {"stats": stats} | model.reports))
             return 0
         sys.stdout.write("\n")
         if not (pieces or silent):
@@ -91,7 +98,7 @@ def several(model: Any, prompt: str, arguments: Arguments, options: dict[str, An
         first = arguments.choice or 0
         found = [{"choice": first + i, "text": text} for i, text in enumerate(texts)]
         answer = {"prompt": prompt, "answers": found, "digest": model.file.digest}
-        print(as_json(answer | {"options": said_options(arguments, stats), "stats": stats}))
+        print(as_json(answer | made_with(model, arguments) | {"stats": stats}))
         return 0
     if not arguments.quiet:
         say(f"seed {stats.seed}")
@@ -104,11 +111,13 @@ def several(model: Any, prompt: str, arguments: Arguments, options: dict[str, An
     return 0
 
 
-def said_options(arguments: Arguments, stats: Any) -> dict[str, Any]:
-    """The options that make a text, as --json has them."""
+def made_with(model: Any, arguments: Arguments) -> dict[str, Any]:
+    """What makes a text, as --json has it and `chalot replay` needs it."""
     names = [n for n in ("choice", "window", "sinks") if getattr(arguments, n) is not None]
     said = {name: getattr(arguments, name) for name in names}
-    return sampling_of(arguments) | {"seed": stats.seed} | said
+    options = sampling_of(arguments) | {"seed": model.last_stats.seed} | said
+    kept = {"max_tokens": arguments.max_tokens, "stop": arguments.stop}
+    return {"options": options} | kept | {"kv": model.kv, "context": model.context}
 
 
 def say_stats(model: Any, arguments: Arguments) -> None:

@@ -47,7 +47,7 @@ class Sampling:
         "min_p": (0.0, 1.0),
         "repetition_penalty": (0.01, 100.0),
         "repetition_window": (0, 1 << 24),
-        "seed": (-(1 << 63), (1 << 64) - 1),
+        "seed": (-(1 << 63), (1 << 63) - 1),  # what JSON of every kind of file here holds
         "choice": (0, 1 << 32),
         "presence_penalty": (-2.0, 2.0),
         "frequency_penalty": (-2.0, 2.0),

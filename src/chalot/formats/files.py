@@ -156,19 +156,39 @@ def check_kind(path: Path, magic: bytes) -> None:
         raise OutputError(f"{path}: is there, and is of another kind; choose another name")
 
 
+def check_place(path: Path, magic: bytes = b"") -> Path:
+    """Where `whole_file` will write, links followed. Raises OutputError where it could not."""
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    check_kind(place, magic)
+    folder = place.parent
+    if not folder.is_dir():
+        raise OutputError(
+            f"{path}: cannot be written (there is no folder {folder}); make it, or choose another "
+            "place"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK) or (
+        place.exists() and not os.access(place, os.W_OK)
+    ):
+        raise OutputError(f"{path}: cannot be written; choose a place that you may write to")
+    return place
+
+
 @contextmanager
 def whole_file(path: Path, magic: bytes = b"") -> Iterator[BinaryIO]:
     """A new file that appears at `path` only if the block ends without an error.
 
     It is written beside `path` under a temporary name, synced and renamed; an existing `path` is
-    replaced in one step. Raises OutputError when the disk is full or the directory not writable.
+    replaced in one step, and keeps who may read it. Raises OutputError when the disk is full or the
+    directory not writable.
     A killed process can leave the temporary file (`.NAME.*.part`), never a part under `path`. With
     `magic`, a file that is there must begin with it.
     """
-    check_kind(path, magic)
+    path = check_place(path, magic)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb") as file:
+            if path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())

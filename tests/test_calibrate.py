@@ -340,6 +340,8 @@ def test_a_text_too_short_is_refused_and_leaves_nothing(demo_file: Path, tmp_pat
         calibrate(path, text)
     with pytest.raises(ContextError, match="--tokens of 256 or more"):
         calibrate(path, HELD_OUT, tokens=10)
+    with pytest.raises(ContextError, match="of which 0 are looked at"):
+        calibrate(path, HELD_OUT, tokens=-1)
     with pytest.raises(FormatError, match="cannot be read"):
         calibrate(path, tmp_path / "no.txt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt", "x.myai"]
@@ -372,6 +374,8 @@ def test_the_command_says_what_it_found(
     found = json.loads(capsys.readouterr().out)["found"]
     assert len(found["depths"]) == 5
     assert svg.read_text().startswith("<svg")
+    assert cli.main([*command, "--plot", str(tmp_path / "x.png")]) == 1
+    assert "is no .svg file" in capsys.readouterr().err
     assert cli.main(["run", str(path), "Once", "--max-tokens", "2", "-q"]) == 0
     raw = beside(path).read_bytes()
     beside(path).write_bytes(raw[:-5])

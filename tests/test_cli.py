@@ -229,6 +229,37 @@ def test_prompt_over_the_context_is_refused_with_both_numbers(demo_file: Path) -
     assert done.returncode == 1 and "64" in done.stderr and "--context" in done.stderr
 
 
+def test_remedies_of_a_text_too_long_can_work(
+    demo_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "word " * 2000
+    assert cli.main(["run", str(demo_file), long]) == 1
+    said = capsys.readouterr().err
+    assert "--window" in said and "--context" not in said
+    window = said.split("--window ")[1].split(":")[0]
+    again = ["--window", window, "--max-tokens", "1", "-q"]
+    assert cli.main(["run", str(demo_file), "word", *again]) == 0
+    capsys.readouterr()
+    budget = ["run", str(demo_file), long, "--kv-budget", "1MB"]
+    assert cli.main(budget) == 1
+    said = capsys.readouterr().err
+    assert "is what --kv-budget holds" in said and "choose a larger --kv-budget" in said
+    assert cli.main([*budget, "-q"]) == 1
+    assert "is what --kv-budget holds" not in capsys.readouterr().err
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    demo_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:  # root may read whatever its mode
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert cli.main(["run", str(demo_file), "a"]) == 1
+    said = capsys.readouterr().err
+    assert str(demo_file) in said and "may read" in said and "Errno" not in said
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
     for words in ((FOLDER, "-o", tmp_path / "\udcff.myai"), (tmp_path / "\udcff",)):
@@ -284,3 +315,29 @@ def test_what_steers_is_escaped_in_json_and_the_same_when_read() -> None:
     assert not steers(re.sub("[\xa0\xad]", "", as_json({"a": every})))  # a space, a hyphen
     assert printable("one\n\ttwo \u65e5 \x1b") == "one\n\ttwo \u65e5 \\x1b"
     assert rows([["a"], ["b\nc"]]).count("\n") == 2
+
+
+PLACES = [
+    (["m", "--seed", "3", "--", "-x = 5"], "-x = 5"),
+    (["m", "--seed", "3", "--", "--seed"], "--seed"),
+    (["m", "--seed", "3", "--", "--"], "--"),
+    (["--seed", "3", "--", "m", "-x"], "-x"),
+    (["--seed", "3", "m", "--", "-5MB"], "-5MB"),
+    (["m", "--seed", "3", "text"], "text"),
+    (["m", "text", "--seed", "3"], "text"),
+]
+
+
+@pytest.mark.parametrize(("words", "prompt"), PLACES)
+def test_a_prompt_may_stand_behind_options_and_behind_two_dashes(
+    words: list[str], prompt: str
+) -> None:
+    parser = cli.build_parser("run")
+    found, unknown = parser.parse_known_args(cli.with_values(["run", *words]))
+    assert (found.model, found.prompt, found.seed, unknown) == ("m", prompt, 3, [])
+
+
+def test_more_words_than_a_verb_takes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "m", "a", "--", "--b"])
+    assert "found argument '--b', which chalot run does not take" in capsys.readouterr().err

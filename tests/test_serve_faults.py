@@ -110,6 +110,8 @@ def gone(connection: socket.socket) -> bool:
         (CHAT, b'{"messages":[{"role":"user","content":"a"}],"temperature":NaN}', "JSON"),
         (CHAT, b'{"messages":[{"role":"user","content":"a"}],"temperature":1e999}', "temperature"),
         (CHAT, b'{"messages":[{"role":"user","content":"a"}],"seed":1e400}', "seed"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         (CHAT, b'{"messages":[{"role":"user","content":"a"}],"seed":%d}' % 10**40, "seed"),
         (CHAT, {}, "messages"),
         (CHAT, {"messages": []}, "messages"),

@@ -372,7 +372,11 @@ def test_messages_reach_the_template_as_in_transformers_5() -> None:
     assert tokenizer.render([said]) == str(wanted)
 
 
-@pytest.mark.parametrize("messages", [None, "x", [], [1], {"role": "user"}, [[]], 5])
+NO_MESSAGES = [None, "x", [], [1], {"role": "user"}, [[]], 5]
+NO_MESSAGES += [[{"role": "x"}], [{"content": "x"}], [{"role": "user", "content": None}]]
+
+
+@pytest.mark.parametrize("messages", NO_MESSAGES)
 def test_messages_of_another_shape(messages: Any) -> None:
     with pytest.raises(TokenizerError, match="messages"):
         opened("bytes", "chatml").encode_chat(messages)

@@ -57,3 +57,50 @@ def test_whole_numbers_of_numpy_are_whole_numbers(demo_file: Path) -> None:
     with chalot.load(demo_file, context=np.int64(9)) as model:
         assert model.context == 9
     assert chalot.describe(demo_file).memory(np.int32(9)).context == 9
+
+
+def test_a_closed_model_says_so(demo_file: Path) -> None:
+    model = chalot.load(demo_file)
+    with model.session() as left_open:
+        model.generate("a", max_tokens=1)
+        left_open.prefill([1])
+        model.close()
+        uses: list[Callable[[], object]] = [
+            lambda: model.generate("a"),
+            lambda: model.generate_batch(["a"]),
+            lambda: model.chat([{"role": "user", "content": "a"}]),
+            lambda: model.logits([1]),
+            lambda: left_open.prefill([1]),
+            model.session,
+        ]
+        for use in uses:
+            with pytest.raises(chalot.ChalotError, match="the model is closed; load it again"):
+                use()
+    model.close()
+
+
+def test_wrong_types_of_a_model_are_typed_errors(demo_file: Path) -> None:
+    with chalot.load(demo_file) as model:
+        uses: list[tuple[Callable[..., Any], Any, dict[str, Any], str]] = [
+            (model.generate_batch, "def f(", {}, "prompts: found str, expected a list of prompts"),
+            (model.generate_batch, [None], {}, "prompt: found NoneType"),
+            (model.generate_batch, ["a"], {"max_tokens": 4.5}, "max_tokens: found float"),
+            (model.generate, None, {}, "prompt: found NoneType, expected a list of token ids, or"),
+            (model.generate, [1.5], {}, "prompt: found float in it, expected token ids"),
+            (model.generate, "a", {"max_tokens": 4.5}, "max_tokens: found float"),
+            (model.generate, "a", {"draft": 5}, "draft: found int"),
+            (model.chat, [{"role": "user", "content": "a"}], {"max_tokens": 4.5}, "max_tokens"),
+            (model.logits, [1.5], {}, "ids: found float in it"),
+            (model.logits, "abc", {}, "ids: found str, expected a list of token ids"),
+        ]
+        for call, given, options, said in uses:
+            with pytest.raises(chalot.ChalotError) as caught:
+                call(given, **options)
+            assert isinstance(caught.value, TypeError) and said in str(caught.value)
+        assert model.logits(np.array([1, 2])).shape[0] == 2
+
+
+@pytest.mark.parametrize("options", [{"kv_budget": -1}, {"texts": 0}, {"texts": -1}])
+def test_a_cache_of_nothing_is_refused(demo_file: Path, options: dict[str, int]) -> None:
+    with pytest.raises(chalot.ChalotError, match="holds nothing|texts is"):
+        chalot.load(demo_file, **options)

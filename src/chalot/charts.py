@@ -7,13 +7,26 @@ Every number stands in the text or in a title.
 from collections.abc import Mapping, Sequence
 from html import escape
 from math import floor, isfinite, log10
+from pathlib import Path
 from typing import NamedTuple
+
+from chalot.errors import OutputError
 
 WIDTH, HEIGHT = 480, 320  # so narrow that words can be read on a phone
 LEFT, TOP, BOTTOM = 56, 28, 46
 LETTER = 7.0  # width of a letter, about
 LONGEST, BESIDE_STRIP = 28, 15  # characters of a name beside a point, beside a strip
 INK, FAINT, DOT = "var(--ink, #222)", "var(--faint, #ddd)", "var(--accent, #0b6e99)"
+
+
+def svg_path(text: str) -> Path:
+    """Where a picture goes. Raises OutputError for a name that does not end in .svg."""
+    path = Path(text).expanduser()
+    if path.suffix.lower() != ".svg":
+        raise OutputError(
+            f"{path}: is no .svg file, and pictures are; choose a name that ends in .svg"
+        )
+    return path
 
 
 class Point(NamedTuple):

@@ -17,6 +17,7 @@ from chalot.errors import ChalotError
 # benchmarks/threads.py: with twice as many threads as cores
 SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
 PROSE = ("system", "stop")  # options that may be empty or blank, or say themselves why not
+PLAIN = "\0"  # before a word that is no option, whatever it looks like; no command line holds it
 NEXT = """\
 chalot shrinks a language model and runs it on this machine. What to do next:
 
@@ -57,8 +58,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.intermixed = False
         self.register("type", int, whole_number)
         self.register("type", float, number)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Arguments of a verb may stand before, between and behind its options."""
+        if self._subparsers is not None or self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = True  # what is called next calls this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = False
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Raise for a value that is none of an option's choices, or no verb."""
@@ -80,31 +92,41 @@ class Parser(argparse.ArgumentParser):
                     )
         return super()._get_values(action, arg_strings)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """A word's value, its mark taken off."""
+        text = arg_string if self._subparsers is not None else arg_string.removeprefix(PLAIN)
+        return super()._get_value(action, text)
+
     def error(self, message: str) -> Any:
         """Two lines, exit code 2."""
         self.exit(2, f"chalot: {printable(message)}\nTry: {self.prog} --help\n")
 
 
 def with_values(argv: list[str]) -> list[str]:
-    """`--kv-budget -5MB` as `--kv-budget=-5MB`: argparse takes -5MB for an option else."""
+    """`--kv-budget -5MB` as `--kv-budget=-5MB`: argparse takes -5MB for an option else.
+
+    Words behind a verb's `--` are marked as PLAIN: argparse drops some of them else.
+    """
     out: list[str] = []
-    for word in argv:
+    end = argv.index("--") if "--" in argv[1:] else len(argv)
+    for word in argv[:end]:
         last = out[-1] if out else ""
         is_size = re.fullmatch(r"-\.?\d[\d.]*[A-Za-z]+", word)
-        if is_size and re.fullmatch(r"--[a-z-]+", last) and "--" not in out:
+        if is_size and re.fullmatch(r"--[a-z-]+", last):
             out[-1] = f"{last}={word}"
         else:
             out.append(word)
-    return out
+    return out + [PLAIN + word for word in argv[end + 1 :]]
 
 
 def refuse_unknown(unknown: list[str], parser: argparse.ArgumentParser) -> None:
     """Usage error for options that a verb does not have, with the one that was perhaps meant."""
-    name = unknown[0].partition("=")[0]
+    first = unknown[0].removeprefix(PLAIN)
+    name = first.partition("=")[0]
     known = re.findall(r"--[a-z][a-z-]*", parser.format_help()) if name[:2] == "--" else []
-    what = "option" if name.startswith("-") else "argument"
+    what = "option" if unknown[0].startswith("-") else "argument"
     hint = meant(name, known)
-    parser.error(f"found {what} {unknown[0]!r:.80}, which {parser.prog} does not take{hint}")
+    parser.error(f"found {what} {first!r:.80}, which {parser.prog} does not take{hint}")
 
 
 def meant(word: str, known: list[str]) -> str:

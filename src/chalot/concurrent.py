@@ -23,6 +23,7 @@ from chalot.errors import ChalotError
 from chalot.model.cache import PageCache
 from chalot.text.stream import TextStream
 from chalot.text.tokenizer import Tokenizer
+from chalot.typed import MAY_COUNT, check_types, token_ids
 
 SLOTS = 32  # prompts that are answered at the same time
 QUEUE = 1 << 20  # prompts that wait
@@ -85,7 +86,8 @@ class Concurrent:
         self._worker = None
 
     def request(self, prompt: Prompt, max_tokens: int | None = None, **options: Any) -> Request:
-        """What is asked of the scheduler. Raises SamplingError."""
+        """What is asked of the scheduler. Raises SamplingError, WrongTypeError."""
+        check_types(max_tokens=(max_tokens, MAY_COUNT))
         if max_tokens is not None and max_tokens < 0:
             raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
         model = self.model
@@ -94,7 +96,11 @@ class Concurrent:
             "draft_tokens",
         ):  # the model's own hold here; no answer depends on them
             options.pop(name, None)
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = (
+            model.tokenizer.encode(prompt)
+            if isinstance(prompt, str)
+            else token_ids(prompt, "prompt")
+        )
         room = max(model.context - len(ids), 0)
         most = room if max_tokens is None else min(max_tokens, room)
         return Request(ids, model.sampling(**options), most, model.tokenizer.eos_ids)

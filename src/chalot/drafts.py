@@ -22,6 +22,7 @@ from chalot.engine.sampler import SamplingError
 from chalot.errors import OutputError, TokenizerError
 from chalot.formats.myai import MyaiFile
 from chalot.home import home
+from chalot.typed import DRAFT, check_types
 
 if TYPE_CHECKING:
     from chalot.text.tokenizer import Tokenizer
@@ -84,6 +85,7 @@ class Drafters:
 
         Raises SamplingError for a length that is none, TokenizerError for a model with other ids.
         """
+        check_types(draft=(draft, DRAFT))
         if not (isinstance(most, int) and 0 <= most < CHUNK):
             raise SamplingError(f"draft_tokens is {most!r}; expected 0 to {CHUNK - 1}")
         if not most or draft is False:

@@ -10,6 +10,7 @@ ChalotError
 |- RegionError        a region of layers that the model does not have
 |- LimitError         memory, disk or time would not suffice
 |- WrongTypeError     an argument of another Python type than a function takes
+|- ClosedError        a model is used that was closed
 |- OutputError        the output cannot be written, or another process is writing it
 |- KernelError        no kernel can run here, or a computation went wrong
 `- HubError           the model hub refused or did not answer
@@ -58,6 +59,10 @@ class LimitError(ChalotError):
 
 class WrongTypeError(ChalotError, TypeError):
     """An argument of another Python type than a function takes."""
+
+
+class ClosedError(ChalotError, ValueError):
+    """A model is used that was closed."""
 
 
 class OutputError(ChalotError):

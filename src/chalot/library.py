@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from chalot.errors import OutputError
+from chalot.errors import FormatError, OutputError
 from chalot.home import home
 from chalot.keeping import KEEP, usual
 from chalot.sources import as_path, called, hub_id, resolve
@@ -32,9 +32,18 @@ def folder() -> Path:
 
 
 def is_ready(path: Path) -> bool:
-    """Whether a file is run as it is: a `.myai` file, of any version but that of older tools."""
-    with path.open("rb") as file:
-        begin = file.read(8)
+    """Whether a file is run as it is: a `.myai` file, of any version but that of older tools.
+
+    Raises FormatError for one that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(8)
+    except OSError as error:
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror}); expected a file that you may read: "
+            "see its owner and mode with ls -l"
+        ) from None
     if begin.startswith(MAGIC):
         return int.from_bytes(begin[4:], "little") != OLD_VERSION
     return path.suffix == SUFFIX  # and if it is none after all, its reader says so

@@ -19,6 +19,7 @@ from chalot.errors import ContextError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.kernels.backend import byte_pairs
 from chalot.opened import Opened
+from chalot.typed import MAY_COUNT, check_types, listed, token_ids
 
 if TYPE_CHECKING:
     from chalot.concurrent import Concurrent
@@ -73,6 +74,7 @@ class Model(Opened):
 
     def generation_defaults(self) -> dict[str, Any]:
         """Sampling options that the model's makers ask for (generation_config.json)."""
+        self.file.check_length()  # every answer begins here: of a closed model there is none
         raw = self.file.document("generation_config.json")
         found = parse_json(raw, f"{self.file.path}: generation_config.json") if raw else {}
         if not isinstance(found, dict):
@@ -104,13 +106,20 @@ class Model(Opened):
         string, `max_tokens`, or the context's end. With a `session`, what it holds of the prompt
         is not read again, and it goes on from there.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._ids(prompt, max_tokens)
         if session is not None:
             with self.lock:
                 yield from self._go_on(session, ids, max_tokens, stop, options)
             return
         with self.session(**options) as session:
             yield from self._answer(session, ids, max_tokens, stop)
+
+    def _ids(self, prompt: Any, max_tokens: int | None) -> list[int]:
+        """A prompt's ids. Raises WrongTypeError for what is no prompt, or no number of tokens."""
+        check_types(max_tokens=(max_tokens, MAY_COUNT))
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return token_ids(prompt, "prompt")
 
     def _go_on(
         self,
@@ -147,7 +156,7 @@ class Model(Opened):
         """
         from chalot.text.stream import TextStream
 
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._ids(prompt, max_tokens)
         if count < 1:
             raise ContextError(f"{count} answers asked for; expected 1 or more")
         with self.lock, self.session(**options | {"draft": False}) as session:
@@ -190,7 +199,7 @@ class Model(Opened):
         Options as for `stream`; without a seed each prompt draws its own. The cache for it takes
         memory of its own. The first error ends all answers.
         """
-        return self._concurrent.generate(list(prompts), **options)
+        return self._concurrent.generate(listed(prompts, "prompts", "prompts"), **options)
 
     def astream(self, prompt: str | Iterable[int], **options: Any) -> AsyncGenerator[str, None]:
         """`stream` for asyncio: `async for piece in model.astream(prompt)`.
@@ -219,6 +228,7 @@ class Model(Opened):
 
         Raises TokenizerError for a model without a chat template.
         """
+        check_types(max_tokens=(max_tokens, MAY_COUNT))
         ids = self.tokenizer.encode_chat(messages)
         with self.lock:
             session = self.talk()

@@ -22,11 +22,11 @@ from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import build, cache_shape, head_input
-from chalot.model.window import LONGEST, Window
+from chalot.model.window import LONGEST, SINKS, Window
 from chalot.reading import read_model_config, read_weights
 from chalot.reflexes import Margin, Reflexes
 from chalot.residence import Residence
-from chalot.typed import MAY_COUNT, PATH, check_types
+from chalot.typed import COUNT, MAY_COUNT, PATH, check_types, token_ids
 
 
 def default_context(config: ModelConfig, position_bytes: int, budget: int | None) -> int:
@@ -36,6 +36,15 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     if room is None:
         return config.context
     return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
+
+
+def remedy(config: ModelConfig, context: int, window: Window, by_budget: bool) -> str:
+    """What helps, besides fewer tokens, against a text that is longer than a context."""
+    if window.size:
+        return "choose a larger --context" if context < LONGEST else "begin a new one"
+    if context >= config.context:
+        return f"add --window {max(1, config.context - SINKS)}: this is the model's own context"
+    return f"choose a larger --{'kv-budget' if by_budget else 'context'}"
 
 
 def cache_budget(texts: int, budget: int | None) -> int | None:
@@ -98,6 +107,9 @@ class Opened:
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}
         counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
+        check_types(texts=(texts, COUNT))
+        if texts < 1:
+            raise ContextError(f"texts is {texts}; expected 1 or more")
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
         whole = mlock or budget is not None or early_exit is not None
@@ -120,9 +132,11 @@ class Opened:
         self.window = Window.parse(window, sinks, self.config.context)
         self.config = self.window.of(self.config)
         longest = LONGEST if self.window.size else self.config.context
+        self.cut = context is None and kv_budget is not None and not self.window.size
         if context is None and not self.window.size:
             context = default_context(self.config, shape.position_bytes, kv_budget)
         self.context = longest if context is None else context
+        self.cut = self.cut and self.context < self.config.context  # by the budget
         self.kv, self.kv_budget = kv, kv_budget
         if not 1 <= self.context <= longest:
             if self.window.size:
@@ -148,6 +162,7 @@ class Opened:
             self.backend.exp,
             self.experts.before_step,
             costs=read_costs(self.file, self.backend.name, self.backend.threads),
+            remedy=remedy(self.config, self.context, self.window, self.cut),
         )
         self.kept = sessions.Kept(
             self.file.digest, forced(activations, early_exit), shape, self.window, self.context
@@ -184,7 +199,7 @@ class Opened:
         Raises LimitError when that would not fit the memory that is free, ContextError when the
         ids are more than the context.
         """
-        tokens = [int(i) for i in ids]
+        tokens = token_ids(ids)
         count = len(tokens) if last is None else min(last, len(tokens))
         need, free = count * self.config.vocabulary * 4, machine.memory_available()
         if free is not None and need > free:
@@ -206,7 +221,7 @@ class Opened:
 
         Raises ContextError when the ids are more than the context, or outside the vocabulary.
         """
-        tokens = [int(i) for i in ids]
+        tokens = token_ids(ids)
         if any(not 0 <= i < self.config.vocabulary for i in tokens):
             raise ContextError(
                 f"token ids must be 0 to {self.config.vocabulary - 1}, found {min(tokens)} to "

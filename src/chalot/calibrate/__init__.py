@@ -21,7 +21,7 @@ from chalot.calibrate.clock import Costs, measure
 from chalot.calibrate.depths import Head, Looked, look
 from chalot.calibrate.probe import supervise
 from chalot.calibrated import Calibration, Depth, ShortHead
-from chalot.charts import Point, drawn
+from chalot.charts import Point, drawn, svg_path
 from chalot.errors import ContextError, UnsupportedError
 from chalot.formats.files import read_text
 from chalot.formats.new_file import NewFile
@@ -93,7 +93,7 @@ def calibrate(
 
 def looked_at(ids: Sequence[int], tokens: int) -> list[list[int]]:
     """Windows of the text's second half. Raises ContextError where there is too little of it."""
-    half = list(ids[len(ids) // 2 :])[:tokens]
+    half = list(ids[len(ids) // 2 :])[: max(tokens, 0)]
     if len(ids) < FEWEST or len(half) < PAGE:
         raise ContextError(
             f"a text of {len(ids)} tokens, of which {len(half)} are looked at; expected {FEWEST} "
@@ -159,12 +159,12 @@ def conclude(
 def new_picture(path: str | None) -> Iterator[Callable[[Calibration], None]]:
     """What draws agreement by depth to a file, whose place is checked now; to none without a path.
 
-    Whole or not at all; over another .svg only. Raises OutputError.
+    Whole or not at all; over another .svg only. Raises OutputError, for other endings too.
     """
     if path is None:
         yield lambda _: None
         return
-    with NewFile(Path(path).expanduser(), b"<svg", ".svg") as file:
+    with NewFile(svg_path(path), b"<svg", ".svg") as file:
 
         def draw(found: Calibration) -> None:
             file.write(picture(found).encode())

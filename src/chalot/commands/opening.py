@@ -129,4 +129,15 @@ def open_model(arguments: Arguments) -> Any:
     options["texts"] = max(getattr(arguments, "answers", None) or 1, 1)
     if isinstance(arguments.draft, str):
         options["draft"] = converted(arguments.draft, arguments)
-    return load(path, **options)
+    model = load(path, **options)
+    say_context(model, arguments)
+    return model
+
+
+def say_context(model: Any, arguments: Arguments) -> None:
+    """One line where --kv-budget makes the context smaller than the model's own."""
+    if model.cut:
+        speaker(arguments)(
+            f"a context of {model.context} tokens, of the model's {model.config.context}, "
+            "is what --kv-budget holds"
+        )

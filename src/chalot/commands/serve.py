@@ -4,9 +4,12 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 from pathlib import Path
 
-from chalot.commands.opening import MODEL, cache_type, converted, size
-from chalot.commands.output import say, speaker
+from chalot.commands.opening import MODEL, cache_type, converted, say_context, size
+from chalot.commands.output import speaker
 from chalot.errors import FormatError, UnsupportedError
+from chalot.serve.settings import LOOPBACK
+
+RANGES = (("port", 0, 65535), ("slots", 1, 1024), ("queue", 0, 65536), ("drain", 0, 86400))
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -21,6 +24,8 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--api-key-file", metavar="FILE", help="a key a line; `ps` does not show it"
     )
+    text = "ask for no key, at an address that others can reach too"
+    parser.add_argument("--no-key", action="store_true", help=text)
     parser.add_argument(
         "--allow-origin",
         action="append",
@@ -55,14 +60,26 @@ def keys_of(arguments: Arguments) -> tuple[str, ...]:
     if arguments.api_key_file:
         path = Path(arguments.api_key_file).expanduser()
         try:
-            keys += path.read_text("utf-8").split()
+            found = path.read_text("utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{path}: cannot be read as a file of keys ({error})") from None
-        if not keys:
+        if not found:
             raise FormatError(f"{path}: holds no key; expected one a line")
+        keys += found
     if any(len(key) < 8 or not key.isascii() or not key.isprintable() for key in keys):
         raise FormatError("--api-key: expected 8 or more printable ASCII characters")
     return tuple(keys)
+
+
+def check_reach(host: str, keys: tuple[str, ...], no_key: bool) -> None:
+    """Raise FormatError where others could ask without a key and nobody has said they may."""
+    if no_key and keys:
+        raise FormatError("--no-key: found keys too; leave one of them out")
+    if not keys and not no_key and host not in LOOPBACK:
+        raise FormatError(
+            f"--host {host}: others can reach this server, and it has no key; expected "
+            "--api-key-file or --api-key, or --no-key if anybody may ask"
+        )
 
 
 def main(arguments: Arguments) -> int:
@@ -76,11 +93,12 @@ def main(arguments: Arguments) -> int:
     from chalot.load import load
     from chalot.serve.settings import Settings
 
-    for name, low, high in (("port", 0, 65535), ("slots", 1, 1024), ("queue", 0, 65536)):
+    for name, low, high in RANGES:
         if not low <= getattr(arguments, name) <= high:
             found = getattr(arguments, name)
             arguments.parser.error(f"--{name}: found {found}, expected {low} to {high}")
     keys = keys_of(arguments)
+    check_reach(arguments.host, keys, arguments.no_key)
     path = converted(arguments.model, arguments)
     settings = Settings(
         host=arguments.host,
@@ -91,12 +109,11 @@ def main(arguments: Arguments) -> int:
         hosts=tuple(arguments.allow_host),
         slots=arguments.slots,
         queue=arguments.queue,
-        drain_seconds=max(0, arguments.drain),
+        drain_seconds=arguments.drain,
     )
-    if not settings.on_loopback and not keys:
-        say("chalot: others can reach this server, and it asks for no key: see --api-key-file")
     options = ("threads", "context", "kv", "kv_budget", "mmap", "mlock", "draft")
     given = {name: getattr(arguments, name) for name in options}
     with load(path, **given) as model:
+        say_context(model, arguments)
         run(model, settings, speaker(arguments), arguments.verbose)
     return 0

@@ -108,6 +108,7 @@ class Engine:
     before_step: Callable[[], None] = field(default=lambda: None)
     native_seconds: float = 0.0  # spent in forward passes so far
     costs: StepCosts = field(default_factory=StepCosts)  # of decoding, by tokens in a pass
+    remedy: str = "choose a larger --context"  # for a text that is too long
 
     def step(self, work: list[Work]) -> NDArray[np.float32]:
         """Logits (wanted tokens, vocabulary), in the order of the work.
@@ -136,7 +137,7 @@ class Engine:
             if end > self.context:
                 raise ContextError(
                     f"the text needs {end} tokens, the context holds {self.context}; "
-                    "shorten it or choose a larger --context"
+                    f"shorten it or {self.remedy}"
                 )
             w.sequence.reserve(end)
             positions += range(w.sequence.length, end)
@@ -215,7 +216,7 @@ class Session:
         if total > self.engine.context:
             raise ContextError(
                 f"the prompt needs {total} tokens, the context holds {self.engine.context}; "
-                "shorten it or choose a larger --context"
+                f"shorten it or {self.engine.remedy}"
             )
         start = time.perf_counter()
         self._forget()

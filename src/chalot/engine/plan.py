@@ -114,7 +114,7 @@ def check(request: Request, engine: Engine) -> None:
     if need > engine.context:
         raise ContextError(
             f"the prompt and one new token need {need} tokens, the context holds "
-            f"{engine.context}; shorten it or choose a larger --context"
+            f"{engine.context}; shorten it or {engine.remedy}"
         )
     if -(-len(ids) // PAGE) > engine.cache.count:
         raise OutOfPages(no_pages(len(ids), engine.cache.count))

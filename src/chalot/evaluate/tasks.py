@@ -26,7 +26,7 @@ def scores(model: Model, context: list[int], continuation: list[int]) -> tuple[f
     if room < 1:
         raise ContextError(
             f"a continuation of {len(continuation)} tokens leaves no room in a context of "
-            f"{model.context}; choose a larger --context"
+            f"{model.context}; {model.engine.remedy}"
         )
     ids = (context[-room:] + continuation)[:-1]
     total, greedy, at = 0.0, True, 0

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from chalot import machine
 from chalot.errors import (
     ChalotError,
+    ClosedError,
     FormatError,
     LimitError,
     SchemeError,
@@ -319,7 +320,9 @@ class MyaiFile:
         return values
 
     def check_length(self) -> None:
-        """Raise FormatError if the file was cut since it was opened."""
+        """Raise FormatError if the file was cut since it was opened, ClosedError if closed."""
+        if self.descriptor < 0:
+            raise ClosedError("the model is closed; load it again")
         size = os.fstat(self.descriptor).st_size if self.mapped else self.size
         if size < self.size:
             raise FormatError(

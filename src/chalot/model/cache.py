@@ -121,7 +121,7 @@ class PageCache:
         self.count = -(-positions // PAGE)
         if budget is not None:
             self.count = min(self.count, budget // shape.page_bytes)
-        if not self.count:
+        if self.count < 1:
             raise ContextError(
                 f"a cache of {budget} bytes holds nothing: {PAGE} positions of this model take "
                 f"{shape.page_bytes}; --kv-budget {-(-shape.page_bytes // 1000)}kB would do"

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from chalot.charts import strips
+from chalot.charts import strips, svg_path
 from chalot.formats.new_file import NewFile
 from chalot.planfile import PlanDocument
 from chalot.quant.packing import stored_bytes
@@ -37,12 +36,12 @@ def picture(plan: PlanDocument) -> str:
 def new_picture(path: str | None) -> Iterator[Callable[[PlanDocument], None]]:
     """What draws a plan to a file, whose place is checked now; to none without a path.
 
-    Whole or not at all; over another .svg only. Raises OutputError.
+    Whole or not at all; over another .svg only. Raises OutputError, for other endings too.
     """
     if path is None:
         yield lambda _: None
         return
-    with NewFile(Path(path).expanduser(), b"<svg", ".svg") as file:
+    with NewFile(svg_path(path), b"<svg", ".svg") as file:
 
         def draw(plan: PlanDocument) -> None:
             file.write(picture(plan).encode())

@@ -99,9 +99,11 @@ def fitting(served: Served, ids: list[int], most: int, param: str) -> list[int]:
             f"{param}: found token {max(ids)}, expected ids of 0 to {size - 1}", param=param
         )
     if len(ids) + (most > 0) > context:
+        at_most = context >= served.model.config.context
+        remedy = "" if at_most else f", or restart the server: {served.model.engine.remedy}"
         raise Fault(
             f"{param}: found {len(ids)} tokens, this server's context holds {context} with one new "
-            "token at least; shorten the text, or start the server with a larger --context",
+            f"token at least; shorten the text{remedy}",
             param=param,
             code="context_length_exceeded",
         )
@@ -143,9 +145,15 @@ def text_of(content: str | list[Any] | None) -> str | None:
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates want them. Raises Fault for arguments that are not JSON."""
+    """Messages as chat templates want them.
+
+    Raises Fault for a message without content, and for arguments that are not JSON.
+    """
     out = []
     for number, message in enumerate(messages):
+        if message.content is None and not (message.tool_calls or message.reasoning_content):
+            where = f"messages[{number}].content"
+            raise Fault(f"{where}: found none, expected text, or tool_calls", param=where)
         role = "system" if message.role == "developer" else message.role
         made: dict[str, Any] = {"role": role, "content": text_of(message.content) or ""}
         if message.name is not None:

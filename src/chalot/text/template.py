@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_SOURCE = 1 << 18  # characters of a template; the longest known have about 30,000
 MAX_DEPTH = 64  # of lists and mappings in messages and tools
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the first is the usual name
+SAID = ("content", "tool_calls", *THOUGHTS)  # one of them is there
 BASE_UNITS = 1_000_000
 UNITS_PER_CHARACTER = 32
 
@@ -175,6 +176,12 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
             'messages: expected a list of one or more {"role": ..., "content": ...}, '
             f"found {str(found)[:40]!r}"
         )
+    for number, message in enumerate(found):
+        if message.get("role") is None or all(message.get(name) is None for name in SAID):
+            raise TokenizerError(
+                f"messages[{number}]: found {str(message)[:40]!r}, expected a role, and content or "
+                "tool_calls"
+            )
     result = []
     for message in found:
         message = {key: value for key, value in message.items() if value is not None}

@@ -29,6 +29,7 @@ void panel_times_tokens(const Matrix& w, int p, const uint8_t* panel, const Acti
   int t = 0;
   for (; t + kTokens / Planes <= tokens; t += kTokens / Planes)
     panel_product<Coder, kTokens / Planes, Planes>(w, p, panel, x, t, out);
+  if (kTokens / Planes > 3 && t + 3 == tokens) panel_product<Coder, 3, Planes>(w, p, panel, x, t, out), t += 3;
   if (kTokens / Planes > 2 && t + 2 <= tokens) panel_product<Coder, 2, Planes>(w, p, panel, x, t, out), t += 2;
   for (; t < tokens; t++) panel_product<Coder, 1, Planes>(w, p, panel, x, t, out);
 }

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from chalot.kernels.native import program_fields
 from chalot.kernels.program import Program
-from chalot.load import Model, read_weights
+from chalot.load import Model
 from chalot.model.transformer import build as build_program
+from chalot.reading import read_weights
 
 ROOT = Path(__file__).parent.parent
 MAGIC = b"chalot replay 2\n"

@@ -94,7 +94,8 @@ class StepCosts:
 class Pace:
     """The length of one kind of drafts: that of the greatest expected gain, within a limit.
 
-    The limit doubles after a draft that was kept whole and halves after one that was not. Drafting
+    After a draft that was kept whole twice as many tokens may be in a pass, its first one counted;
+    after one that was not, half as many are drafted. Drafting
     pauses where no length gains enough, and is tried again after a while.
     """
 

@@ -95,8 +95,8 @@ class Pace:
     """The length of one kind of drafts: that of the greatest expected gain, within a limit.
 
     After a draft that was kept whole twice as many tokens may be in a pass, its first one counted;
-    after one that was not, half as many are drafted. Drafting
-    pauses where no length gains enough, and is tried again after a while.
+    after one that was not, half as many are drafted. Drafting pauses where no length gains enough,
+    and is tried again after a while.
     """
 
     def __init__(self, costs: Costs, belief: float, most: int = MOST) -> None:

@@ -13,16 +13,16 @@ import json
 import sys
 import tempfile
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from chalot.calibration_text import CalibrationText
 from chalot.convert import convert
 from chalot.demo import FOLDER, write_twin
 from chalot.errors import SchemeError
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
-from chalot.refining import CALIBRATION_TEXT, Refine
+from chalot.refining import Refine
 from machine import OthersWork, provenance
 
 METHODS = ("plain", "gptq", "hqq")
@@ -46,8 +46,7 @@ def rows(
         convert(source, folder / "base.myai", "bf16")
         base = Model(folder / "base.myai", context=1024, kv="f32")
         ids = base.tokenizer.encode(held_out.read_text("utf-8"))[: options.windows * 512]
-        text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
-        shared = overlap(base.tokenizer.encode(text), ids)
+        shared = overlap(base.tokenizer.encode(CalibrationText.of().words), ids)
         models = []
         for scheme in options.schemes:
             for method in options.methods:

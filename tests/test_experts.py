@@ -5,7 +5,7 @@ Logits against transformers' are in test_parity.py, equal bits in test_family_ex
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import tiny
 from chalot.cli import main
 from chalot.errors import FormatError, KernelError, SchemeError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
 from chalot.kernels.program import Op, Part, Program, Slot
 from chalot.kernels.reference import exp, route
@@ -28,6 +29,7 @@ from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequenc
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
 from chalot.pruning import most_used
+from chalot.upcycle import Settings, upcycle
 from golden import cases
 from golden.cases import CASES, Shard, mixtral, olmoe, qwen2_moe, qwen3_moe
 from test_exactness import NATIVE, digest, feed, ids
@@ -451,6 +453,24 @@ def test_the_most_used_experts_are_counted_by_the_router(tmp_path: Path) -> None
     assert kept == {
         i: tuple(sorted(np.argsort(-n, kind="stable")[:3].tolist())) for i, n in enumerate(counts)
     }
+
+
+def test_experts_that_were_one_tensor_stay_one(tmp_path: Path) -> None:
+    """A pruned mixture of copies is as small as it can be: one more expert costs nothing."""
+    folder = cases.write_folder(CASES["mistral"], 0, tmp_path / "m")
+    copies = tmp_path / "copies.myai"
+    upcycle(folder, copies, Settings(experts=6), scheme="f32")
+    sizes, bits = [], []
+    for experts in (3, 4):
+        few = tmp_path / f"{experts}.myai"
+        chalot.convert(copies, few, "f32", threads=1, experts=experts)
+        with closing(MyaiFile(few)) as file:
+            assert len([n for n in file.aliases if n.startswith("layers.0.")]) == 3 * (experts - 1)
+            sizes.append(sum(e.bytes for e in {t.extent for t in file.manifest.tensors.values()}))
+            bits.append(file.bits_per_weight)
+    config = from_hugging_face(CASES["mistral"].config)
+    assert sizes[1] - sizes[0] == config.hidden * config.layers * 4  # a row of each router
+    assert bits == [32, 32]
 
 
 def test_all_experts_are_no_pruning(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import chalot
 from chalot.cli import main
-from chalot.formats.expert_pages import ExpertPages, runs_of
+from chalot.formats.expert_pages import ExpertPages, expert_runs
 from chalot.formats.myai import MyaiFile
 from golden.cases import Case, mixtral, qwen2, qwen2_moe, write_folder
 
@@ -87,7 +87,7 @@ def test_the_most_used_stay(made: Path) -> None:
     pages.update({0: np.array([5, 0, 7, 5, 9, 0, 0, 0])})
     assert pages.kept(0) == [0, 2, 4]
     found = pages.report()
-    one = sum(b - a for a, b in runs_of(file, names[0]))
+    one = sum(b - a for a, b in expert_runs(file, names[0]))
     assert (found.counted, found.touched_bytes, found.kept_bytes) == (4, 4 * one, 3 * one)
     file.close()
 

@@ -284,6 +284,23 @@ def test_parts_that_do_not_fit_are_refused(part: str, how: str, tmp_path: Path) 
         numbers(folder)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_scale_may_be_of_the_whole_matrix(shape: tuple[int, ...], tmp_path: Path) -> None:
+    codes = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
+    parts = {"weight": codes, "weight_scale": np.full(shape, 0.5, np.float16)}
+    folder = folder_of(tmp_path / "m", compressed("int-quantized", 8, None, True), parts)
+    np.testing.assert_array_equal(numbers(folder), codes.astype(np.float32) / 2)
+
+
+@pytest.mark.parametrize("shape", [(256,), (2, 4, 32), (0, 32)])
+def test_codes_of_another_shape_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    parts = Made(8, 32, 8, 16, True, 0).plain()
+    parts["weight"] = np.zeros(shape, np.int8)
+    folder = folder_of(tmp_path / "m", compressed("int-quantized", 8, 16), parts)
+    with pytest.raises(FormatError, match="expected two dimensions"):
+        open_checkpoint(folder)
+
+
 def test_a_column_of_no_group_is_refused(tmp_path: Path) -> None:
     for wrong in (-1, 2, 2**31 - 1):
         parts = Made(8, 32, 4, 16, True, 0).gptq()

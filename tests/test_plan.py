@@ -424,7 +424,7 @@ def test_tokens_outside_the_vocabulary(tmp_path: Path, text: Path) -> None:
         (["--exchanges", "-1"], "0 or more"),
         (["--text", "nowhere.txt"], "cannot be read"),
         (["--text", "EMPTY"], "0 tokens"),
-        (["--text", "TINY"], "tokens; expected some hundreds"),
+        (["--text", "TINY"], "tokens, expected at least 32"),
         (["--text", "WEIGHTS"], "not UTF-8"),
         (["--method", "ewq", "-o", "nowhere/p.json"], "nowhere"),
         (["--method", "ewq", "-o", "TINY"], "is no plan file"),

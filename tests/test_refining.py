@@ -19,7 +19,7 @@ from chalot.formats.myai import MyaiFile
 from chalot.quant import hqq
 from chalot.quant.codes import dequantize, quantize
 from chalot.quant.scheme import SCHEMES
-from chalot.refining import WINDOWS, Inputs, Refine, token_ids
+from chalot.refining import WINDOWS, Inputs, Refine
 
 TEXT = (FOLDER / "calibration.txt").read_text("utf-8")
 RNG = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_ids_that_the_model_does_not_have() -> None:
     with closing(open_checkpoint(FOLDER)) as checkpoint:
         config = msgspec.structs.replace(read_config(checkpoint), vocabulary=300)
         with pytest.raises(TokenizerError, match="the model has 300"):
-            token_ids(Refine.of("gptq"), checkpoint, config)
+            Refine.of("gptq").ids(checkpoint, config)
 
 
 def test_activations_that_are_no_numbers() -> None:

@@ -596,15 +596,17 @@ def test_two_hundred_clients_that_misbehave(demo_file: Path) -> None:
     with chalot.load(demo_file) as model, Running(model, settings) as server:
         endless(server)
         crowd = Crowd(server)
-        for _ in range(2):
-            crowd.burst(10)
-        before = machine.resident_bytes()
-        crowd.burst(10)
         assert len(crowd.acts) * 10 == 200
+        crowd.burst(10)
+        grown = []  # bytes: a leak is in every burst, an allocator that settles is not
+        while len(grown) < 6 and min(grown, default=1 << 40) > 2 << 20:
+            before = machine.resident_bytes()
+            crowd.burst(10)
+            grown.append(machine.resident_bytes() - before)
         assert not crowd.wrong
         assert crowd.served >= 12, "almost nothing was served"
-        assert crowd.served + crowd.busy == 3 * 40
-        assert machine.resident_bytes() - before < 8 << 20
+        assert crowd.served + crowd.busy == (1 + len(grown)) * 40
+        assert min(grown) <= 2 << 20, grown
         assert server.good("/health")["status"] == "ok"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import chalot
 from chalot import cli
-from chalot.errors import ChalotError, ContextError, FormatError
+from chalot.errors import ChalotError, ContextError, FormatError, WrongTypeError
 from chalot.formats.session_file import FRONT, MAGIC, SessionFile, SessionHeader, write_session
 from chalot.kernels.program import CACHE_TYPES, PAGE, CacheShape
 from chalot.load import Model
@@ -420,3 +420,10 @@ def test_a_batch_of_texts_with_a_window(streaming: Model) -> None:
     options = {"max_tokens": 30, "seed": 4}
     alone = [streaming.generate(prompt, **options) for prompt in prompts]
     assert streaming.generate_batch(prompts, **options) == alone
+
+
+def test_ids_that_are_no_whole_numbers(model: chalot.Model) -> None:
+    with model.session(temperature=0) as session:
+        with pytest.raises(WrongTypeError, match="float in it, expected token ids"):
+            session.prefill([1.5])  # type: ignore[list-item]
+        session.prefill([1])

@@ -9,6 +9,7 @@ import pytest
 
 import chalot
 from chalot.bench import weight_bytes
+from chalot.calibration_text import CalibrationText
 from chalot.checking import check_shapes, read_config
 from chalot.describe import describe
 from chalot.description import render
@@ -133,7 +134,7 @@ def test_noise_is_a_part_of_each_tensor_s_deviation(model: Path) -> None:
     name = "model.layers.0.mlp.{}gate_proj.weight"
     view = Copies(open_checkpoint(model), Settings(experts=4, noise=0.25, seed=3))
     assert not view.aliases
-    dense = view.source.float32(name.format(""))
+    dense = view.held.float32(name.format(""))
     copies = [view.float32(name.format(f"experts.{e}.")) for e in range(4)]
     for copy in copies:
         assert np.std(copy - dense) == pytest.approx(0.25 * np.std(dense), rel=0.02)
@@ -202,7 +203,7 @@ def test_slices_share_out_all_columns(model: Path) -> None:
     view = Slices(
         open_checkpoint(model),
         Settings(top=2, shared=2, slices=True),
-        None,
+        CalibrationText.of(),
         open_backend(threads=1),
         lambda *_: None,
     )
@@ -212,7 +213,7 @@ def test_slices_share_out_all_columns(model: Path) -> None:
         assert np.array_equal(np.sort(columns), np.arange(192))
         p = f"model.layers.{i}.mlp."
         for part, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            dense = view.source.float32(f"{p}{part}.weight")
+            dense = view.held.float32(f"{p}{part}.weight")
             slice_ = view.float32(f"{p}experts.3.{part}.weight")
             np.testing.assert_array_equal(slice_, np.take(dense, found.groups[3], axis))
             some = view.float32(f"{p}experts.3.{part}.weight", 2, 5)
@@ -329,7 +330,7 @@ def test_targets_and_texts_that_do_not_go_together(tmp_path: Path, model: Path) 
     (tmp_path / "short").write_text("too short")
     with pytest.raises(FormatError, match="take a longer text"):
         upcycle(model, out, Settings(slices=True), calibration=tmp_path / "short")
-    with pytest.raises(TokenizerError, match="which --slice needs"):
+    with pytest.raises(TokenizerError, match="calibration text cannot be read"):
         upcycle(checkpoint(tmp_path / "none"), out, Settings(slices=True))
     assert not out.exists()
 

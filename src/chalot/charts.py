@@ -4,13 +4,15 @@ Colours come from CSS variables with fallbacks, so that a page's light and dark 
 Every number stands in the text or in a title.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from math import floor, isfinite, log10
 from pathlib import Path
 from typing import NamedTuple
 
 from chalot.errors import OutputError
+from chalot.formats.new_file import NewFile
 
 WIDTH, HEIGHT = 480, 320  # so narrow that words can be read on a phone
 LEFT, TOP, BOTTOM = 56, 28, 46
@@ -27,6 +29,24 @@ def svg_path(text: str) -> Path:
             f"{path}: is no .svg file, and pictures are; choose a name that ends in .svg"
         )
     return path
+
+
+@contextmanager
+def new_picture(path: str | None) -> Iterator[Callable[[str], None]]:
+    """What writes a picture to a file, whose place is checked now; to none without a path.
+
+    Whole or not at all; over another .svg only. Raises OutputError, for other endings too.
+    """
+    if path is None:
+        yield lambda _: None
+        return
+    with NewFile(svg_path(path), b"<svg", ".svg") as file:
+
+        def draw(svg: str) -> None:
+            file.write(svg.encode())
+            file.commit()
+
+        yield draw
 
 
 class Point(NamedTuple):

@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
-from chalot import machine
+from chalot import machine, sessions
 from chalot.drafts import Drafters
 from chalot.engine.generate import CHUNK, Engine
 from chalot.engine.requests import NO_TOKEN, Request, Step, Ticket
-from chalot.engine.sampler import Sampling, SamplingError
+from chalot.engine.sampler import Sampling
 from chalot.engine.scheduler import Scheduler
 from chalot.engine.worker import Worker
 from chalot.errors import ChalotError
@@ -88,28 +88,22 @@ class Concurrent:
     def request(self, prompt: Prompt, max_tokens: int | None = None, **options: Any) -> Request:
         """What is asked of the scheduler. Raises SamplingError, WrongTypeError."""
         check_types(max_tokens=(max_tokens, MAY_COUNT))
-        if max_tokens is not None and max_tokens < 0:
-            raise SamplingError(f"max_tokens is {max_tokens}; expected 0 or more")
         model = self.model
-        for name in (
-            "draft",
-            "draft_tokens",
-        ):  # the model's own hold here; no answer depends on them
+        for name in ("draft", "draft_tokens"):  # the model's own hold; no answer depends on them
             options.pop(name, None)
         ids = (
             model.tokenizer.encode(prompt)
             if isinstance(prompt, str)
             else token_ids(prompt, "prompt")
         )
-        room = max(model.context - len(ids), 0)
-        most = room if max_tokens is None else min(max_tokens, room)
+        most = sessions.room(model.context - len(ids), max_tokens)
         return Request(ids, model.sampling(**options), most, model.tokenizer.eos_ids)
 
     def generate(
         self, prompts: Sequence[Prompt], *, stop: Iterable[str] = (), **options: Any
     ) -> list[str]:
         """The answers, in the order of the prompts. The first error ends them all."""
-        stops = stop_strings(stop)
+        stops = sessions.stops(stop)
         requests = [self.request(prompt, **options) for prompt in prompts]
         there = self.worker().scheduler
         tickets: list[Ticket] = []
@@ -133,7 +127,7 @@ class Concurrent:
     ) -> AsyncGenerator[str, None]:
         """Text as it comes; cancelled when nobody iterates any more."""
         request = self.request(prompt, **options)
-        text = Answer(self.model.tokenizer, request, stop_strings(stop))
+        text = Answer(self.model.tokenizer, request, sessions.stops(stop))
         loop = asyncio.get_running_loop()
         heard: asyncio.Queue[Step | ChalotError] = asyncio.Queue()
 
@@ -170,11 +164,3 @@ class Answer:
         piece = self.stream.push(step.token) if shown else ""
         self.ended = bool(step.finished or self.stream.stopped)
         return piece + self.stream.flush() if step.finished else piece
-
-
-def stop_strings(stop: str | Iterable[str]) -> tuple[str, ...]:
-    """Texts to end before. Raises SamplingError for an empty one."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(stops):
-        raise SamplingError("a stop string is empty; expected a text to end before")
-    return stops

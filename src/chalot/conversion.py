@@ -8,13 +8,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import pairwise
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.calibration_text import few_ids
 from chalot.checking import RUN, check_shapes, read_config
 from chalot.errors import WeightError
 from chalot.formats.checkpoint import Checkpoint
@@ -22,21 +22,19 @@ from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
 from chalot.keeping import keeps
 from chalot.kernels.backend import Backend
-from chalot.kernels.program import PAGE
 from chalot.mixture import check_alike, refuse_mixture
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
-from chalot.model.config import ModelConfig, inverse_frequencies
+from chalot.model.config import inverse_frequencies
 from chalot.model.layers import KINDS, TensorSpec, layer_tensors, model_tensors
 from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
-from chalot.refining import CALIBRATION_TEXT, Refining
+from chalot.refining import Refining
 from chalot.storing import DOCUMENTS, Storing, scheme_of
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what, done, of
-CALIBRATION_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,6 @@ class KindReport:
     folded: int  # tensors whose columns were balanced
     source_error: float | None = None  # what was lost when the source was quantised
     product_errors: tuple[float, float] | None = None  # before and after refinement: refining.py
-
-
-def calibration_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
-    """Some 128 tokens of the bundled text; counted ids where the checkpoint has no tokenizer."""
-    raw = checkpoint.document("tokenizer.json")
-    if raw is not None:
-        from chalot.text.tokenizer import Tokenizer
-
-        text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
-        tokenizer = Tokenizer.from_documents(raw, None, None, None)
-        found = [i for i in tokenizer.encode(text[:2000]) if i < config.vocabulary]
-        if found:
-            return found[:CALIBRATION_TOKENS]
-    return [(i * 7919) % config.vocabulary for i in range(CALIBRATION_TOKENS)]
 
 
 class Conversion:
@@ -182,7 +166,7 @@ class Conversion:
     def _calibration(self, frequencies: Floats) -> Calibration | None:
         if not any(s.is_coded for s in self.balanced.values()):
             return None
-        ids = calibration_ids(self.checkpoint, self.config)[:PAGE]
+        ids = few_ids(self.checkpoint, self.config)
         if self.refining is not None:
             ids = self.refining.ids
         hidden = np.concatenate([self.read("embedding", i, i + 1) for i in ids])

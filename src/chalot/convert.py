@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 
 from chalot import __version__, machine
+from chalot.calibration_text import few_ids
 from chalot.checking import read_config
-from chalot.conversion import Conversion, KindReport, Progress, calibration_ids
+from chalot.conversion import Conversion, KindReport, Progress
 from chalot.errors import LimitError, OutputError, SchemeError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile, Source
@@ -125,7 +126,7 @@ def with_experts(
     from chalot.pruning import pruned
 
     config = read_config(checkpoint)
-    ids = calibration_ids(checkpoint, config)
+    ids = few_ids(checkpoint, config)
     return pruned(checkpoint, experts, open_backend(threads=threads), ids)
 
 

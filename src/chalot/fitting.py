@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from chalot import machine, memory
+from chalot.calibration_text import FEW
 from chalot.checking import RUN
-from chalot.conversion import CALIBRATION_TOKENS
 from chalot.errors import LimitError
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
@@ -144,7 +144,7 @@ def converting_bytes(
         counts = [prod(t.shape) for t in specs]
         packed = accumulate(counts)
         layer = max(width * p + 4 * n for n, p in zip(counts, packed, strict=True))
-        layer += CALIBRATION_TOKENS * 4 * (3 * config.feed_forward + 6 * config.hidden)  # its slots
+        layer += FEW * 4 * (3 * config.feed_forward + 6 * config.hidden)  # its slots
     tokenizers = memory.TOKENIZER + CHECKED_ENTRY * config.vocabulary if text else 0
     return int(memory.baseline() + max(run, layer, tokenizers))
 

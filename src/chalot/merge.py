@@ -13,11 +13,9 @@ say: they should be tuned from one model. `chalot eval` says what came of it.
 
 import math
 import shlex
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,12 +24,12 @@ from numpy.typing import NDArray
 from chalot.checking import RUN, check_shapes, read_config
 from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_place
-from chalot.errors import ChalotError, FormatError, UnsupportedError
+from chalot.errors import ChalotError, UnsupportedError
 from chalot.export import TARGETS, Options, refuse_useless, target_of
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from chalot.formats.files import quoted
 from chalot.formats.myai_source import MyaiSource
 from chalot.formats.names import hugging_face
+from chalot.formats.view import CheckpointView
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
 from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
@@ -96,7 +94,7 @@ def angle(cosine: float) -> float:
     return (low + high) / 2
 
 
-class Merged:
+class Merged(CheckpointView):
     """A `Checkpoint` (see formats/checkpoint.py): what two give together, documents of the first.
 
     It closes its sources with itself.
@@ -108,19 +106,13 @@ class Merged:
         Raises FormatError for a checkpoint that is not whole, UnsupportedError for those that are
         not of one shape.
         """
-        self.sources, self.recipe = sources, recipe
-        self.path = sources[0].path
-        config = check_alike(sources)
-        self.infos: dict[str, TensorInfo] = {}
-        for spec in model_tensors(config):
+        infos: dict[str, TensorInfo] = {}
+        for spec in model_tensors(check_alike(sources)):
             name = hugging_face(spec.name)
-            self.infos[name] = TensorInfo(name, "f32", spec.shape, 4 * math.prod(spec.shape))
+            infos[name] = TensorInfo(name, "f32", spec.shape, 4 * math.prod(spec.shape))
+        super().__init__(sources[0], infos)
+        self.sources, self.recipe = sources, recipe
         self.shares: dict[str, tuple[np.float32, np.float32]] = {}
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its name; read-only."""
-        return MappingProxyType(self.infos)
 
     def raw(self, name: str) -> NDArray[Any]:
         """As `float32`: what is merged is stored nowhere."""
@@ -128,12 +120,7 @@ class Merged:
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """Rows `first:last` as float32. Raises FormatError, and IndexError for missing rows."""
-        info = self.infos.get(name)
-        if info is None:
-            raise FormatError(f"{self.path}: has no tensor {quoted(name)}")
-        last = info.shape[0] if last is None else last
-        if not 0 <= first <= last <= info.shape[0]:
-            raise IndexError(f"{name}: rows {first}:{last} of {info.shape[0]}")
+        last = self.end(name, first, last)
         a, b, *base = (source.float32(name, first, last) for source in self.sources)
         if base:
             moved: Floats = (a - base[0]) + (b - base[0])
@@ -172,10 +159,6 @@ class Merged:
             return None
         cosine = sums[0] / (math.sqrt(sums[1]) * math.sqrt(sums[2]))
         return None if abs(cosine) > PARALLEL else angle(cosine)
-
-    def document(self, name: str) -> bytes | None:
-        """A document of the first source."""
-        return self.sources[0].document(name)
 
     def check_unchanged(self) -> None:
         """Raise FormatError if a source changed since it was opened."""

@@ -59,6 +59,16 @@ def forced(activations: int | None, early_exit: Margin) -> str:
     return ", ".join(filter(None, (str(activations or ""), exits)))
 
 
+def check_known(texts: int, kv: str, activations: int | None) -> None:
+    """Raise ContextError or FormatError for what no file can be opened with."""
+    if texts < 1:
+        raise ContextError(f"texts is {texts}; expected 1 or more")
+    if kv not in CACHE_TYPES:
+        raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
+    if activations not in (None, 8, 16):
+        raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
+
+
 class Opened:
     """An opened model without text. Use it in a `with` block, or call `close`."""
 
@@ -108,8 +118,7 @@ class Opened:
         counts |= {"window": window, "sinks": sinks, "experts_resident": experts_resident}
         check_types(path=(path, PATH), **{name: (n, MAY_COUNT) for name, n in counts.items()})
         check_types(texts=(texts, COUNT))
-        if texts < 1:
-            raise ContextError(f"texts is {texts}; expected 1 or more")
+        check_known(texts, kv, activations)
         self.file = MyaiFile(Path(path).expanduser(), mmap)
         self.config = read_model_config(self.file)
         whole = mlock or budget is not None or early_exit is not None
@@ -124,26 +133,13 @@ class Opened:
             lock(self.file)
         elif mmap and self.residence.stream is None and experts_resident is None:
             read_ahead(self.file)
-        if kv not in CACHE_TYPES:
-            raise FormatError(f"cache type {kv!r} is not known; choose {' or '.join(CACHE_TYPES)}")
-        if activations not in (None, 8, 16):
-            raise FormatError(f"activations of {activations} bits are not known; choose 8 or 16")
         shape = cache_shape(self.config, kv)
         self.window = Window.parse(window, sinks, self.config.context)
         self.config = self.window.of(self.config)
-        longest = LONGEST if self.window.size else self.config.context
-        self.cut = context is None and kv_budget is not None and not self.window.size
-        if context is None and not self.window.size:
-            context = default_context(self.config, shape.position_bytes, kv_budget)
-        self.context = longest if context is None else context
-        self.cut = self.cut and self.context < self.config.context  # by the budget
         self.kv, self.kv_budget = kv, kv_budget
-        if not 1 <= self.context <= longest:
-            if self.window.size:
-                raise ContextError(f"--context {self.context}: a window has room for {longest}")
-            raise ContextError(
-                f"--context {self.context}: this model was made for 1 to {self.config.context}"
-            )
+        self.context = self._context(context, shape.position_bytes)
+        by_budget = context is None and kv_budget is not None and not self.window.size
+        self.cut = by_budget and self.context < self.config.context
         self.backend = backend or open_backend(isa, threads)
         frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
         looked_at = self.residence.looked_at
@@ -168,6 +164,19 @@ class Opened:
             self.file.digest, forced(activations, early_exit), shape, self.window, self.context
         )
         self.lock = threading.RLock()
+
+    def _context(self, asked: int | None, position_bytes: int) -> int:
+        """The most tokens of a text. Raises ContextError for more than there can be."""
+        longest = LONGEST if self.window.size else self.config.context
+        if asked is None and self.window.size:
+            return longest
+        if asked is None:
+            return default_context(self.config, position_bytes, self.kv_budget)
+        if 1 <= asked <= longest:
+            return asked
+        if self.window.size:
+            raise ContextError(f"--context {asked}: a window has room for {longest}")
+        raise ContextError(f"--context {asked}: this model was made for 1 to {longest}")
 
     def _runnable(self, kv: str) -> Runnable:
         """The model as one program; in pieces where not all of it stays in memory."""

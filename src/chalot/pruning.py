@@ -7,8 +7,6 @@ costs, `chalot eval --against` says. Whoever prunes changes the model: nothing h
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from chalot.errors import SchemeError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.documents import parse_json
 from chalot.formats.names import hugging_face
+from chalot.formats.view import CheckpointView
 from chalot.kernels.backend import Backend
 from chalot.kernels.reference import route
 from chalot.model.calibration import Calibration, dense
@@ -70,13 +69,11 @@ def most_used(
     return kept
 
 
-class PrunedCheckpoint:
+class PrunedCheckpoint(CheckpointView):
     """A `Checkpoint` over another, with some of each layer's experts, counted anew from 0."""
 
     def __init__(self, held: Checkpoint, config: ModelConfig, kept: Kept) -> None:
-        self.held = held
-        self.path: Path = held.path
-        self.kept = kept
+        super().__init__(held, {})
         self.count = len(next(iter(kept.values())))
         names: dict[str, str] = {}
         routers: dict[str, tuple[int, ...]] = {}
@@ -89,7 +86,14 @@ class PrunedCheckpoint:
             routers[hugging_face(f"layers.{layer}.router")] = experts
         names |= {n: n for n in held.tensors if n not in gone}
         self.names, self.routers = names, routers
-        self._tensors = {n: self._info(n) for n in names}
+        same = getattr(held, "aliases", {})  # of a Checkpoint that knows such
+        first: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}  # of those that are left, to another of them
+        for name, source in names.items():
+            of = first.setdefault(same.get(source, source), name)
+            if of != name:
+                self.aliases[name] = of
+        self.infos = {n: self._info(n) for n in names}
 
     def _info(self, name: str) -> TensorInfo:
         info = self.held.tensors[self.names[name]]._replace(name=name)
@@ -98,11 +102,6 @@ class PrunedCheckpoint:
             few = info.nbytes // rows * self.count
             return info._replace(shape=(self.count, *info.shape[1:]), nbytes=few)
         return info
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor that is left; read-only."""
-        return MappingProxyType(self._tensors)
 
     def raw(self, name: str) -> NDArray[Any]:
         """See Checkpoint."""
@@ -125,14 +124,6 @@ class PrunedCheckpoint:
         config = parse_json(raw, f"{self.path}: config.json")
         keys = [k for k in COUNTS if config.get(k) is not None] or [COUNTS[0]]
         return json.dumps(config | dict.fromkeys(keys, self.count), indent=1).encode()
-
-    def check_unchanged(self) -> None:
-        """See Checkpoint."""
-        self.held.check_unchanged()
-
-    def close(self) -> None:
-        """See Checkpoint."""
-        self.held.close()
 
 
 def pruned(checkpoint: Checkpoint, count: int, backend: Backend, ids: list[int]) -> Checkpoint:

@@ -10,19 +10,17 @@ eighth of them, take no part: on them the error of the products is measured, bef
 Memory is that of one layer's inputs and of X^T X of each.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError, SchemeError, TokenizerError, WeightError
+from chalot.calibration_text import CalibrationText
+from chalot.errors import SchemeError, WeightError
 from chalot.formats.checkpoint import Checkpoint
-from chalot.formats.files import read_text
 from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE
 from chalot.model.config import ModelConfig
@@ -35,12 +33,10 @@ from chalot.quant.scheme import PANEL, Scheme
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-CALIBRATION_TEXT = ("demo", "model", "calibration.txt")  # disjoint from the held-out text
 WINDOWS = {"gptq": 32, "hqq": 4}  # of PAGE tokens, at most
 LEAST = 2  # windows: one to learn from, one to measure with
 HELD = 8  # of so many windows one takes no part
 TOGETHER = 4  # windows whose products are summed at once
-READ = 1 << 18  # characters of it that are looked at
 READ_AS_ROWS = 0.1  # damping of a tied embedding: what the head's inputs do not excite counts too
 
 HEAD = "head input"
@@ -48,11 +44,10 @@ HEAD = "head input"
 
 @dataclass(frozen=True)
 class Refine:
-    """A method, and the calibration text with its name."""
+    """A method, and its calibration text."""
 
     method: str
-    text: str = field(repr=False)
-    name: str
+    text: CalibrationText
 
     @staticmethod
     def of(method: str, path: str | Path | None = None) -> "Refine":
@@ -64,41 +59,15 @@ class Refine:
             known = " or ".join(WINDOWS)
             hint = " (folding channels, which awq does, is done always)" if method == "awq" else ""
             raise SchemeError(f"--refine {method}: not known; choose {known}{hint}")
-        if path is None:
-            text = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
-            return Refine(method, text, f"chalot/{'/'.join(CALIBRATION_TEXT)}")
-        return Refine(method, read_text(Path(path), f"--calibration {path}"), str(path))
+        return Refine(method, CalibrationText.of(path))
+
+    def ids(self, checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
+        """The text's tokens, in whole windows. Raises as `CalibrationText.ids`."""
+        ids = self.text.ids(checkpoint, config, LEAST * PAGE)
+        return ids[: min(len(ids) // PAGE, WINDOWS[self.method]) * PAGE]
 
     def __str__(self) -> str:
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        return f"{self.method} on {self.name}, sha256 {digest[:16]}"
-
-
-def token_ids(asked: Refine, checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
-    """The text's tokens, in whole windows.
-
-    Raises TokenizerError where the source has no tokenizer, or one of another vocabulary, and
-    FormatError for too short a text.
-    """
-    from chalot.text.tokenizer import Tokenizer
-
-    raw = checkpoint.document("tokenizer.json")
-    if raw is None:
-        raise TokenizerError(
-            f"{checkpoint.path}: has no tokenizer.json, which --refine needs to read its text"
-        )
-    ids = Tokenizer.from_documents(raw, None, None, None).encode(asked.text[:READ])
-    if ids and max(ids) >= config.vocabulary:
-        raise TokenizerError(
-            f"{checkpoint.path}: tokenizer.json gives id {max(ids)}, the model has "
-            f"{config.vocabulary}; take the tokenizer that belongs to these weights"
-        )
-    if len(ids) < LEAST * PAGE:
-        raise FormatError(
-            f"--calibration {asked.name}: {len(ids)} tokens, expected at least {LEAST * PAGE} "
-            f"({WINDOWS[asked.method] * PAGE:,} are used); take a longer text"
-        )
-    return ids[: min(len(ids) // PAGE, WINDOWS[asked.method]) * PAGE]
+        return f"{self.method} on {self.text}"
 
 
 class Inputs:
@@ -141,7 +110,7 @@ class Refining:
         schemes: Mapping[str, Scheme],
         backend: Backend,
     ) -> None:
-        """Raises SchemeError where nothing can gain, and what `token_ids` raises."""
+        """Raises SchemeError where nothing can gain, and what `Refine.ids` raises."""
         coded = {s for s in schemes.values() if s.is_coded}
         if not coded or (asked.method == "hqq" and not any(map(hqq.applies, coded))):
             names = ", ".join(sorted({str(s) for s in schemes.values()}))
@@ -152,7 +121,7 @@ class Refining:
         self.method = asked.method
         self.schemes = schemes
         self.backend = backend
-        self.ids = token_ids(asked, checkpoint, config)
+        self.ids = asked.ids(checkpoint, config)
         self.windows = len(self.ids) // PAGE
         self.first_held = self.windows - max(1, self.windows // HELD)
         self.seen = 0

@@ -3,33 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
+from chalot.mixture import Sized
 from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors
 from chalot.table import rows
 
 OUTSIDE = "outside"  # what is in no layer
-
-
-class Stored(Protocol):
-    """A tensor by chalot's name."""
-
-    @property
-    def name(self) -> str:
-        """As model_tensors has it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns, or elements."""
-
-    @property
-    def bytes(self) -> int:
-        """In the file."""
-
-    @property
-    def shares(self) -> str | None:
-        """The tensor whose bytes it has, if it has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +23,7 @@ class RegionReport:
     bytes: int
 
 
-def region_reports(config: ModelConfig, tensors: Iterable[Stored]) -> tuple[RegionReport, ...]:
+def region_reports(config: ModelConfig, tensors: Iterable[Sized]) -> tuple[RegionReport, ...]:
     """Weights and bytes by region; together they are those of the model."""
     left = {t.name: t for t in tensors}
     out = []
@@ -54,7 +34,7 @@ def region_reports(config: ModelConfig, tensors: Iterable[Stored]) -> tuple[Regi
     return (*out, RegionReport(OUTSIDE, None, None, *sizes(left.values())))
 
 
-def sizes(tensors: Iterable[Stored]) -> tuple[int, int]:
+def sizes(tensors: Iterable[Sized]) -> tuple[int, int]:
     """(weights, bytes)"""
     both = [(prod(t.shape), t.bytes if t.shares is None else 0) for t in tensors]
     return sum(weights for weights, _ in both), sum(stored for _, stored in both)

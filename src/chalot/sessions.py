@@ -22,6 +22,7 @@ from chalot.kernels.program import PAGE, CacheShape
 from chalot.model.cache import cleared
 from chalot.model.window import Window
 from chalot.reflexes import Reflexes
+from chalot.typed import token_ids
 
 
 class Locked(Protocol):
@@ -45,7 +46,7 @@ class OpenSession(Session, AbstractContextManager["OpenSession"]):
         """See Session."""
         with self.model.lock:
             self.model.reflexes.set_margin(self.margin)
-            super().prefill(list(ids))
+            super().prefill(token_ids(ids))
             self.margin = self.model.reflexes.margin_of_prompt()
 
     def step(self, most: int | None = None) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.calibration_text import few_ids
 from chalot.checking import check_shapes, read_config
-from chalot.conversion import calibration_ids
 from chalot.errors import SchemeError, WeightError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from chalot.formats.names import hugging_face
@@ -130,7 +130,7 @@ class Validation:
     ) -> None:
         self.backend, self.tolerance, self.progress = backend, tolerance, progress
         self.config = read_config(source)
-        self.ids = calibration_ids(source, self.config)[:TOKENS]
+        self.ids = few_ids(source, self.config)[:TOKENS]
         check_shapes(self.config, source)
         check_shapes(self.config, made)
         self.made, self.source = Rows(made, self.config), Rows(source, self.config)

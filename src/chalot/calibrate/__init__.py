@@ -8,8 +8,7 @@ choice of the best among its candidates.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from chalot.calibrate.clock import Costs, measure
 from chalot.calibrate.depths import Head, Looked, look
 from chalot.calibrate.probe import supervise
 from chalot.calibrated import Calibration, Depth, ShortHead
-from chalot.charts import Point, drawn, svg_path
+from chalot.charts import Point, drawn
 from chalot.errors import ContextError, UnsupportedError
 from chalot.formats.files import read_text
-from chalot.formats.new_file import NewFile
 from chalot.kernels.program import PAGE
 from chalot.load import Model
 from chalot.model.transformer import head_name
@@ -153,24 +151,6 @@ def conclude(
         supervisor=supervisor,
     )
     return found, head
-
-
-@contextmanager
-def new_picture(path: str | None) -> Iterator[Callable[[Calibration], None]]:
-    """What draws agreement by depth to a file, whose place is checked now; to none without a path.
-
-    Whole or not at all; over another .svg only. Raises OutputError, for other endings too.
-    """
-    if path is None:
-        yield lambda _: None
-        return
-    with NewFile(svg_path(path), b"<svg", ".svg") as file:
-
-        def draw(found: Calibration) -> None:
-            file.write(picture(found).encode())
-            file.commit()
-
-        yield draw
 
 
 def picture(found: Calibration) -> str:

@@ -5,7 +5,7 @@ expected to give 1 + mean(min(run, g)) tokens, where a token's run is how many f
 layers guess right in a row along the text. The gain is that over one token for each pass of one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import combinations
 
 import numpy as np
@@ -112,8 +112,3 @@ def calibrated_exits(
         if not gone or sum(e.leave * e.agree for e in found) >= AGREE * gone:
             return found
     return found
-
-
-def agreements(looked: Looked) -> Mapping[int, list[float]]:
-    """Of each head, by depth."""
-    return {size: looked.agreement(size) for size in looked.tops}

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
 from chalot.commands.opening import MODEL, converted
-from chalot.commands.output import as_json, progress
+from chalot.commands.output import as_json, progress, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -17,7 +17,8 @@ def arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot.calibrate import calibrate, new_picture, render
+    from chalot.calibrate import calibrate, picture, render
+    from chalot.charts import new_picture
 
     path = converted(arguments.model, arguments)
     with progress(arguments, "looking") as advance, new_picture(arguments.plot) as draw:
@@ -28,6 +29,6 @@ def main(arguments: Arguments) -> int:
             threads=arguments.threads,
             progress=lambda n, of: advance(f"window {n} of {of}", n, of),
         )
-        draw(report.found)
-    print(as_json(report) if arguments.json else f"{render(report)}\n{report.path}")
+        draw(picture(report.found))
+    show(as_json(report) if arguments.json else f"{render(report)}\n{report.path}")
     return 0

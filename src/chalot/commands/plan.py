@@ -105,8 +105,9 @@ def summary(plan: Any) -> str:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
+    from chalot.charts import new_picture
     from chalot.plan import plan
-    from chalot.plan.picture import new_picture
+    from chalot.plan.picture import picture
 
     check(arguments)
     options = {
@@ -132,7 +133,7 @@ def main(arguments: Arguments) -> int:
             progress=advance,
             **{name: value for name, value in options.items() if value is not None},
         )
-        draw(made)
+        draw(picture(made))
     if made.details.get("indistinct"):
         say("the blocks' entropies differ by less than a millionth: chance decides this plan")
     show(as_json(made) if arguments.json else f"{summary(made)}\n{arguments.out}")

@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from argparse import Namespace as Arguments
 
 from chalot.commands.opening import cache_type
-from chalot.commands.output import as_json
+from chalot.commands.output import as_json, show
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -24,5 +24,5 @@ def main(arguments: Arguments) -> int:
 
     options = {name: getattr(arguments, name) for name in ("kv", "context", "threads")}
     report = run_it(arguments.file, arguments.model, **options)
-    print(as_json(report) if arguments.json else render(report))
+    show(as_json(report) if arguments.json else render(report))
     return 0 if report.ok else 1

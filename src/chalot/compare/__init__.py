@@ -21,7 +21,7 @@ from chalot.errors import FormatError, LimitError, OutputError
 from chalot.evaluate.protocols import PROTOCOL, check_count, windows
 from chalot.evaluate.quality import Quality
 from chalot.evaluate.quality import compare as compare_quality
-from chalot.evaluate.report import bits_per_weight, uncut
+from chalot.evaluate.report import uncut
 from chalot.formats.files import read_text
 from chalot.formats.myai import MyaiFile
 from chalot.kernels.backend import open_backend
@@ -253,7 +253,7 @@ def compare(
             models.append(opened.enter_context(Model(path, threads=threads)))
             check_same(base, models[-1], words)
         measured = [
-            Form(name, str(m.file.path), m.file.size, bits_per_weight(m))
+            Form(name, str(m.file.path), m.file.size, m.file.bits_per_weight)
             for name, m in zip([SOURCE, *forms], models, strict=True)
         ]
         measure(measured, models, ids, prompts, max_tokens, progress)

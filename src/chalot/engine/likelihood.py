@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.engine.sampler import Exp, SamplingError, in_order
+from chalot.engine.sampler import NOT_FINITE, Exp, SamplingError, in_order
 from chalot.errors import KernelError
 
 LN2 = 0.6931471805599453
@@ -39,10 +39,7 @@ class Likelihood:
 
     def __init__(self, row: Floats, exp: Exp) -> None:
         if not np.isfinite(row).all():
-            raise KernelError(
-                "the model computed NaN or Inf; its file may be damaged (chalot verify FILE), "
-                "or its weights overflow"
-            )
+            raise KernelError(NOT_FINITE)
         largest = row.max()
         weight = exp(row - largest)
         self.row = row
@@ -83,7 +80,7 @@ def candidates(
     Raises KernelError if a logit is not finite, SamplingError if the mask allows nothing.
     """
     if not np.isfinite(row).all():
-        raise KernelError("the model computed NaN or Inf; its file may be damaged")
+        raise KernelError(NOT_FINITE)
     if bias:
         row = row.copy()
         for token, number in bias.items():

@@ -19,6 +19,10 @@ from chalot.engine.randomness import uniform
 from chalot.errors import ChalotError, KernelError
 
 Exp = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+NOT_FINITE = (
+    "the model computed NaN or Inf; its file may be damaged (chalot verify FILE), "
+    "or its weights overflow"
+)
 
 
 class SamplingError(ChalotError, ValueError):
@@ -139,10 +143,7 @@ def choose(
     id is -1: logits were not finite.
     """
     if ids[0] < 0:
-        raise KernelError(
-            "the model computed NaN or Inf; its file may be damaged (chalot verify FILE), "
-            "or its weights overflow"
-        )
+        raise KernelError(NOT_FINITE)
     ids, logits = penalized(ids, logits, before, sampling, start)
     if sampling.temperature == 0:
         return int(ids[0])

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from chalot import __version__
 from chalot.convert import convert
@@ -100,13 +99,6 @@ def uncut(source: str | Path, threads: int | None, balance: str | None = None) -
         yield out
 
 
-def bits_per_weight(model: Model) -> float:
-    """Of all tensors."""
-    entries = model.file.manifest.tensors.values()
-    weights = sum(int(np.prod(e.shape)) for e in entries)
-    return sum(e.extent.bytes for e in entries) * 8 / weights
-
-
 def evaluate(
     path: str | Path,
     text: str | Path,
@@ -132,7 +124,7 @@ def evaluate(
         ids = model.tokenizer.encode(written)[:tokens]
         said_of = str(way.within(model.context, len(ids)))
         size = model.file.size
-        bits = bits_per_weight(model)
+        bits = model.file.bits_per_weight
         begin = model.tokenizer.bos_id
         said = hashlib.sha256(msgspec.json.encode(ids)).hexdigest()
         if against is None:

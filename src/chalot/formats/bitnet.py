@@ -113,15 +113,12 @@ class BitNetFolder(FolderView):
         """See Checkpoint: rows of numbers, 0 and plus or minus one number for the whole matrix."""
         if not self._is_ternary(name):
             return self.folder.float32(name, first, last)
-        rows = self._tensors[name].shape[0]
-        last = rows if last is None else last
-        if not 0 <= first <= last <= rows:
-            raise IndexError(f"{name}: rows {first}:{last} of {rows}")
+        last = self.end(name, first, last)
         out: Floats = self._signs(name, first, last) * self._unit(name)
         return out
 
     def _is_ternary(self, name: str) -> bool:
-        return name in self._tensors and self._tensors[name].dtype == DTYPE
+        return name in self.infos and self.infos[name].dtype == DTYPE
 
     def _signs(self, name: str, first: int, last: int) -> Floats:
         """(rows, columns) of -1, 0 and 1."""
@@ -172,7 +169,7 @@ class BitNetFolder(FolderView):
 
     def _mean(self, name: str) -> np.float32:
         """Mean |w|: rows are added one after another, then columns, in float64."""
-        rows, columns = self._tensors[name].shape
+        rows, columns = self.infos[name].shape
         total = np.zeros(columns)
         size = max(1, RUN // columns)
         for first in range(0, rows, size):

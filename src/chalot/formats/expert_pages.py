@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from chalot.errors import LimitError, UnsupportedError
 from chalot.formats.myai import MyaiFile
+from chalot.formats.residency import PAGE_SIZE, Run
 
-PAGE_SIZE = mmap.PAGESIZE
-Run = tuple[int, int]  # first byte, and the one behind the last
 OPTION = "--experts-resident"
 
 
@@ -58,7 +57,7 @@ class ExpertPages:
         self.file = file
         self.resident = resident
         self.runs = {
-            layer: [runs_of(file, names) for names in each] for layer, each in experts.items()
+            layer: [expert_runs(file, names) for names in each] for layer, each in experts.items()
         }
         self.counts = {i: np.zeros(len(each), np.int64) for i, each in experts.items()}
         if resident is None:
@@ -115,7 +114,7 @@ class ExpertPages:
         return ExpertsRead(self.resident, sum(map(len, self.runs.values())), len(taken), *sizes)
 
 
-def runs_of(file: MyaiFile, names: Sequence[str]) -> list[Run]:
-    """The bytes of an expert's tensors."""
+def expert_runs(file: MyaiFile, names: Sequence[str]) -> list[Run]:
+    """The bytes of an expert's tensors, each by itself: an equal one may belong to others."""
     extents = (file.manifest.tensors[name].extent for name in names)
     return sorted({(e.offset, e.offset + e.bytes) for e in extents})

@@ -15,6 +15,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,13 @@ class MyaiFile:
         first: dict[Extent, str] = {}
         found = {n: first.setdefault(e.extent, n) for n, e in self.manifest.tensors.items()}
         return {name: of for name, of in found.items() if name != of}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors, each extent counted once."""
+        entries = self.manifest.tensors.values()
+        held = {e.extent: prod(e.shape) for e in entries}
+        return sum(e.bytes for e in held) * 8 / sum(held.values())
 
     def _check_extents(self) -> None:
         end_of_last = HEADER

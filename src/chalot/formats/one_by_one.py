@@ -12,8 +12,6 @@ Sources: transformers 5, conversion_mapping.py; models/phi3/modeling_phi3.py.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ from chalot.errors import FormatError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import quoted
 from chalot.formats.floats import widened
+from chalot.formats.view import CheckpointView
 
 MIXTRAL = ".block_sparse_moe."
 WEIGHTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -137,22 +136,14 @@ def _of_fused(
     return out
 
 
-class OneByOne:
+class OneByOne(CheckpointView):
     """A `Checkpoint` over another whose matrices have other names, or lie in one."""
 
     def __init__(self, held: Checkpoint) -> None:
         """Raises FormatError as `one_by_one`."""
-        self.held = held
-        self.path: Path = held.path
-        self._tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, Place] = {}
-        for name, info, place in one_by_one(held.tensors, held.path):
-            self._tensors[name], self._places[name] = info, place
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor, each matrix' own among them; read-only."""
-        return MappingProxyType(self._tensors)
+        found = list(one_by_one(held.tensors, held.path))
+        super().__init__(held, {name: info for name, info, _ in found})
+        self._places = {name: place for name, _, place in found}
 
     def _place(self, name: str) -> Place:
         if name not in self._places:
@@ -172,24 +163,10 @@ class OneByOne:
         place = self._place(name)
         if place.first is None:
             return self.held.float32(place.name, first, last)
-        last = place.shape[0] if last is None else last
-        if not 0 <= first <= last <= place.shape[0]:
-            raise IndexError(f"{name}: rows {first}:{last} of {place.shape[0]}")
+        last = self.end(name, first, last)
         if STACKED.fullmatch(place.name) is None:
             return self.held.float32(place.name, place.first + first, place.first + last)
         return widened(self.raw(name)[first:last]).astype(np.float32)
-
-    def document(self, name: str) -> bytes | None:
-        """See Checkpoint."""
-        return self.held.document(name)
-
-    def check_unchanged(self) -> None:
-        """See Checkpoint."""
-        self.held.check_unchanged()
-
-    def close(self) -> None:
-        """See Checkpoint."""
-        self.held.close()
 
 
 def is_other(tensors: Mapping[str, TensorInfo]) -> bool:

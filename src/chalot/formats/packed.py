@@ -76,18 +76,22 @@ class Found:
         """The tensor that says each column's group, where there is one."""
         return (self.part(name, ("i32",), (columns,)),) if name in self.tensors else ()
 
-    def stems(self, end: str) -> list[tuple[str, tuple[int, int]]]:
-        """(name without the end, shape) of each matrix whose name ends so."""
-        out = []
-        for name, info in self.tensors.items():
-            if name.endswith(end):
-                if len(info.shape) != 2 or not all(info.shape):
-                    raise FormatError(
-                        f"{self.where}: tensor {quoted(name)} has shape {info.shape}; expected two "
-                        "dimensions"
-                    )
-                out.append((name.removesuffix(end), (info.shape[0], info.shape[1])))
-        return out
+    def stems(self, end: str) -> list[str]:
+        """The names that end so, without that end."""
+        return [name.removesuffix(end) for name in self.tensors if name.endswith(end)]
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """A matrix' rows and columns, none of them zero. Raises FormatError."""
+        shape = self.tensors[name].shape
+        if len(shape) != 2 or not all(shape):
+            raise FormatError(
+                f"{self.where}: tensor {quoted(name)} has shape {shape}; expected two dimensions"
+            )
+        return shape[0], shape[1]
+
+    def matrices(self, end: str) -> list[tuple[str, tuple[int, int]]]:
+        """(name without the end, shape) of each matrix whose name ends so. Raises FormatError."""
+        return [(stem, self.shape(stem + end)) for stem in self.stems(end)]
 
     def matrix(self, stem: str, shape: tuple[int, int], method: str, parts: tuple[str, ...],
                scheme: str) -> TensorInfo:  # fmt: skip
@@ -145,7 +149,7 @@ def gptq(found: Found, settings: Settings) -> list[Packed]:
     plain = settings.get("sym") is True and settings.get("desc_act") is not True
     return [
         across(found, stem, "gptq", bits, (words * WORD // bits, rows), settings, plain, one)
-        for stem, (words, rows) in found.stems("qweight")
+        for stem, (words, rows) in found.matrices("qweight")
     ]
 
 
@@ -155,7 +159,7 @@ def awq(found: Found, settings: Settings) -> list[Packed]:
     setting(settings, "version", (None, "gemm", "GEMM"), found.where)
     return [
         across(found, stem, "awq", bits, (columns, words * WORD // bits), settings, False, 0)
-        for stem, (columns, words) in found.stems("qweight")
+        for stem, (columns, words) in found.matrices("qweight")
     ]
 
 
@@ -237,14 +241,11 @@ def compressed(found: Found, settings: Settings) -> list[Packed]:
     bits = setting(weights, "num_bits", (2, 4, 8) if packs else (8,), found.where)
     plain = weights.get("symmetric") is True and not weights.get("actorder")
     out = []
-    for stem, shape in found.stems("weight_packed" if packs else "weight_scale"):
-        rows, columns = shape
-        if packs:
-            first = found.part(stem + "weight_packed", ("i32",))
-            columns *= WORD // bits
-        else:
-            first = found.part(stem + "weight", ("i8",))
-            rows, columns = found.tensors[first].shape
+    for stem in found.stems("weight_packed" if packs else "weight_scale"):
+        name, stored = ("weight_packed", "i32") if packs else ("weight", "i8")
+        first = found.part(stem + name, (stored,))
+        rows, columns = found.shape(first)
+        columns *= WORD // bits if packs else 1
         size = group_size(weights, columns, found.where)
         scales = ((rows, -(-columns // size)), (1, 1), (1,))
         parts = [first, found.part(stem + "weight_scale", tuple(STORED), *scales)]
@@ -345,10 +346,7 @@ class PackedFolder(FolderView):
         packed = self.packed.get(name)
         if packed is None:
             return self.folder.float32(name, first, last)
-        rows = packed.info.shape[0]
-        last = rows if last is None else last
-        if not 0 <= first <= last <= rows:
-            raise IndexError(f"{name}: rows {first}:{last} of {rows}")
+        last = self.end(name, first, last)
         if first == last:
             return np.empty((0, packed.info.shape[1]), np.float32)
         return packed.rows(self.folder, packed, first, last)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from chalot import machine
 from chalot.errors import KernelError
 from chalot.kernels import reference
+from chalot.kernels.interpreter import ReferenceProgram
 from chalot.kernels.program import Batch, Program
 from chalot.quant import codes, packing, refine
 from chalot.quant.packing import Matrix
@@ -104,7 +105,7 @@ class ReferenceBackend:
 
     def compile(self, program: Program) -> Compiled:
         """See Backend."""
-        return reference.ReferenceProgram(program)
+        return ReferenceProgram(program)
 
     def encode(self, weights: NDArray[np.float32], scheme: Scheme) -> NDArray[np.uint8]:
         """See Backend."""
@@ -112,12 +113,7 @@ class ReferenceBackend:
 
     def product(self, matrix: Matrix, x: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
         """See Backend."""
-        if not matrix.scheme.is_coded:
-            return reference.dense(matrix, x)
-        coded = reference.quantize(x, planes)
-        y = reference.product(matrix, *coded)
-        reference.add_offsets(matrix, *coded, y)
-        return y
+        return reference.times(matrix, x, planes if matrix.scheme.is_coded else 0)
 
     def round_columns(
         self,

@@ -170,7 +170,7 @@ class Pieces:
 def extended(weights: Weights, head: str, matrix: Matrix, planes: int) -> Weights:
     """The weights with one more matrix, a head of fewer rows."""
     more = {**weights.matrices, head: matrix}
-    return Weights(more, weights.vectors, {**weights.planes, head: planes})
+    return replace(weights, matrices=more, planes={**weights.planes, head: planes})
 
 
 def borders_of(regions: Sequence[range]) -> list[int]:

@@ -10,18 +10,16 @@ Budgets are bytes of the file's matrices; vectors, documents and alignment come 
 taken off first.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from importlib import resources
 from pathlib import Path
 
+from chalot.calibration_text import CalibrationText
 from chalot.conversion import Conversion
 from chalot.errors import FormatError, SchemeError
 from chalot.evaluate.report import uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
-from chalot.formats.files import read_text
 from chalot.formats.myai import MyaiFile
 from chalot.formats.new_file import NewFile
 from chalot.kernels.backend import open_backend
@@ -41,7 +39,6 @@ from chalot.planfile import SIMPLE, VERSION, PlanDocument, as_bytes, fingerprint
 from chalot.quant.entropy import fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
-from chalot.refining import CALIBRATION_TEXT
 from chalot.sources import resolve
 from chalot.storing import DEFAULT_SCHEME, Storing, parse_schemes
 from chalot.typed import MAY_COUNT, MAY_PATH, PATH, check_types
@@ -52,7 +49,7 @@ PLAN = b'{\n "format"'  # how a plan's file begins: nothing else is written over
 USUAL_SCHEMES = ("bf16", "int8", "int6", "nl4", "nl3", "nl2")
 USUAL_LEVELS = ("bf16", "int8", "nl4")  # of methods by blocks
 FIT = "fit"  # as a size: what this machine can run
-MOST_TEXT = 1 << 18  # characters that are looked at: some 2,000 tokens are taken
+LEAST = 32  # tokens of calibration text
 Progress = Callable[[str, int, int], None]
 
 
@@ -141,18 +138,13 @@ def by_loss(
     """The planner: a loss table, the best allocation, and exchanges that the true KL approves."""
     if bounds[0] is not None:
         check_budget(work, bounds[0], schemes, None)
-    if text is None:
-        place = resources.files("chalot").joinpath(*CALIBRATION_TEXT)
-        name, words = "bundled", place.read_text("utf-8")
-    else:
-        name, words = text.name, read_text(text)
-    digest = hashlib.sha256(words.encode()).hexdigest()
+    said = CalibrationText.of(text)
+    ids = said.ids(checkpoint, work.config, LEAST)
     with uncut(checkpoint.path, threads, balance="nl4") as made:
         file = MyaiFile(made)
         try:
-            ids = ids_of(file, words)
             swaps = Swaps(file, open_backend(threads=threads), ids, apart)
-            key = f"{file.manifest.source.digest} {digest} {len(swaps.ids)} {apart}"
+            key = f"{file.manifest.source.digest} {said.digest} {len(swaps.ids)} {apart}"
             table = loss_table(swaps, depth, schemes, key, progress)
             found, kl = chosen(swaps, table, schemes, *bounds, progress)
             tensors = {
@@ -167,26 +159,9 @@ def by_loss(
         tensors,
         expected_loss=found.expected,
         measured_loss=kl,
-        text=f"{name} {digest[:16]}",
+        text=str(said),
         details={"losses": table, "tokens": len(swaps.ids)},
     )
-
-
-def ids_of(file: MyaiFile, words: str) -> list[int]:
-    """The text's tokens. Raises FormatError for too few, or ids beyond the vocabulary."""
-    from chalot.reading import read_model_config
-    from chalot.text.tokenizer import from_source
-
-    ids = from_source(file).encode(words[:MOST_TEXT])
-    vocabulary = read_model_config(file).vocabulary
-    if len(ids) < 32:
-        raise FormatError(f"the calibration text has {len(ids)} tokens; expected some hundreds")
-    if max(ids) >= vocabulary:
-        raise FormatError(
-            f"the tokenizer gives id {max(ids)}, the model has {vocabulary} tokens; "
-            "do they belong together?"
-        )
-    return ids
 
 
 def chosen(

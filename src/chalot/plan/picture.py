@@ -1,10 +1,6 @@
 """A plan as a picture: bits of each tensor by layer, and the entropies of EWQ's blocks."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from chalot.charts import strips, svg_path
-from chalot.formats.new_file import NewFile
+from chalot.charts import strips
 from chalot.planfile import PlanDocument
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
@@ -30,21 +26,3 @@ def picture(plan: PlanDocument) -> str:
         if name in plan.tensors:
             rows[name] = [bits(plan.tensors[name])]
     return strips(rows, f"bits a weight by layer, {plan.method}: {plan.bits_per_weight:.2f} in all")
-
-
-@contextmanager
-def new_picture(path: str | None) -> Iterator[Callable[[PlanDocument], None]]:
-    """What draws a plan to a file, whose place is checked now; to none without a path.
-
-    Whole or not at all; over another .svg only. Raises OutputError, for other endings too.
-    """
-    if path is None:
-        yield lambda _: None
-        return
-    with NewFile(svg_path(path), b"<svg", ".svg") as file:
-
-        def draw(plan: PlanDocument) -> None:
-            file.write(picture(plan).encode())
-            file.commit()
-
-        yield draw

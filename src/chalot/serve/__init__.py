@@ -7,9 +7,11 @@
     answers       steps of the scheduler become text, scored tokens and tool calls
     tools         how model families write tool calls
     structured    grammars: masks that keep an answer to a schema
-    worker        the thread that computes, and what it tells the event loop
+    served        the model, its scheduler and the thread that computes (engine/worker.py)
     chat, completions, responses, messages, embeddings, information      the routes
-    events        a streamed response; guard: hosts, keys, sizes; connection: deadlines
+    exchange      one HTTP request and its answer; events: a streamed one
+    guard         hosts, keys, sizes; connection: deadlines
+    inside        a request through all of it, without a network
     openapi, metrics, app
 
 Needs the extra `serve` (starlette, uvicorn, llguidance, prometheus_client).

@@ -14,7 +14,7 @@ COUNTS = {  # field of SchedulerStats -> what it is
     "cached_tokens": "of those, that were in the cache already",
     "new_tokens": "tokens that were generated",
     "read_tokens": "tokens that went through the model",
-    "prefix_hits": "cache pages that were found instead of read",
+    "prefix_hits": "prompts whose beginning was in the cache",
     "preemptions": "answers that gave up their pages for a time",
     "drafted": "tokens that were drafted",
     "accepted": "drafted tokens that were kept",
@@ -101,7 +101,7 @@ class Metrics:
         """For an answer that begins now."""
         return Clock(self)
 
-    def answered(self, path: str, status: int, start: float) -> None:
+    def answered(self, path: str, status: int) -> None:
         """An HTTP request got the head of its response."""
         self.http.labels(path, str(status)).inc()
 

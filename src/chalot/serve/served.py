@@ -32,16 +32,15 @@ class Facts:
 
 def facts_of(model: Model, name: str) -> Facts:
     """From the manifest."""
-    entries = list(model.file.manifest.tensors.values())
+    entries = model.file.manifest.tensors.values()
     schemes = {e.scheme for e in entries if len(e.shape) > 1}
-    weights = sum(int(np.prod(e.shape)) for e in entries)
     return Facts(
         name,
         model.file.digest,
         "+".join(sorted(schemes)),
         model.context,
         model.file.path.stat().st_size,
-        round(sum(e.extent.bytes for e in entries) * 8 / weights, 4),
+        round(model.file.bits_per_weight, 4),
     )
 
 

@@ -88,10 +88,11 @@ def opened(
             from chalot.upcycle.copies import Copies
 
             return Copies(checkpoint, asked)
+        from chalot.calibration_text import CalibrationText
         from chalot.kernels.backend import open_backend
         from chalot.upcycle.slices import Slices
 
-        text = None if calibration is None else Path(calibration).expanduser()
+        text = CalibrationText.of(calibration)
         return Slices(checkpoint, asked, text, open_backend(threads=threads), progress)
     except BaseException:
         checkpoint.close()

@@ -143,7 +143,7 @@ class Copies(View):
             self._routing(i)
 
     def _copies(self, name: str, layer: int, part: str) -> None:
-        info = self.source.tensors[name]
+        info = self.held.tensors[name]
         for e in range(self.asked.experts):
             own = f"model.layers.{layer}.mlp.experts.{e}.{PARTS[part]}.weight"
             self.copied[own] = name
@@ -164,7 +164,7 @@ class Copies(View):
             for part, shape in (("gate", wide), ("up", wide), ("down", wide[::-1])):
                 shapes[f"{p}shared_expert.{PARTS[part]}.weight"] = shape
             self.zeros |= shapes.keys() - self.routers
-        dtype = self.source.tensors[dense_name(layer, "gate")].dtype
+        dtype = self.held.tensors[dense_name(layer, "gate")].dtype
         for name, shape in shapes.items():
             self.infos[name] = numbers(name, shape, dtype if name in self.zeros else "f32")
 
@@ -179,7 +179,7 @@ class Copies(View):
         if name not in self.copied:
             return super().rows(name, first, last)
         dense = self.copied[name]
-        values = self.source.float32(dense, first, last)
+        values = self.held.float32(dense, first, last)
         if self.asked.noise:
             drawn = bell(key(self.asked.seed, name), first * columns, (last - first) * columns)
             values += drawn.reshape(-1, columns) * self._deviation(dense)
@@ -200,7 +200,7 @@ class Copies(View):
     def _deviation(self, name: str) -> np.float32:
         """The noise's size in a tensor: its standard deviation times --noise."""
         if name not in self.deviations:
-            found = deviation(self.source, name) * self.asked.noise
+            found = deviation(self.held, name) * self.asked.noise
             self.deviations[name] = np.float32(found)
         return self.deviations[name]
 

@@ -8,15 +8,13 @@ keeps the dense family and adds `chalot_slices` (model/experts.py).
 
 import json
 from collections.abc import Callable, Mapping
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
+from chalot.calibration_text import CalibrationText
 from chalot.checking import RUN, check_shapes, read_config
-from chalot.errors import FormatError, TokenizerError, UnsupportedError, WeightError
+from chalot.errors import UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint
-from chalot.formats.files import read_text
 from chalot.formats.floats import float32_to_bf16
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import Backend
@@ -28,7 +26,6 @@ from chalot.model.layers import model_tensors
 from chalot.quant.fold import column_sums
 from chalot.quant.packing import DENSE
 from chalot.quant.scheme import SCHEMES
-from chalot.refining import CALIBRATION_TEXT
 from chalot.unfolding import Rows
 from chalot.upcycle.choosing import Chosen, Indices, choose
 from chalot.upcycle.copies import refuse_mixture, settings_of
@@ -37,37 +34,14 @@ from chalot.upcycle.view import PARTS, Floats, View, dense_name, numbers
 
 MOST, LEAST = 64, 8  # windows of PAGE tokens; more choose better
 ROOM = 128_000_000  # bytes of what is kept of the text
-CHARACTERS = 1 << 18  # of the text that are looked at
 Progress = Callable[[str, int, int], None]
 
 
-def token_ids(checkpoint: Checkpoint, config: ModelConfig, text: Path | None) -> list[int]:
-    """The text's first tokens, in whole windows. Raises TokenizerError, FormatError."""
-    from chalot.text.tokenizer import Tokenizer
-
-    raw = checkpoint.document("tokenizer.json")
-    if raw is None:
-        raise TokenizerError(
-            f"{checkpoint.path}: has no tokenizer.json, which --slice needs to read its text"
-        )
-    if text is None:
-        said = resources.files("chalot").joinpath(*CALIBRATION_TEXT).read_text("utf-8")
-    else:
-        said = read_text(text, f"--calibration {text}")
-    ids = Tokenizer.from_documents(raw, None, None, None).encode(said[:CHARACTERS])
-    if ids and max(ids) >= config.vocabulary:
-        raise TokenizerError(
-            f"{checkpoint.path}: tokenizer.json gives id {max(ids)}, the model has "
-            f"{config.vocabulary}; take the tokenizer that belongs to these weights"
-        )
+def windows(text: CalibrationText, checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
+    """The text's first tokens, in whole windows. Raises as `CalibrationText.ids`."""
     each = PAGE * (3 * config.feed_forward + 8 * config.hidden)  # shares, marks; inputs, states
-    used = min(MOST, max(LEAST, ROOM // each))
-    if len(ids) < PAGE:
-        raise FormatError(
-            f"--calibration {text}: {len(ids)} tokens, expected at least {PAGE} "
-            f"({used * PAGE:,} are used); take a longer text"
-        )
-    return ids[: min(len(ids) // PAGE, used) * PAGE]
+    ids = text.ids(checkpoint, config, PAGE)
+    return ids[: min(len(ids) // PAGE, MOST, max(LEAST, ROOM // each)) * PAGE]
 
 
 def choose_all(
@@ -129,7 +103,7 @@ class Slices(View):
         self,
         source: Checkpoint,
         asked: Settings,
-        text: Path | None,
+        text: CalibrationText,
         backend: Backend,
         progress: Progress,
     ) -> None:
@@ -146,7 +120,7 @@ class Slices(View):
         said = settings_of(source)
         said[SLICES] = {"routed": asked.routed, "shared": asked.shared, "top_k": asked.top}
         super().__init__(source, json.dumps(said, indent=2).encode())
-        ids = token_ids(source, config, text)
+        ids = windows(text, source, config)
         self.chosen = choose_all(source, config, asked, ids, backend, progress)
         self.places: dict[str, tuple[str, Indices]] = {}  # a slice's tensor -> dense one, columns
         self.routers: dict[str, Floats] = {}
@@ -165,7 +139,7 @@ class Slices(View):
         assert all(len(g) == width for c in self.chosen for g in c.groups)
 
     def _slice(self, name: str, dense: str, columns: Indices) -> None:
-        info = self.source.tensors[dense]
+        info = self.held.tensors[dense]
         rows, width = info.shape
         shape = (rows, len(columns)) if is_down(dense) else (len(columns), width)
         part = info.nbytes * len(columns) // (width if is_down(dense) else rows)
@@ -181,15 +155,15 @@ class Slices(View):
         dense, columns = self.places[name]
         if is_down(dense):
             out = np.empty((last - first, len(columns)), np.float32)
-            size = max(1, RUN // self.source.tensors[dense].shape[1])
+            size = max(1, RUN // self.held.tensors[dense].shape[1])
             for at in range(first, last, size):
-                some = self.source.float32(dense, at, min(at + size, last))
+                some = self.held.float32(dense, at, min(at + size, last))
                 out[at - first : at - first + size] = some[:, columns]
             return out
         wanted = columns[first:last]
         breaks = np.flatnonzero(np.diff(wanted) != 1) + 1  # runs of neighbours are read at once
         runs = [r for r in np.split(wanted, breaks) if len(r)]
-        found = [self.source.float32(dense, int(r[0]), int(r[-1]) + 1) for r in runs]
+        found = [self.held.float32(dense, int(r[0]), int(r[-1]) + 1) for r in runs]
         return np.concatenate(found) if found else np.zeros((0, self.infos[name].shape[1]), "f4")
 
 

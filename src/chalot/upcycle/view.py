@@ -1,17 +1,13 @@
 """What copies and slices share: a dense checkpoint seen as another one, read when asked for."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
-from chalot.formats.files import quoted
 from chalot.formats.floats import STORED
+from chalot.formats.view import CheckpointView
 
 Floats = NDArray[np.float32]
 PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -28,23 +24,17 @@ def numbers(name: str, shape: tuple[int, ...], dtype: str = "f32") -> TensorInfo
     return TensorInfo(name, dtype, shape, STORED[dtype].itemsize * int(np.prod(shape)))
 
 
-class View:
+class View(CheckpointView):
     """A `Checkpoint` (see formats/checkpoint.py) over another one; it closes that one with itself.
 
     Tensors that it does not know pass through under their own names.
     """
 
     def __init__(self, source: Checkpoint, config: bytes) -> None:
-        self.source = source
-        self.path: Path = source.path
-        self.config = config
         self.infos: dict[str, TensorInfo] = {}
+        super().__init__(source, self.infos)
+        self.config = config
         self.aliases: dict[str, str] = {}  # tensors that are another one
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its name; read-only."""
-        return MappingProxyType(self.infos)
 
     def raw(self, name: str) -> NDArray[Any]:
         """As `float32`: what is seen need not be stored anywhere."""
@@ -52,26 +42,13 @@ class View:
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """Rows `first:last` as float32. Raises FormatError, and IndexError for missing rows."""
-        info = self.infos.get(name)
-        if info is None:
-            raise FormatError(f"{self.path}: has no tensor {quoted(name)}")
-        last = info.shape[0] if last is None else last
-        if not 0 <= first <= last <= info.shape[0]:
-            raise IndexError(f"{name}: rows {first}:{last} of {info.shape[0]}")
+        last = self.end(name, first, last)
         return self.rows(self.aliases.get(name, name), first, last)
 
     def rows(self, name: str, first: int, last: int) -> Floats:
         """Rows of a tensor that is there."""
-        return self.source.float32(name, first, last)
+        return self.held.float32(name, first, last)
 
     def document(self, name: str) -> bytes | None:
         """A document of the source; config.json is the view's own."""
-        return self.config if name == "config.json" else self.source.document(name)
-
-    def check_unchanged(self) -> None:
-        """Raise FormatError if the source changed since it was opened."""
-        self.source.check_unchanged()
-
-    def close(self) -> None:
-        """Give back the source's files."""
-        self.source.close()
+        return self.config if name == "config.json" else self.held.document(name)

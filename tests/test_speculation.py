@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,8 +333,9 @@ def test_reading_is_undone_exactly(first: list[int], second: list[int], length: 
     fresh = from_text(None)
     fresh.read((first + second)[:length])
     assert (read.tokens, read.last, read.earlier) == (fresh.tokens, fresh.last, fresh.earlier)
+    assert read.alone.items() <= fresh.alone.items()
     read.close()
-    assert not (read.tokens or read.last or read.earlier)
+    assert not (read.tokens or read.last or read.earlier or read.alone)
 
 
 @given(token_lists)
@@ -353,6 +355,8 @@ def test_a_match_is_one_and_the_longest_of_the_latest(tokens: list[int]) -> None
         assert same == min(endings[place], drafting.LONGEST)
     if best >= 2 and len(tokens) <= drafting.LOOKED_AT:
         assert same == best
+    if best == 1:  # the latest place behind this token
+        assert place == max(at for at, n in endings.items() if n) and same == 1
 
 
 def test_a_repeating_text_is_drafted_round(shared: Engine) -> None:
@@ -361,6 +365,24 @@ def test_a_repeating_text_is_drafted_round(shared: Engine) -> None:
     assert from_text(None).propose(session, 8) == [2, 3, 1, 2, 3, 1, 2, 3]
     session.tokens = [1, 2, 3, 4, 5]
     assert from_text(None).propose(session, 8) == []
+    session.tokens = [1, 2, 3, 4, 2]
+    assert from_text(None).propose(session, 2) == [3, 4]
+
+
+def test_looks_in_vain_get_rarer_and_a_draft_ends_that() -> None:
+    def rests(one: float, texts: list[list[int]]) -> list[int]:
+        costs = StepCosts(one)
+        drafter, found = TextDrafter(costs), []
+        for tokens in texts:
+            drafter.resting = 0
+            drafter.propose(SimpleNamespace(tokens=tokens), 8)  # type: ignore[arg-type]
+            found.append(drafter.resting)
+        return found
+
+    new = [list(range(n)) for n in range(1, 12)]
+    found = rests(9e-5, [*new, [*range(11), 3], [*range(11), 3, 99]])
+    assert found == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 3, 0, 0]
+    assert rests(1e-2, new) == [0] * 11
 
 
 def test_reading_a_long_prompt_takes_microseconds_a_token() -> None:

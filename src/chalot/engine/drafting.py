@@ -16,11 +16,12 @@ from chalot.engine.sampler import Exp, Sampling, choose, wanted
 from chalot.errors import KernelError
 from chalot.model import cache
 
-LOOK = 8e-6  # seconds that looking for a draft takes
+LOOK = 3e-6  # seconds that looking for a draft takes
 PART = 0.01  # of a pass: what looking in vain may take
+IN_VAIN = 4  # looks in a row before there are fewer
 LOOKED_AT = 8  # earlier places with the same two tokens, latest first
 LONGEST = 32  # tokens of a match that are counted
-BELIEFS = (0.3, 0.5, 0.7, 0.85, 0.9)  # share kept, for matches of 2, 4, 8, 16, 32 tokens or more
+BELIEFS = (0.2, 0.3, 0.5, 0.7, 0.85, 0.9)  # share kept, for matches of 1, 2, 4 .. 32 tokens or more
 
 
 class Text(Protocol):
@@ -99,27 +100,31 @@ class TextDrafter:
     """What followed the longest earlier match of the text's ending, in prompt and answer.
 
     Its last two tokens lead to the places where they stood before; the longest match among the
-    latest of those wins. Reading takes less than a microsecond a token, and can be undone.
+    latest of those wins. Where they are new, the last token alone leads to where it stood last.
+    Reading takes about a microsecond a token, and can be undone.
     """
 
     def __init__(self, costs: Costs, most: int = MOST) -> None:
         self.costs = costs
         self.paces = [Pace(costs, belief, most) for belief in BELIEFS]
         self.resting = 0  # tokens to come for which no draft is looked for
+        self.in_vain = 0  # looks since the last draft
         self.tokens: list[int] = []
         self.last: dict[tuple[int, int], int] = {}  # two tokens -> the place behind them
         self.earlier: list[int] = []  # for each place, the one before behind the same two; 0: none
+        self.alone: dict[int, int] = {}  # a token -> the place behind it, the text's end excepted
         self.proposed = self.paces[0], 0
 
     def read(self, tokens: Sequence[int]) -> None:
         """Take in what the text has more than before."""
-        last, earlier, done = self.last, self.earlier, len(self.tokens)
+        last, earlier, alone, done = self.last, self.earlier, self.alone, len(self.tokens)
         self.tokens += tokens[done:]
         before = tokens[done - 1] if done else -1
         for end in range(done + 1, len(tokens) + 1):
             pair = before, before = before, tokens[end - 1]
             earlier.append(last.get(pair, 0))
             last[pair] = end
+            alone[pair[0]] = end - 1
 
     def match(self) -> tuple[int, int]:
         """The place that ended as the text does now, and how many tokens agree; (0, 0) if none."""
@@ -137,6 +142,9 @@ class TextDrafter:
                 if best == LONGEST:
                     break
             place = earlier[place - 1]
+        if not found and tokens:
+            found = self.alone.get(tokens[-1], 0)
+            best = min(found, 1)
         return found, best
 
     def propose(self, text: Text, most: int) -> list[int]:
@@ -146,10 +154,11 @@ class TextDrafter:
             return []
         self.read(text.tokens)
         place, same = self.match()
-        pace = self.paces[max(same.bit_length() - 2, 0)]
+        pace = self.paces[max(same.bit_length() - 1, 0)]
         count = pace.length(most) if place else 0
-        if not count and self.costs.one:  # looking must not cost a model of microseconds much
-            self.resting = int(LOOK / (PART * self.costs.one))
+        self.in_vain = 0 if count else self.in_vain + 1
+        if self.in_vain > IN_VAIN and self.costs.one:  # a model of microseconds must not pay much
+            self.resting = min(self.in_vain - IN_VAIN, int(LOOK / (PART * self.costs.one)))
         draft = self.tokens[place : place + count]
         while draft and len(draft) < count:  # the match reaches into the draft: it goes round
             draft += draft[: count - len(draft)]
@@ -171,6 +180,8 @@ class TextDrafter:
                 self.last[pair] = before
             else:
                 del self.last[pair]
+            if self.alone.get(pair[0]) == end - 1:
+                del self.alone[pair[0]]
         del self.tokens[length:]
 
     def close(self) -> None:

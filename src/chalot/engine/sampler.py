@@ -154,9 +154,9 @@ def choose(
     sums = np.add.accumulate(weight)
     keep = len(ids)
     if sampling.top_p < 1:
-        keep = int(np.searchsorted(sums, sampling.top_p * sums[-1], side="left")) + 1
+        keep = int(sums.searchsorted(sampling.top_p * sums[-1])) + 1
     if sampling.min_p > 0:
         keep = min(keep, int(np.count_nonzero(weight >= sampling.min_p)))
     keep = max(1, min(keep, len(ids)))
     drawn = uniform(sampling.seed, sampling.choice, position) * sums[keep - 1]
-    return int(ids[min(int(np.searchsorted(sums[:keep], drawn, side="right")), keep - 1)])
+    return int(ids[min(int(sums[:keep].searchsorted(drawn, "right")), keep - 1)])

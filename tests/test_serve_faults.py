@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -433,6 +434,19 @@ def test_an_error_in_a_pass_is_told_to_who_is_in_it(
         events = server.events(CHAT, {"messages": HELLO})
         assert "the file was cut" in events[-1]["error"]["message"]
     assert server.ask(CHAT, {"messages": HELLO, "max_tokens": 2}).status == 200
+
+
+def test_a_file_that_was_cut_is_told(demo_file: Path, tmp_path: Path) -> None:
+    """Who watches the server learns of it before a request does."""
+    path = tmp_path / "cut.myai"
+    path.write_bytes(demo_file.read_bytes())
+    with chalot.load(path) as model, Running(model, QUICK) as server:
+        assert server.ask("/health").status == server.ask("/ready").status == 200
+        os.truncate(path, path.stat().st_size - 1)
+        assert server.ask("/health").body["status"] == "failed"
+        assert server.ask("/health").status == server.ask("/ready").status == 503
+        found = server.ask(CHAT, {"messages": HELLO, "max_tokens": 2})
+        assert found.status == 500 and "was cut from" in found.body["error"]["message"]
 
 
 def test_a_bug_is_told_without_its_inside(

@@ -11,6 +11,7 @@ from chalot import machine
 from chalot.concurrent import scheduler
 from chalot.engine.generate import Work
 from chalot.engine.worker import Worker
+from chalot.errors import ChalotError
 from chalot.load import Model
 from chalot.model.cache import Sequence
 from chalot.serve.settings import Settings
@@ -69,7 +70,14 @@ class Served:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker computes; it ends for good if something is wrong with chalot."""
+        """Whether the worker computes, and the file is whole.
+
+        It ends for good if something is wrong with chalot.
+        """
+        try:
+            self.model.file.check_length()
+        except ChalotError:
+            return False
         return self.worker.alive
 
     @property

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import chalot
 from chalot.errors import ChalotError
-from chalot.export_safetensors import write_safetensors
+from chalot.export.safetensors import write_safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.upcycle import Settings, upcycle
 

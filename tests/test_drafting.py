@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import chalot
-from chalot import cli, drafts
+from chalot import cli
 from chalot.engine.pacing import PAUSE, Pace, StepCosts
 from chalot.errors import ChalotError, FormatError, TokenizerError
-from chalot.load import Model
+from chalot.load import Model, drafts
 from checkpoints import write_checkpoint
 
 # ---- pace

@@ -13,7 +13,7 @@ import chalot
 from chalot.demo import FOLDER
 from chalot.errors import SchemeError, WeightError
 from chalot.export import export
-from chalot.export_safetensors import write_safetensors
+from chalot.export.safetensors import write_safetensors
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.safetensors import SafetensorsFolder

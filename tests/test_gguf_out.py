@@ -18,7 +18,7 @@ from chalot.checking import read_config
 from chalot.demo import FOLDER
 from chalot.errors import FormatError, SchemeError, TokenizerError, UnsupportedError, WeightError
 from chalot.export import export
-from chalot.export_gguf import parse_types, type_of
+from chalot.export.gguf import parse_types, type_of
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.gguf import GgufFile

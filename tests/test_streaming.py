@@ -13,8 +13,8 @@ import chalot
 from chalot import cli
 from chalot.errors import FormatError, LimitError, RegionError
 from chalot.formats.streaming import plan
+from chalot.load.residence import Residence
 from chalot.model.pieces import ROWS, Pieces
-from chalot.residence import Residence
 from myai_files import random_file
 from test_residency import LOCKS, locked, locks
 from tiny import config

@@ -22,8 +22,8 @@ from chalot import __version__, machine
 from chalot.engine.generate import Work
 from chalot.errors import ContextError
 from chalot.load import Model, load
+from chalot.load.sessions import OpenSession
 from chalot.mixture import mixture_report
-from chalot.sessions import OpenSession
 from chalot.table import pairs, rows, size
 
 DEPTHS = (32, 512, 4096)  # tokens; those that fit the model

@@ -359,7 +359,7 @@ def chat(
     model.tokenizer.chat_template()
     talk = Chat(model, system, options)
     if cache is not None:
-        from chalot.sessions import check_cache
+        from chalot.load.sessions import check_cache
 
         check_cache(cache)
     if cache is not None and cache.exists():

@@ -47,7 +47,7 @@ def main(arguments: Arguments) -> int:
     if arguments.answers is not None and arguments.cache is not None:
         raise OutputError("--cache keeps one text, -n makes several; leave one of them out")
     if arguments.cache is not None:
-        from chalot.sessions import check_cache
+        from chalot.load.sessions import check_cache
 
         check_cache(arguments.cache)
     with open_model(arguments) as model:

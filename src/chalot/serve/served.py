@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
-from chalot.concurrent import scheduler
 from chalot.engine.generate import Work
 from chalot.engine.worker import Worker
 from chalot.errors import ChalotError
 from chalot.load import Model
+from chalot.load.concurrent import scheduler
 from chalot.model.cache import Sequence
 from chalot.serve.settings import Settings
 from chalot.serve.structured import Structures

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chalot import export_gguf, export_safetensors
 from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_place, with_experts, write_myai
 from chalot.errors import SchemeError
-from chalot.export_npz import write_npz
+from chalot.export import gguf, safetensors
+from chalot.export.npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.refining import Refine
 from chalot.storing import TERNARY, Storing, schemes_for
@@ -62,14 +62,14 @@ def to_gguf(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
     from chalot.sources import called
 
     name, threads = called(options.source), options.threads
-    return export_gguf.write_gguf(
+    return gguf.write_gguf(
         checkpoint, out, options.type, name, options.tokenizer, threads, options.progress
     )
 
 
 def to_safetensors(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
     """A Hugging Face folder of numbers of `options.type`."""
-    return export_safetensors.write_safetensors(checkpoint, out, options.type, options.progress)
+    return safetensors.write_safetensors(checkpoint, out, options.type, options.progress)
 
 
 class Target(NamedTuple):
@@ -91,14 +91,14 @@ TARGETS = {
             "experts",
         ),
     ),
-    "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=export_gguf.DEFAULT_TYPE),
+    "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=gguf.DEFAULT_TYPE),
     "npz": Target(to_npz, ".npz", ("bits", "validate", "tolerance"), folder=True),
     "safetensors": Target(
         to_safetensors,
         ".safetensors",
         ("type", "experts"),
         folder=True,
-        type=export_safetensors.DEFAULT_TYPE,
+        type=safetensors.DEFAULT_TYPE,
     ),
 }
 

@@ -2,6 +2,12 @@
 
 A model is used by one thread at a time; other threads wait. After a fork the child computes with
 threads of its own, and shares the mapped file; sessions are not to be used on both sides.
+
+    opened           the file mapped and checked, its program and cache; ids in, logits out
+    residence        regions that stay in memory, a budget for all; experts_memory: of a mixture
+    reflexes         what a calibration turns on; drafts: what drafting needs of files
+    sessions         texts that are kept in files, and several answers to one prompt
+    concurrent       many prompts at once
 """
 
 import secrets
@@ -10,19 +16,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chalot import sessions
-from chalot.drafts import Draft, Drafters, check_same_ids
 from chalot.engine.generate import Session, Stats
 from chalot.engine.pacing import MOST
 from chalot.engine.sampler import Sampling
 from chalot.errors import ContextError, TokenizerError
 from chalot.formats.documents import parse_json
 from chalot.kernels.backend import byte_pairs
-from chalot.opened import Opened
+from chalot.load import sessions
+from chalot.load.drafts import Draft, Drafters, check_same_ids
+from chalot.load.opened import Opened
 from chalot.typed import MAY_COUNT, check_types, listed, token_ids
 
 if TYPE_CHECKING:
-    from chalot.concurrent import Concurrent
+    from chalot.load.concurrent import Concurrent
     from chalot.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, str]]
@@ -40,7 +46,7 @@ class Model(Opened):
         draft_tokens: int = MOST,
         **options: Any,
     ) -> None:
-        """Options as for `chalot.opened.Opened`: threads, context, kv, window, ...
+        """Options as for `chalot.load.opened.Opened`: threads, context, kv, window, ...
 
         Where it pays, answers are drafted (docs/decoding.md) from the text so far, and by a small
         model where `draft` is its file, at most `draft_tokens` a pass; False turns it off, and no
@@ -210,7 +216,7 @@ class Model(Opened):
 
     @cached_property
     def _concurrent(self) -> "Concurrent":
-        from chalot.concurrent import Concurrent
+        from chalot.load.concurrent import Concurrent
 
         return Concurrent(self)
 

@@ -19,9 +19,9 @@ from chalot.errors import ContextError, FormatError
 from chalot.formats.files import check_place, quoted
 from chalot.formats.session_file import SessionFile, SessionHeader, write_session
 from chalot.kernels.program import PAGE, CacheShape
+from chalot.load.reflexes import Reflexes
 from chalot.model.cache import cleared
 from chalot.model.window import Window
-from chalot.reflexes import Reflexes
 from chalot.typed import token_ids
 
 

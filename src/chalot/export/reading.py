@@ -1,6 +1,6 @@
 """What the targets of `convert` share: a checkpoint read in runs of rows, and what storing it cost.
 
-The targets are export_gguf.py, export_npz.py and export_safetensors.py; `.myai` files are convert's
+The targets are export/gguf.py, export/npz.py and export/safetensors.py; `.myai` files are convert's
 own.
 """
 

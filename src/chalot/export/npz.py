@@ -14,7 +14,7 @@ from chalot.batch import name_of
 from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
 from chalot.errors import SchemeError
-from chalot.exporting import Export
+from chalot.export.reading import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.names import hugging_face

@@ -12,14 +12,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
-from chalot import machine, sessions
-from chalot.drafts import Drafters
+from chalot import machine
 from chalot.engine.generate import CHUNK, Engine
 from chalot.engine.requests import NO_TOKEN, Request, Step, Ticket
 from chalot.engine.sampler import Sampling
 from chalot.engine.scheduler import Scheduler
 from chalot.engine.worker import Worker
 from chalot.errors import ChalotError
+from chalot.load import sessions
+from chalot.load.drafts import Drafters
 from chalot.model.cache import PageCache
 from chalot.text.stream import TextStream
 from chalot.text.tokenizer import Tokenizer

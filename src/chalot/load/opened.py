@@ -8,24 +8,25 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot import machine, sessions
-from chalot.drafts import keep_costs, read_costs
+from chalot import machine
 from chalot.engine.early_exit import EarlyExit
 from chalot.engine.generate import CHUNK, Engine, Work
 from chalot.errors import ContextError, FormatError, LimitError
-from chalot.experts_memory import ExpertsMemory
 from chalot.formats.myai import MyaiFile
 from chalot.formats.residency import lock, read_ahead
 from chalot.kernels.backend import Backend, Runnable, open_backend
 from chalot.kernels.program import CACHE, CACHE_TYPES, PAGE
+from chalot.load import sessions
+from chalot.load.drafts import keep_costs, read_costs
+from chalot.load.experts_memory import ExpertsMemory
+from chalot.load.reflexes import Margin, Reflexes
+from chalot.load.residence import Residence
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import build, cache_shape, head_input
 from chalot.model.window import LONGEST, SINKS, Window
 from chalot.reading import read_model_config, read_weights
-from chalot.reflexes import Margin, Reflexes
-from chalot.residence import Residence
 from chalot.typed import COUNT, MAY_COUNT, PATH, check_types, token_ids
 
 
@@ -105,13 +106,13 @@ class Opened:
         Of a mixture of experts the `experts_resident` most used of each layer stay in memory, and
         the rest is read when it is used; answers are the same (docs/experts.md).
         `keep` names regions of layers that are locked in memory, `budget` is the most bytes of
-        weights there: the rest is read again in each forward pass (chalot.residence).
+        weights there: the rest is read again in each forward pass (chalot.load.residence).
         With a `window` queries see the last so many positions and the first `sinks` (4) alone, and
         a text may be longer than the model's context (`chalot.model.window` says what is computed).
         The cache has room for `texts` of the whole context, as far as memory goes.
         `early_exit` lets tokens skip layers, by a margin of logits or "auto"; it changes texts, and
-        needs a calibration, which without `calibration` is not read (chalot.reflexes). `backend`:
-        kernels that are open already, for their threads.
+        needs a calibration, which without `calibration` is not read (`chalot.load.reflexes`).
+        `backend`: kernels that are open already, for their threads.
         Raises FormatError, ContextError, KernelError, LimitError, RegionError.
         """
         counts = {"threads": threads, "context": context, "kv_budget": kv_budget}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
 from chalot.errors import SchemeError, WeightError
-from chalot.exporting import Export
+from chalot.export.reading import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.floats import narrowed, widened

@@ -17,7 +17,7 @@ from chalot import machine
 from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
 from chalot.errors import SchemeError, WeightError
-from chalot.exporting import DENSE, Export
+from chalot.export.reading import DENSE, Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.gguf_blocks import decode

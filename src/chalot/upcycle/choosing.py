@@ -26,7 +26,7 @@ Indices = NDArray[np.int64]
 Stored = NDArray[np.uint16]  # bfloat16's bits
 MARKED = 0.1  # of the columns, by each token; CMoE has 10 of 11,008: docs/upcycling.md
 ROUNDS = 8  # of k-means
-STEPS = 8  # of conjugate gradients; more fit the text's noise
+STEPS = 8  # of conjugate gradients; twice as many give nothing (docs/upcycling.md)
 AT_ONCE = 512  # columns, as float64
 
 

@@ -56,12 +56,12 @@ def shared_by_marks(x: Any, shares: choosing.Stored, shared: int, routed: int, b
 
 PARTS: dict[str, dict[str, Any]] = {
     "as it is, by 4,096 tokens": SHORT,
-    "by as many tokens as by default": {},
+    "by all tokens, as by default": {},
     "shared slices by how often a column is marked, as CMoE has it": SHORT
     | {"slices.choose": shared_by_marks},
     "columns dealt out in turn, no k-means": SHORT | {"choosing.balanced": in_turn},
     "the first slices always, no router": SHORT | {"choosing.router": no_router},
-} | {f"{n} steps of the router, not 8": SHORT | {"choosing.STEPS": n} for n in (2, 4, 16)}
+} | {f"{n} steps of the router, not 8, by all tokens": {"choosing.STEPS": n} for n in (2, 4, 16)}
 MODULES = {"slices": slices, "choosing": choosing}
 
 

@@ -91,3 +91,8 @@ class HubBusyError(HubError):
 
 class HubOfflineError(HubError):
     """No connection to the hub, or none wanted (HF_HUB_OFFLINE)."""
+
+
+def told(error: BaseException) -> str:
+    """What an error says, with the notes that were added on its way."""
+    return "; ".join(filter(None, (str(error), *getattr(error, "__notes__", ()))))

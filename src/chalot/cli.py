@@ -12,7 +12,7 @@ from typing import Any
 
 from chalot import __version__
 from chalot.commands import TALKS, VERBS
-from chalot.errors import ChalotError, told
+from chalot.errors import ChalotError, out_of_memory, told
 
 # benchmarks/threads.py: with twice as many threads as cores
 SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
@@ -206,7 +206,9 @@ def main(argv: list[str] | None = None) -> int:
         found = ascii(error.object)[:80]
         sys.stderr.write(f"chalot: found {found}, expected a name in UTF-8; rename the file\n")
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not out_of_memory(error):
+            raise
         sys.stderr.write("chalot: out of memory; choose a smaller --context or model\n")
         return 1
 

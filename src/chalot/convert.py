@@ -16,7 +16,7 @@ from chalot import __version__, machine
 from chalot.calibration_text import few_ids
 from chalot.checking import read_config
 from chalot.conversion import Conversion, KindReport, Progress
-from chalot.errors import LimitError, OutputError, SchemeError
+from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
@@ -194,7 +194,9 @@ def memory_for(out: Path) -> Iterator[None]:
     """Raise LimitError where memory does not suffice."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        if not out_of_memory(error):
+            raise
         raise LimitError(
             f"{out}: memory does not suffice to convert it; raise the limit that `ulimit -v` "
             "shows, or end other programs"

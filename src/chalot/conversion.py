@@ -239,20 +239,17 @@ class Conversion:
         if found is None:
             self.digest = before
             return False
-        if found.errors is not None:
-            self.errors[spec.name] = found.errors
+        self.errors |= {spec.name: found.errors} if found.errors else {}
+        self.taken |= {spec.name} if found.taken else set()
         if found.products is not None and self.refining is not None:
             self.refining.errors[spec.name] = found.products
-        if found.taken:
-            self.taken.add(spec.name)
         self._advance(spec, int(np.prod(spec.shape)))
         return True
 
     def _made_of(self, spec: TensorSpec) -> str:
-        """A digest of all weights up to a tensor's own, and of how it changes before it is stored.
+        """A digest of all weights up to a tensor's own, and of what those behind it change in it.
 
-        With what `making` says it decides the tensor's bytes: calibration looks no further ahead
-        but for factors and activation bits.
+        With `storing.making` it decides the tensor's bytes.
         """
         found = self.digest.copy()
         for factors in (self.plan.rows, self.plan.columns):

@@ -27,7 +27,6 @@ import json
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -69,11 +68,8 @@ class Trials:
 
     def start(self, before: str = "", **limits: int) -> subprocess.Popen[str]:
         """The command. `limits` are of `resource`, by the end of their names."""
-
-        def limit() -> None:
-            for name, value in limits.items():
-                resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-
+        for name, value in limits.items():
+            before += f"import resource as r; r.setrlimit(r.RLIMIT_{name}, ({value}, {value})); "
         command = [sys.executable, "-c", before + CHALOT, "convert", str(self.source), "-o", NAME]
         return subprocess.Popen(
             command + self.options,
@@ -81,7 +77,7 @@ class Trials:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=limit,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
 
     def killed(self, after: float) -> bool:

@@ -9,10 +9,13 @@ import pytest
 
 import chalot
 from chalot import machine
+from chalot.cli import main
+from chalot.conversion import Conversion
 from chalot.convert import ConvertReport
-from chalot.errors import LimitError, OutputError, WeightError, told
+from chalot.errors import LimitError, OutputError, WeightError, out_of_memory, told
 from chalot.formats import myai_writer, safetensors
 from chalot.formats.safetensors import SafetensorsFolder
+from chalot.model.layers import TensorSpec
 from chalot.refining import Refine
 from myai_files import checkpoint
 
@@ -184,6 +187,44 @@ def test_what_stays(
         stay = stays and worth == 0
         assert names(tmp_path) == [".x.myai.journal", ".x.myai.partial"] * stay
         assert ("the same command goes on from there" in told(raised.value)) is stay
+
+
+def test_a_command_says_what_is_kept(
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(work: Conversion, spec: TensorSpec, _: int) -> None:
+        if spec.name == "layers.1.key":
+            raise KeyboardInterrupt
+
+    command = ["convert", str(plain), "-o", str(tmp_path / "x.myai")]
+    with monkeypatch.context() as patch:
+        patch.setattr(myai_writer, "WORTH", 0)
+        patch.setattr(Conversion, "_advance", stop)
+        assert main(command) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("chalot: interrupted; 15 finished tensors are kept in /")
+    assert said.count("\n") == 1
+    assert main(command) == 0
+    assert "15 of 15 tensors that an interrupted conversion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("can't start new thread"), True),
+        (ImportError("x.so: failed to map segment from shared object"), True),
+        (OSError(2, "No such file"), False),
+        (RuntimeError("another"), False),
+        (ValueError("can't start new thread"), False),
+    ],
+)
+def test_which_errors_are_of_memory(error: Exception, is_one: bool) -> None:
+    assert out_of_memory(error) is is_one
 
 
 def test_what_is_there_counts_as_free(

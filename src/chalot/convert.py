@@ -80,7 +80,7 @@ def convert(
     BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
     the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
     stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
-    (chalot.fitting). The file appears whole or not at all; what an interrupted call finished is kept
+    (chalot.fitting). The file appears whole or not at all; what an interrupted call finished stays
     beside it, and the same call goes on from there (docs/reliability.md).
     Raises a ChalotError for anything wrong with source or target.
     """

@@ -15,6 +15,7 @@ from chalot.convert import ConvertReport
 from chalot.errors import LimitError, OutputError, WeightError, out_of_memory, told
 from chalot.formats import myai_writer, safetensors
 from chalot.formats.safetensors import SafetensorsFolder
+from chalot.formats.scratch import scratch
 from chalot.model.layers import TensorSpec
 from chalot.refining import Refine
 from myai_files import checkpoint
@@ -225,6 +226,14 @@ def test_a_command_says_what_is_kept(
 )
 def test_which_errors_are_of_memory(error: Exception, is_one: bool) -> None:
     assert out_of_memory(error) is is_one
+
+
+def test_a_folder_that_goes_keeps_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError) as raised, scratch(tmp_path, "x-"):
+        error = OutputError("the disk is full")
+        error.add_note("9 finished tensors are kept in it")
+        raise error
+    assert told(raised.value) == "the disk is full"
 
 
 def test_what_is_there_counts_as_free(

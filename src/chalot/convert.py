@@ -199,8 +199,8 @@ def memory_for(out: Path) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise LimitError(
-            f"{out}: memory does not suffice to convert it; raise the limit that `ulimit -v` "
-            "shows, or end other programs"
+            f"{out}: memory does not suffice to convert it; raise the limits that "
+            "`ulimit -v` and `ulimit -u` show, or end other programs"
         ) from None
 
 

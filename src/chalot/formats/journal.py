@@ -37,7 +37,7 @@ class Journal:
         self.descriptor = os.open(path, flags, 0o644)
         size = os.fstat(self.descriptor).st_size
         head, *lines = os.pread(self.descriptor, size, 0).splitlines(keepends=True) or [b""]
-        self.found = len(lines)
+        self.found, self.lines = len(lines), 0  # that were there; that stay or came
         self.left: list[tuple[Finished, int]] = []  # not yet asked for, and the bytes of each line
         self.at = len(head) if head == self.head else 0
         with suppress(msgspec.DecodeError):
@@ -50,6 +50,7 @@ class Journal:
 
     def take(self) -> None:
         """The next line stays."""
+        self.lines += 1
         self.at += self.left.pop()[1]
 
     def add(self, finished: Finished) -> None:
@@ -60,6 +61,7 @@ class Journal:
         if os.pwrite(self.descriptor, line, self.at) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.at += len(line)
+        self.lines += 1
 
     def close(self) -> None:
         """Leave it for the next process."""

@@ -30,7 +30,7 @@ from chalot.formats.new_file import NewFile
 from chalot.quant.packing import ALIGNMENT
 
 WORTH = 1 << 24  # bytes: fewer are made again in a second or two
-AT_ONCE = 1 << 22  # bytes of one read
+PIECE = 1 << 22  # bytes of one read
 KEPT_AFTER = (KeyboardInterrupt, OutputError, LimitError)  # none says that the source is bad
 
 
@@ -73,9 +73,11 @@ class MyaiWriter(NewFile):
         assert self.journal is not None
         extent = found.entry.extent
         start, digest = self.at + -self.at % ALIGNMENT, hashlib.sha256()
-        for at in range(start, start + extent.bytes, AT_ONCE):
-            count = min(AT_ONCE, start + extent.bytes - at)
-            digest.update(os.pread(self.descriptor, count, at))
+        for at in range(start, start + extent.bytes, PIECE):
+            piece = os.pread(self.descriptor, min(PIECE, start + extent.bytes - at), at)
+            if not piece:  # the file ends before, however much the journal says
+                return None
+            digest.update(piece)
         if extent != Extent(start, extent.bytes, digest.hexdigest()):
             return None
         self.align(ALIGNMENT)
@@ -151,9 +153,9 @@ class MyaiWriter(NewFile):
 
     def __exit__(self, _: object = None, error: object = None, *__: object) -> None:
         if self.journal is not None and self.descriptor >= 0:
-            if isinstance(error, KEPT_AFTER) and self.at >= WORTH:
+            if isinstance(error, KEPT_AFTER) and self.journal.lines and self.at >= WORTH:
                 error.add_note(
-                    f"{len(self.tensors)} finished tensors are kept in {self.partial}: the same "
+                    f"{self.journal.lines} finished tensors are kept in {self.partial}: the same "
                     "command goes on from there; or remove that file"
                 )
                 self.journal.close()

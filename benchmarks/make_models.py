@@ -46,6 +46,8 @@ SHAPES = {
     "qwen2.5-1.5b": Shape("qwen2", 1536, 28, 12, 2, 128, 8960, 151936, True, 32768, 1e6, 1e-6),
     "tinyllama-1.1b": Shape("llama", 2048, 22, 32, 4, 64, 5632, 32000, False, 2048, 1e4, 1e-5),
     "bitnet-2b": Shape("bitnet", 2560, 30, 20, 5, 128, 6912, 128256, True, 4096, 5e5, 1e-5),
+    # Seconds to convert, more than is made again without a word: for faults.py.
+    "six-layers": Shape("qwen2", 896, 6, 14, 2, 64, 4864, 32000, True, 32768, 1e6, 1e-6),
     # Seconds instead of minutes, to try the benchmarks themselves.
     "tiny": Shape("qwen2", 256, 2, 4, 2, 64, 512, 2048, True, 4096, 1e6, 1e-6),
     "tiny-llama": Shape("llama", 256, 2, 4, 2, 64, 512, 2048, False, 2048, 1e4, 1e-5),

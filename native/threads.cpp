@@ -53,10 +53,17 @@ PlainArithmetic::~PlainArithmetic() {
 }
 
 Pool::Pool(int threads) : size_(threads) {
-  for (int id = 1; id < threads; id++) workers_.emplace_back([this, id] { work(id); });
+  try {
+    for (int id = 1; id < threads; id++) workers_.emplace_back([this, id] { work(id); });
+  } catch (...) {  // the system has no more threads: those that run must end before their handles do
+    stop();
+    throw;
+  }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
   stop_ = true;
   started_.fetch_add(1, std::memory_order_release);
   started_.notify_all();

@@ -30,6 +30,7 @@ class Pool {
 
  private:
   void work(int id);
+  void stop();
   void wait_past(uint32_t now);
   int size_;
   std::vector<std::thread> workers_;

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chalot.convert import ConvertReport
-from chalot.errors import ChalotError, FormatError, OutputError
+from chalot.errors import ChalotError, FormatError, OutputError, told
 from chalot.formats.files import boundary
 from chalot.formats.hub_cache import downloaded
 from chalot.sources import as_path
@@ -114,7 +114,7 @@ def run(
         try:
             reports.append(convert(source))
         except (ChalotError, OSError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or "out of memory"
+            reason = " ".join(told(error).split()) or "out of memory"
             reason = reason if reason.startswith(source) else f"{source}: {reason}"
             failures.append(Failure(source, reason))
             failed(failures[-1])

@@ -12,7 +12,7 @@ from typing import Any
 
 from chalot import __version__
 from chalot.commands import TALKS, VERBS
-from chalot.errors import ChalotError
+from chalot.errors import ChalotError, out_of_memory, told
 
 # benchmarks/threads.py: with twice as many threads as cores
 SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
@@ -190,10 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(import_module(f"chalot.commands.{arguments.verb}").main(arguments))
     except ChalotError as error:
-        sys.stderr.write(f"chalot: {printable(' '.join(str(error).split()))}\n")
+        sys.stderr.write(f"chalot: {printable(' '.join(told(error).split()))}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("chalot: interrupted\n")
+    except KeyboardInterrupt as error:
+        kept = told(error)
+        sys.stderr.write(f"chalot: interrupted{printable(kept and f'; {kept}')}\n")
         return 130
     except BrokenPipeError:  # who read stdout has gone: nothing to say, and nobody to say it to
         sys.stderr.close()
@@ -205,7 +206,9 @@ def main(argv: list[str] | None = None) -> int:
         found = ascii(error.object)[:80]
         sys.stderr.write(f"chalot: found {found}, expected a name in UTF-8; rename the file\n")
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not out_of_memory(error):
+            raise
         sys.stderr.write("chalot: out of memory; choose a smaller --context or model\n")
         return 1
 

@@ -18,6 +18,7 @@ from chalot.calibration_text import few_ids
 from chalot.checking import RUN, check_shapes, read_config
 from chalot.errors import WeightError
 from chalot.formats.checkpoint import Checkpoint
+from chalot.formats.journal import Finished
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
 from chalot.keeping import keeps
@@ -187,9 +188,9 @@ class Conversion:
         return SCHEMES[dtype if not types and dtype in packing.DENSE else "f32"]
 
     def _digest(self, spec: TensorSpec) -> None:
-        """Let the source's digest have a matrix that is written later."""
+        """Let the source's digest have a tensor that is written later, or was earlier."""
         self.digest.update(f"{spec.name} {spec.shape}".encode())
-        size = max(PANEL, RUN // spec.shape[1])
+        size = max(PANEL, RUN // int(np.prod(spec.shape[1:])))
         for first in range(0, spec.shape[0], size):
             values = self.read(spec.name, first, min(first + size, spec.shape[0]))
             self.digest.update(np.ascontiguousarray(values).data)
@@ -221,7 +222,42 @@ class Conversion:
         of = self.same.get(spec.name)
         if of in writer.tensors and self._is_shared(spec.name, of):
             self._share(writer, spec, str(of))
-            return
+        elif not self._is_there(writer, spec):
+            self._make(writer, spec)
+            refined = None if self.refining is None else self.refining.errors.get(spec.name)
+            said = (self.errors.get(spec.name), refined, spec.name in self.taken)
+            entry = writer.tensors[spec.name]
+            writer.finished(Finished(spec.name, self._made_of(spec), entry, *said))
+
+    def _is_there(self, writer: MyaiWriter, spec: TensorSpec) -> bool:
+        """Whether an interrupted conversion left this very tensor. Its weights are only read."""
+        if writer.left is None:
+            return False
+        before = self.digest.copy()
+        self._digest(spec)
+        found = writer.take(spec.name, self._made_of(spec))
+        if found is None:
+            self.digest = before
+            return False
+        self.errors |= {spec.name: found.errors} if found.errors else {}
+        self.taken |= {spec.name} if found.taken else set()
+        if found.products is not None and self.refining is not None:
+            self.refining.errors[spec.name] = found.products
+        self._advance(spec, int(np.prod(spec.shape)))
+        return True
+
+    def _made_of(self, spec: TensorSpec) -> str:
+        """A digest of all weights up to a tensor's own, and of what those behind it change in it.
+
+        With `storing.making` it decides the tensor's bytes.
+        """
+        found = self.digest.copy()
+        for factors in (self.plan.rows, self.plan.columns):
+            found.update(factors[spec.name].tobytes() if spec.name in factors else b"none")
+        found.update(bytes([self.plan.planes.get(spec.name, 1)]))
+        return found.hexdigest()
+
+    def _make(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         self.digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "vector":
             values = self.read(spec.name)

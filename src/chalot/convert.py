@@ -1,7 +1,10 @@
 """The verb `convert`: a checkpoint becomes one `.myai` file."""
 
+import os
 import shlex
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from chalot import __version__, machine
 from chalot.calibration_text import few_ids
 from chalot.checking import read_config
 from chalot.conversion import Conversion, KindReport, Progress
-from chalot.errors import LimitError, OutputError, SchemeError
+from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile, Source
 from chalot.formats.myai_writer import MyaiWriter
+from chalot.formats.new_file import partial_of
 from chalot.keeping import coarse_note, notes
 from chalot.kernels.backend import open_backend
 from chalot.model.layers import KINDS
@@ -27,6 +31,7 @@ from chalot.storing import (
     TERNARY,
     Storing,
     check_ternary,
+    making,
     parse_schemes,
     planned_bytes,
     schemes_for,
@@ -75,7 +80,8 @@ def convert(
     BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
     the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
     stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
-    (chalot.fitting). The file appears whole or not at all.
+    (chalot.fitting). The file appears whole or not at all; what an interrupted call finished stays
+    beside it, and the same call goes on from there (docs/reliability.md).
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
@@ -149,13 +155,10 @@ def write_myai(
             f"head={schemes['head']}, embedding={schemes['embedding']}: this model's "
             "head is its embedding; give both one scheme"
         )
-    check_space(
-        out,
-        planned_bytes(work.config, schemes, work.same)
-        + sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS),
-    )
+    documents = sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS)
+    check_space(out, planned_bytes(work.config, schemes, work.same) + documents)
     said = command if refine is None else f"{command}  # {refine}"
-    with MyaiWriter(out) as writer:
+    with MyaiWriter(out, making(how, checkpoint, work.config)) as writer, memory_for(out):
         work.progress("", 0, work.total)  # the source is good, and there is a place for it
         work.write(writer)
         writer.finish(
@@ -168,7 +171,7 @@ def write_myai(
     held = work.total - sum(int(np.prod(s.shape)) for s in work.specs if s.name in work.shared)
     others = {n: s for n, s in work.schemes.items() if n not in work.taken}
     becomes = {n: None if work.is_as_it_was(n) else str(s) for n, s in others.items()}
-    noted = [*notes(checkpoint.path, checkpoint.tensors, becomes), *how.notes]
+    noted = [*writer.notes(), *notes(checkpoint.path, checkpoint.tensors, becomes), *how.notes]
     if any(schemes[kind].is_coarse for kind in KINDS):  # and no plan's choice
         noted += coarse_note(work.schemes, work.errors)
     if refine is not None:
@@ -187,9 +190,29 @@ def check_place(out: Path, source: Path) -> None:
         raise OutputError(f"{out}: is the source itself; choose another name")
 
 
+@contextmanager
+def memory_for(out: Path) -> Iterator[None]:
+    """Raise LimitError where memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        if not out_of_memory(error):
+            raise
+        raise LimitError(
+            f"{out}: memory does not suffice to convert it; raise the limits that "
+            "`ulimit -v` and `ulimit -u` show, or end other programs"
+        ) from None
+
+
 def check_space(out: Path, need: int) -> None:
-    """Raise LimitError if the disk that will hold `out` has fewer than `need` bytes free."""
+    """Raise LimitError if the disk that will hold `out` has fewer than `need` bytes free.
+
+    What an interrupted conversion left there counts as free: it is gone on with, or written over.
+    """
     free = machine.disk_free(out.absolute().parent)
+    with suppress(OSError, ValueError):
+        left = partial_of(Path(os.path.realpath(out))).stat()
+        free += left.st_blocks * 512 if stat.S_ISREG(left.st_mode) else 0
     if free < need:
         raise LimitError(
             f"{out}: needs {need:,} bytes, the disk has {free:,} free; "

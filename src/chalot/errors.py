@@ -20,6 +20,8 @@ ChalotError
    `- HubOfflineError    no network, or offline mode
 """
 
+import errno
+
 
 class ChalotError(Exception):
     """Base of all errors of this package; commands print it in one line and exit with 1."""
@@ -91,3 +93,22 @@ class HubBusyError(HubError):
 
 class HubOfflineError(HubError):
     """No connection to the hub, or none wanted (HF_HUB_OFFLINE)."""
+
+
+REFUSED = (  # what others say where the system refused memory, or a thread for want of it
+    "can't start new thread",
+    "Resource temporarily unavailable",
+    "failed to map segment",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever type, says that the system refused memory."""
+    if isinstance(error, (RuntimeError, ImportError)):
+        return any(text in str(error) for text in REFUSED)
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+
+
+def told(error: BaseException) -> str:
+    """What an error says, with the notes that were added on its way."""
+    return "; ".join(filter(None, (str(error), *getattr(error, "__notes__", ()))))

@@ -1,11 +1,13 @@
 """Which scheme each tensor is stored in, and what else was asked of storing it."""
 
+import hashlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from chalot import __version__
 from chalot.checking import read_config
 from chalot.errors import FormatError, RegionError, SchemeError
 from chalot.formats.checkpoint import Checkpoint
@@ -149,6 +151,16 @@ def planned_bytes(
             total += packing.stored_bytes(scheme_of(schemes, spec), spec.shape[0], spec.shape[1])
         total += packing.ALIGNMENT + 300  # alignment, and its place in the manifest
     return total
+
+
+def making(how: Storing, checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """A digest of all that decides a file's bytes but for the weights themselves."""
+    schemes = [{n: str(s) for n, s in (of or {}).items()} for of in (how.schemes, how.balance)]
+    refine = how.refine and (how.refine.method, how.refine.text.digest)
+    documents = [checkpoint.document(name) for name in DOCUMENTS]
+    said = (__version__, config, schemes, how.ternary, refine, documents)
+    raw = msgspec.json.encode((*said, dict(checkpoint.tensors)), order="sorted")
+    return hashlib.sha256(raw).hexdigest()
 
 
 def check_ternary(ternary: str, schemes: Mapping[str, Scheme], refined: bool) -> None:

@@ -32,6 +32,7 @@ from chalot.errors import (
     SchemeError,
     UnsupportedError,
     WeightError,
+    out_of_memory,
 )
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
@@ -115,6 +116,7 @@ class MyaiFile:
         """Raises FormatError for anything that is not a whole, consistent file."""
         self.path = path
         self.mapped = mapped
+        self.size = 0
         try:
             # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -162,8 +164,13 @@ class MyaiFile:
                 view = view[done:]
         return memory
 
-    def _unusable(self, error: Exception) -> FormatError:
+    def _unusable(self, error: Exception) -> ChalotError:
         reason = getattr(error, "strerror", None) or error
+        if out_of_memory(error):
+            return LimitError(
+                f"{self.path}: {self.size:,} bytes cannot be mapped ({reason}); "
+                "raise the limits that `ulimit -v` and `ulimit -n` show"
+            )
         return FormatError(f"{self.path}: cannot be opened ({reason}); expected a .myai file")
 
     def _manifest(self) -> tuple[Manifest, str]:

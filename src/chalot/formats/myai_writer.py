@@ -1,6 +1,11 @@
-"""Writes a `.myai` file extent by extent, whole or not at all (new_file.py)."""
+"""Writes a `.myai` file extent by extent, whole or not at all (new_file.py).
+
+What an interruption leaves behind has a journal (journal.py) of the tensors that are whole. Who
+makes the same again is given those, each after its bytes were compared with their digest.
+"""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from chalot.errors import LimitError, OutputError
+from chalot.formats.journal import Finished, Journal
 from chalot.formats.myai import (
     HEADER,
     MAGIC,
@@ -22,16 +29,78 @@ from chalot.formats.myai import (
 from chalot.formats.new_file import NewFile
 from chalot.quant.packing import ALIGNMENT
 
+WORTH = 1 << 24  # bytes: fewer are made again in a second or two
+PIECE = 1 << 22  # bytes of one read
+KEPT_AFTER = (KeyboardInterrupt, OutputError, LimitError)  # none says that the source is bad
+
 
 class MyaiWriter(NewFile):
-    """Collects extents; `finish` makes the file appear. Leaving the block without it drops all."""
+    """Collects extents; `finish` makes the file appear. Leaving the block without it drops all.
 
-    def __init__(self, path: Path) -> None:
-        """Raises OutputError if the place cannot be written or another process is writing it."""
+    Not where it would be a loss: an interruption, a full disk or too little memory leave more than
+    WORTH bytes for who goes on, and the error has a note that says so. So does a kill, any number.
+    """
+
+    def __init__(self, path: Path, making: str = "") -> None:
+        """`making` says all but the weights that decides the file's bytes; "" keeps nothing.
+
+        Raises OutputError if the place cannot be written or another process is writing it.
+        """
         self.tensors: dict[str, TensorEntry] = {}
         self.documents: dict[str, Extent] = {}
         self.constants: dict[str, Extent] = {}
-        super().__init__(path, MAGIC.to_bytes(4, "little"), ".myai", HEADER)
+        self.journal: Journal | None = None
+        self.kept = 0  # tensors that were there
+        magic = MAGIC.to_bytes(4, "little")
+        super().__init__(path, magic, ".myai", HEADER, anew=not making)
+        if making:
+            try:
+                self.journal = Journal(self.partial.with_suffix(".journal"), making)
+            except OSError as error:
+                self.__exit__()
+                raise self.failed(error) from None
+
+    @property
+    def left(self) -> Finished | None:
+        """What may come next of what is there."""
+        return self.journal.left[-1][0] if self.journal and self.journal.left else None
+
+    def take(self, name: str, made_of: str) -> Finished | None:
+        """The tensor that is there, if it comes next, is made of the same, and is undamaged."""
+        found = self.left
+        if found is None or (found.name, found.made_of) != (name, made_of):
+            return None
+        assert self.journal is not None
+        extent = found.entry.extent
+        start, digest = self.at + -self.at % ALIGNMENT, hashlib.sha256()
+        for at in range(start, start + extent.bytes, PIECE):
+            piece = os.pread(self.descriptor, min(PIECE, start + extent.bytes - at), at)
+            if not piece:  # the file ends before, however much the journal says
+                return None
+            digest.update(piece)
+        if extent != Extent(start, extent.bytes, digest.hexdigest()):
+            return None
+        self.align(ALIGNMENT)
+        self.at = start + extent.bytes
+        self.tensors[name] = found.entry
+        self.journal.take()
+        self.kept += 1
+        return found
+
+    def finished(self, finished: Finished) -> None:
+        """Note that a tensor is whole."""
+        if self.journal is not None:
+            try:
+                self.journal.add(finished)
+            except OSError as error:
+                raise self.failed(error) from None
+
+    def notes(self) -> list[str]:
+        """A line on what was there, if anything was."""
+        found = self.journal.found if self.journal else 0
+        others = "; the others are damaged, or of another source, setting or version"
+        said = f"{self.kept} of {found} tensors that an interrupted conversion finished were kept"
+        return [said + others * (self.kept < found)] if found else []
 
     def extent(self, pieces: Iterable[bytes | NDArray[Any]]) -> Extent:
         """Append an aligned extent from its pieces in order."""
@@ -74,4 +143,23 @@ class MyaiWriter(NewFile):
         self.align(ALIGNMENT)
         where = (self.at, len(raw), self.at + len(raw), hashlib.sha256(raw).digest())
         self.write(raw)
-        self.commit(header_bytes(dict(config), where), check)
+
+        def last(partial: Path) -> None:
+            check(partial)
+            if self.journal is not None:
+                self.journal.remove()
+
+        self.commit(header_bytes(dict(config), where), last)
+
+    def __exit__(self, _: object = None, error: object = None, *__: object) -> None:
+        if self.journal is not None and self.descriptor >= 0:
+            if isinstance(error, KEPT_AFTER) and self.journal.lines and self.at >= WORTH:
+                error.add_note(
+                    f"{self.journal.lines} finished tensors are kept in {self.partial}: the same "
+                    "command goes on from there; or remove that file"
+                )
+                self.journal.close()
+                os.close(self.descriptor)
+                self.descriptor = -1
+            self.journal.remove()
+        super().__exit__()

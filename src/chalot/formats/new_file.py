@@ -2,7 +2,7 @@
 
 Bytes go to `.NAME.partial` beside the target, under an advisory lock that dies with its process; at
 the end they are synced and renamed. A killed process leaves the partial file or folder, which the
-next one writes over.
+next one writes over, or, a `.myai` file, goes on with (myai_writer.py).
 """
 
 import os
@@ -34,6 +34,11 @@ def cannot_be_written(path: Path, error: Exception) -> OutputError:
     )
 
 
+def partial_of(place: Path) -> Path:
+    """Where a file or folder is while it is not whole."""
+    return place.with_name(f".{place.name}.partial")
+
+
 def lock(descriptor: int, path: Path, partial: Path) -> None:
     """Take the lock of a partial file or folder, or close it and raise OutputError."""
     if fcntl is None:
@@ -59,9 +64,12 @@ def lock(descriptor: int, path: Path, partial: Path) -> None:
 class NewFile:
     """A file on its way; `commit` makes it appear. Leaving the block without it drops all."""
 
-    def __init__(self, path: Path, magic: bytes, kind: str, start: int = 0) -> None:
+    def __init__(
+        self, path: Path, magic: bytes, kind: str, start: int = 0, anew: bool = True
+    ) -> None:
         """`kind` is the ending of such files; bytes before `start` are filled in by `commit`.
 
+        What a killed process left goes if it begins `anew`, else is written over bit by bit.
         Raises OutputError if the place cannot be written, holds a file that does not begin with
         `magic`, or another process is writing it.
         """
@@ -75,7 +83,7 @@ class NewFile:
                 raise OutputError(
                     f"{path}: is there, and is no {kind} file; choose another name, or remove it"
                 )
-            self.partial = self.place.with_name(f".{self.place.name}.partial")
+            self.partial = partial_of(self.place)
             # a link that someone planted there is not followed
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             self.descriptor = os.open(self.partial, flags, 0o644)
@@ -83,8 +91,8 @@ class NewFile:
             raise self.failed(error) from None
         lock(self.descriptor, path, self.partial)
         try:
-            os.ftruncate(self.descriptor, 0)
-            os.lseek(self.descriptor, start, os.SEEK_SET)
+            if anew:
+                os.ftruncate(self.descriptor, 0)
         except OSError as error:
             self.__exit__()
             raise self.failed(error) from None
@@ -100,7 +108,7 @@ class NewFile:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         try:
             while view:
-                done = os.write(self.descriptor, view[:AT_ONCE])
+                done = os.pwrite(self.descriptor, view[:AT_ONCE], self.at)
                 view = view[done:]
                 self.at += done
         except OSError as error:
@@ -113,6 +121,7 @@ class NewFile:
     def commit(self, front: bytes = b"", check: Callable[[Path], None] = lambda _: None) -> None:
         """Write `front` at the beginning, sync, let `check` look at what is there, and rename."""
         try:
+            os.ftruncate(self.descriptor, self.at)
             if front:
                 os.pwrite(self.descriptor, front, 0)
             os.fsync(self.descriptor)
@@ -154,7 +163,7 @@ class NewFolder:
     def __init__(self, path: Path) -> None:
         """Raises OutputError if `path` is there and not an empty folder, or cannot be written."""
         self.path = path = Path(os.path.abspath(path))  # noqa: PTH100  "." and ".." have no names
-        self.partial = path.with_name(f".{path.name}.partial")
+        self.partial = partial_of(path)
         try:
             if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise OutputError(f"{path}: is there, and is no folder; choose another name")

@@ -53,5 +53,8 @@ def scratch(folder: Path, prefix: str) -> Iterator[Path]:
         with suppress(OSError):
             made = made.rename(folder / made.name[1:])
         yield made
+    except BaseException as error:
+        vars(error).pop("__notes__", None)  # what they say is kept goes with the folder
+        raise
     finally:
         drop(made, held)

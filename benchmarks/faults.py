@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="a .jsonl file to append to")
     given = parser.parse_args()
+    words = [given.source.name if w == str(given.source) else w for w in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         options = shlex.split(given.convert)
         t = Trials(given.source.resolve(), Path(folder), options, random.Random(given.seed))
@@ -360,7 +361,8 @@ def main() -> None:
             said |= {"undisturbed_seconds": round(t.seconds, 2), **found}
             print(json.dumps(said), flush=True)
             if given.out:
-                row = json.dumps({**provenance(), "machine": describe_machine(), **said})
+                about = provenance(words, ("--out",)) | {"machine": describe_machine()}
+                row = json.dumps(about | said)
                 with Path(given.out).open("a") as file:
                     file.write(row + "\n")
             if t.wrong:

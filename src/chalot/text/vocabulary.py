@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from chalot.errors import ChalotError, TokenizerError
+from chalot.errors import ChalotError, TokenizerError, one_line
 from chalot.text.marks import any_of, is_bracketed, is_mark, make_aliases
 from chalot.text.pieces import Decoder, Pieces
 from chalot.text.settings import Settings
@@ -154,7 +154,7 @@ def _typed(what: str, expected: str) -> Iterator[None]:
             panic or isinstance(error, Exception)
         ):
             raise
-        raise TokenizerError(f"{what}: {str(error)[:200]}; {expected}") from None
+        raise TokenizerError(f"{what}: {one_line(error)}; {expected}") from None
 
 
 def parse(content: bytes) -> Any:

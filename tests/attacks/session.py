@@ -14,6 +14,14 @@ from myai_files import SMALL, random_file
 
 FILE = "text.session"
 
+CASES = {  # name -> (sampling options that are others, part of the message)
+    "a seed of half a number": ({"seed": 1.5}, "expected a whole number"),
+    "half a token": ({"top_k": 2.5}, "expected a whole number"),
+    "a number without end": ({"temperature": 10**400}, "expected 0.0 to 100.0"),
+    "no number": ({"temperature": "x"}, "sampling"),
+    "an option that is not known": ({"shell": 1}, "shell"),
+}
+
 
 class Reader(Base):
     """600 tokens, with a window."""
@@ -44,10 +52,22 @@ class Reader(Base):
         text, rest = self.whole[FRONT.size : end], self.whole[end:]
         text = text if rng.random() < 0.2 else changed_text(json.loads(text), rng)
         rest = rest if rng.random() < 0.5 else changed_bytes(rest, rng)
-        if rng.random() < 0.8:  # what follows begins where it should
-            rest = bytes(-(FRONT.size + len(text) + 10) % 64 + 10) + rest[10 + -(end + 10) % 64 :]
+        return self.with_header(text, rest, moved=rng.random() < 0.8)
+
+    def with_header(self, text: bytes, rest: bytes, moved: bool = True) -> bytes:
+        """A file with a good checksum; what follows the header is `moved` to where it should be."""
+        if moved:
+            held = 10 + -(FRONT.size + self.header + 10) % 64  # the note, and fill behind it
+            rest = bytes(10 + -(FRONT.size + len(text) + 10) % 64) + rest[held:]
         digest = hashlib.sha256(text + rest).digest()
         return FRONT.pack(MAGIC, len(text), digest) + text + rest
+
+    def put(self, content: dict[str, object]) -> None:
+        """Other options, in a header as long as it was."""
+        end = FRONT.size + self.header
+        header = json.loads(self.whole[FRONT.size : end])
+        header["sampling"] |= content
+        super().put(self.with_header(json.dumps(header).encode(), self.whole[end:]))
 
     def read(self) -> None:
         """See Base."""

@@ -3,13 +3,10 @@
 python tests/attacks/programs.py FOLDER      writes them
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
 from chalot.kernels.native import program_fields
@@ -71,7 +68,3 @@ def write(folder: Path) -> int:
     for name, made in found.items():
         (folder / name).write_bytes(np.array([ODD.get(n, n) for n in made], np.int16).tobytes())
     return len(found)
-
-
-if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))

@@ -106,7 +106,10 @@ def value(rng: Random, beside: Any = None) -> Any:
     if isinstance(beside, int) and rng.random() < 0.5:
         return beside + rng.choice((-1, 1, 64, -64))
     return rng.choice(
-        (None, True, False, [], {}, [beside], {"a": beside}, number(rng), _real(rng), _text(rng))
+        (
+            *(None, True, False, [], {}, [beside], {"a": beside}),
+            *(number(rng), 10**400, _real(rng), _text(rng)),
+        )
     )
 
 

@@ -1,5 +1,6 @@
 """A `.myai` file: its header, its manifest behind a good checksum, the bytes of its extents."""
 
+import json
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,7 @@ from random import Random
 from typing import Any
 
 import chalot
+import vocabularies
 from attacks.changes import BOMBS, as_json, changed_bytes, changed_json, changed_text
 from attacks.reader import Reader as Base
 from chalot.formats.myai import HEADER, WHERE
@@ -24,6 +26,12 @@ EXPERTS = mixtral(
     hidden_size=64,
     intermediate_size=72,
 )
+GENERATION = {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "do_sample": True, "eos_token_id": 2}
+ROOM = 4000  # bytes: a changed document may be longer
+DOCUMENTS = {
+    "generation_config.json": json.dumps(GENERATION).encode().ljust(ROOM),
+    "tokenizer.json": vocabularies.unigram(),
+}
 MODELS = ((SMALL, "nl4"), (SMALL | {"tie_word_embeddings": True}, "row4"), (EXPERTS, "int8"))
 
 QUERY = ("tensors", "layers.0.query")
@@ -141,6 +149,11 @@ CONFIG: dict[str, tuple[str, Any]] = {
 }
 
 
+def put_at(whole: bytes, at: int, content: bytes) -> bytes:
+    """The file with other bytes there."""
+    return whole[:at] + content + whole[at + len(content) :]
+
+
 def in_header(edit: Callable[[bytearray], Any], whole: bytes) -> bytes:
     """The file with another header."""
     out = bytearray(whole)
@@ -168,7 +181,7 @@ class Reader(Base):
         super().__init__(folder)
         path = folder / FILE
         self.wholes = [
-            random_file(path, from_hugging_face(config), scheme).read_bytes()
+            random_file(path, from_hugging_face(config), scheme, DOCUMENTS).read_bytes()
             for config, scheme in MODELS
         ]
 
@@ -188,6 +201,9 @@ class Reader(Base):
             return changed_bytes(whole, rng, WHERE.unpack_from(whole, 64)[0])
         if chosen < 0.4:
             return with_manifest(whole, changed_text(manifest, rng))
+        if chosen < 0.5:
+            at = manifest["documents"]["generation_config.json"]["offset"]
+            return put_at(whole, at, as_json(changed_json(GENERATION, rng))[:ROOM].ljust(ROOM))
         part = rng.choice(("config", "tensors", "tensors", "documents", "constants"))
         manifest[part] = changed_json(manifest[part], rng)
         return with_manifest(whole, as_json(manifest) if rng.random() < 0.1 else manifest)
@@ -201,7 +217,7 @@ class Reader(Base):
         path = self.folder / FILE
         with chalot.load(path, threads=1) as model:
             model.logits([0, 1, 0], last=1)
-            model.generation_defaults()
+            model.sampling(seed=1)
             if "tokenizer.json" in model.file.manifest.documents:
-                model.tokenizer.encode("a")
+                model.tokenizer.decode(model.tokenizer.encode("a"))
         chalot.describe(path)

@@ -98,7 +98,7 @@ class Reader(Base):
             content = changed_bytes(content, rng, self.begin)
         elif rng is not None:
             header = changed_text(self.header, rng)
-            payload = self.whole[self.begin :][: rng.choice((None, None, None, 100, -4))]
+            payload = self.whole[self.begin :][: rng.choice((*[None] * 18, 100, -4))]
             content = len(header).to_bytes(8, "little") + header + payload
         (self.folder / FILE).write_bytes(content)
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -26,6 +27,7 @@ from attacks.reader import Fault, Reader, outcome
 
 HANG = 60  # seconds on the clock after which the process ends with a traceback
 KEPT = 20  # failures
+ROOM = 4 << 30  # bytes
 
 
 def attack(
@@ -36,9 +38,11 @@ def attack(
     faults: list[str] = []
     slowest, largest, tried = 0.0, 0, 0
     folder = Path(tempfile.mkdtemp(prefix=f"attack-{name}-"))
+    print(f"{name}: inputs lie in {folder}", file=sys.stderr)
     reader: Reader = import_module(f"attacks.{name}").Reader(folder)
     reader.write(None)
     outcome(reader)  # what is imported once, and what a whole file costs
+    bound_memory()
     end = time.monotonic() + seconds
     for number in range(first, first + inputs):
         if time.monotonic() > end:
@@ -66,6 +70,16 @@ def attack(
         "exercised": bool(read and len(places) >= reader.fewest_places) or inputs == 1,
         "faults": faults[:KEPT],
     }
+
+
+def bound_memory() -> None:
+    """An input that asks for more than `ROOM` of addresses is a MemoryError, not the end of all."""
+    with suppress(ImportError, OSError, ValueError):  # where there is nothing of the kind
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def main() -> int:

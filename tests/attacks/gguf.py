@@ -42,7 +42,7 @@ MORE = {  # keys that the whole file does not have, with values that others do
     "tokenizer.chat_templates": ["a"],
 }
 ARRAYS = (np.zeros(4, "<i4"), np.full(4, np.nan, "<f4"), np.arange(4, dtype="u1"), ["", "a b"])
-FAMILIES = ("llama", "llama", "qwen2", "gemma2", "bitnet", "qwen3moe")
+FAMILIES = (*["llama"] * 8, "qwen2", "gemma2", "bitnet", "qwen3moe")
 
 SMALL = [("token_embd.weight", np.zeros((4, 32), np.float32), 0, (32, 4))]
 BIG = 1 << 60

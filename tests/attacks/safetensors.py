@@ -90,6 +90,7 @@ class Reader(Base):
         self.whole = (folder / FILE).read_bytes()
         self.begin = 8 + int.from_bytes(self.whole[:8], "little")
         self.header = json.loads(self.whole[8 : self.begin])
+        self.header["__metadata__"] = {"format": "pt", "made": "by chalot", "n": "1"}
 
     def write(self, rng: Random | None) -> None:
         """See Base."""

@@ -173,6 +173,7 @@ def patched(content: bytes, signature: bytes, offset: int, value: bytes, which: 
 
 LOCAL, CENTRAL, END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 ZIPS = {
+    "empty": (zipped({}), "array 'q' is missing"),
     "nothing": (b"PK\3\4", "is no whole zip file"),
     "method": (patched(good(), CENTRAL, 10, b"\x0c\0"), "packed by another method"),
     "encrypted": (patched(good(), CENTRAL, 8, b"\1\0"), "encrypted"),

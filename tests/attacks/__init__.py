@@ -7,6 +7,6 @@ reads it as the commands do, to the end. `tests/test_attacks.py` runs all of it,
 """
 
 READERS = (
-    *("safetensors", "shards", "gguf", "npz", "myai", "older_myai", "config", "tokenizer"),
-    *("tables", "plan", "session", "calibration", "transcript", "kept"),
+    *("safetensors", "shards", "packed", "gguf", "npz", "myai", "older_myai", "config"),
+    *("tokenizer", "tables", "plan", "session", "calibration", "transcript", "kept"),
 )

@@ -42,7 +42,6 @@ def attack(
     reader: Reader = import_module(f"attacks.{name}").Reader(folder)
     reader.write(None)
     outcome(reader)  # what is imported once, and what a whole file costs
-    bound_memory()
     end = time.monotonic() + seconds
     for number in range(first, first + inputs):
         if time.monotonic() > end:
@@ -98,6 +97,7 @@ def main() -> int:
         words = [*sys.argv, "--reader"]
         return max([subprocess.run([sys.executable, *words, n]).returncode != 0 for n in READERS])
     faulthandler.enable()
+    bound_memory()
     warnings.simplefilter("ignore")
     bounds = given.first, given.inputs, given.seconds
     found = attack(given.reader, given.seed, *bounds, given.keep)

@@ -9,11 +9,16 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 
+from attack import attack
 from attacks import READERS
+from attacks.limits import MEMORY, SECONDS, Cost, measured
 from attacks.reader import Reader, outcome
+from chalot.errors import FormatError
 
 INPUTS = 200  # of each reader, changed at random
 SEED = 20261121
@@ -59,6 +64,51 @@ def test_hostile_files_are_refused(name: str, case: str, reader: Reader) -> None
     reader.put(content)
     found = outcome(reader)
     assert found.place and message in found.said and reader.file in found.said, found
+
+
+class Made(Reader):
+    """A reader that answers each input as it was told, the whole file first."""
+
+    answers: tuple[Exception | None, ...] = ()
+
+    def write(self, rng: Random | None) -> None:
+        """See Reader."""
+
+    def read(self) -> None:
+        """See Reader."""
+        first, *self.answers = *self.answers, self.answers[-1]
+        if first is not None:
+            raise first
+
+
+REFUSED, BROKEN = FormatError("x: refused"), KeyError("x")
+RUNS = {  # answers -> how many failed, whether something was exercised
+    "all read": ((None, None), 0, False),
+    "all refused": ((None, REFUSED), 0, False),
+    "other errors": ((None, None, REFUSED, BROKEN), 8, True),
+    "two lines": ((None, None, FormatError("a\nb")), 9, False),
+    "both": ((None, None, REFUSED), 0, True),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_that_tried_nothing_fails(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, failed, exercised = RUNS[run]
+    made = type("Reader", (Made,), {"answers": answers, "fewest_places": 1})
+    monkeypatch.setitem(sys.modules, "attacks.made", SimpleNamespace(Reader=made))
+    found = attack("made", 1, 0, 10, 60, tmp_path)
+    assert (found["failed"], found["exercised"]) == (failed, exercised)
+
+
+def test_what_reading_takes_is_seen() -> None:
+    with measured() as cost:
+        assert len(b"x" * (2 * MEMORY)) == 2 * MEMORY
+    assert cost.memory == 0 or "bytes" in str(cost.over(MEMORY // 2))
+    with measured() as cost:
+        pass
+    assert cost.over(0) is None and "s at most" in str(Cost(1.5 * SECONDS).over(0))
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -11,6 +11,7 @@ from attacks.changes import NUMBERS, TEXTS, changed_bytes, value
 from attacks.reader import Reader as Base
 from chalot.checking import check_shapes, read_config
 from chalot.formats.gguf import GgufFile
+from chalot.text.tokenizer import from_source
 from gguf_files import ARRAY, STRING, Raw, entries, info, model_metadata, model_tensors, pack, text
 
 FILE = "m.gguf"
@@ -257,9 +258,11 @@ class Reader(Base):
         with GgufFile(self.folder / FILE) as found:
             for name, tensor in found.tensors.items():
                 found.float32(name, 0, min(2, tensor.shape[0]))
-            for name in ("tokenizer.json", "generation_config.json", "tokenizer_config.json"):
-                found.document(name)
             check_shapes(read_config(found), found)
+            if found.document("tokenizer.json") is not None:
+                tokenizer = from_source(found)
+                tokenizer.decode(tokenizer.encode("ab <x> a"))
+                assert tokenizer.eos_ids is not None
 
 
 def changed_value(found: Any, rng: Random) -> Any:

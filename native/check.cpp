@@ -132,7 +132,8 @@ void Program::check() {
       case OpKind::attend:
         if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
         if (op.window < 0) invalid(i, "window and cap must not be negative");
-        if (op.kind == OpKind::rope_store && op.out >= 0 && op.out != op.in) invalid(i, "rope_store writes what it reads");
+        if (op.kind == OpKind::rope_store && op.out >= 0 && op.out != op.in)
+          invalid(i, "rope_store writes what it reads");
         if (op.sinks < 0 || op.sinks > kPage || (op.sinks && (op.sinks >= op.window || op.window > 1 << 30)))
           invalid(i, "sinks must be fewer than the window, and at most a page");
         if (op.sinks && sinks_ && (op.sinks != sinks_ || op.window != stream_)) invalid(i, "sinks differ");

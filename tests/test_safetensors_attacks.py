@@ -31,7 +31,7 @@ def test_an_index_over_its_size_is_refused(tmp_path):
     two_shards(tmp_path)
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(DOCUMENTS[INDEX] * 100)
-    refuse(tmp_path, "found more than 64,000,000 bytes", file=INDEX, memory=150_000_000)
+    refuse(tmp_path, "found more than 64,000,000 bytes", file=INDEX, memory=1_000_000)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -1,7 +1,6 @@
 """Whole files made hostile: bytes, numbers and JSON changed as a bad disk or hand would."""
 
 import json
-import struct
 from collections.abc import Callable
 from copy import deepcopy
 from random import Random
@@ -189,8 +188,3 @@ def changed_text(whole: Any, rng: Random) -> bytes:
     if rng.random() < 0.3:
         return changed_bytes(as_json(whole), rng)
     return as_json(changed_json(whole, rng))
-
-
-def packed_number(rng: Random, kind: str) -> bytes:
-    """A number at an edge as `struct` packs it."""
-    return struct.pack(kind, number(rng) % (1 << 8 * struct.calcsize(kind)))

@@ -6,13 +6,14 @@ surrogates, nesting without end, or more values than any model has.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from chalot.errors import FormatError
-from chalot.formats.files import open_inside, quoted
+from chalot.formats.files import open_inside, quoted, read_at
 
 MEGABYTE = 1_000_000
 
@@ -49,16 +50,17 @@ def read_document(folder: Path, name: str) -> bytes | None:
         return None
     limit = DOCUMENTS[name]
     with open_inside(folder, name) as file:
-        content = bytearray()
-        while len(content) <= limit and (piece := file.read(min(limit + 1, 16 * MEGABYTE))):
-            content += piece
-    if len(content) > limit:
-        raise FormatError(f"{path}: found more than {limit:,} bytes, expected at most that many")
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise FormatError(
+                f"{path}: found more than {limit:,} bytes, expected at most that many"
+            )
+        content = read_at(file, path, 0, size)
     try:
         content.decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: byte {error.start} is not UTF-8; damaged download?") from None
-    return bytes(content)
+    return content
 
 
 def parse_json(content: bytes, where: object, dense: bool = False) -> Any:

@@ -64,7 +64,9 @@ def outcome(reader: Reader) -> Outcome:
             frames = [f for f in extract_tb(error.__traceback__) if f.filename.startswith(HERE)]
             place = f"{Path(frames[-1].filename).stem}:{frames[-1].lineno}" if frames else "?"
             said = str(error)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust is no Exception
             name = type(error).__name__
             raise Fault(f"{name}: {error!s:.200}; expected a ChalotError") from error
     if "\n" in said or len(said) > LONGEST:

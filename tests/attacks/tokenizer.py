@@ -37,6 +37,9 @@ JSON, BESIDE, GENERATE, CHAT = (
     *("tokenizer.json", "tokenizer_config.json"),
     *("generation_config.json", "chat_template.jinja"),
 )
+BEGUN = json.loads(vocabularies.sentencepiece())
+BEGIN = BEGUN["post_processor"]["special_tokens"]
+BEGIN["x"] = BEGIN.pop("<s>")
 CASES = {  # name -> ((document, its content), part of the message)
     "bytes": ((JSON, b"\xff\x00"), JSON),
     "deep": ((JSON, b"[" * 100_000), JSON),
@@ -45,6 +48,7 @@ CASES = {  # name -> ((document, its content), part of the message)
         (JSON, vocabularies.byte_level().replace(b'"merges":[', b'"merges":[["\\n\\n","a"],')),
         "out of vocabulary",
     ),
+    "a beginning that is not there": ((JSON, json.dumps(BEGUN).encode()), "no entry found"),
     "beside: list": ((BESIDE, b"[]"), "expected an object"),
     **{f"bomb: {name}": ((JSON, bomb), JSON) for name, bomb in BOMBS.items()},
     **{f"beside: bomb: {n}": ((BESIDE, bomb), "found more than") for n, bomb in BOMBS.items()},

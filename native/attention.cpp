@@ -121,7 +121,7 @@ void Program::rope_store(const Op& op, const Run& run) {
       turn(all + h * dim, op.weight);
       std::memcpy(all + h * dim, turned, size_t(dim) * 4);
     }
-    turn(all + (heads_ + head) * dim, op.weight + cache_.stride());
+    turn(all + (heads_ + head) * dim, by_head ? op.weight + cache_.stride() : nullptr);
     std::memcpy(value, all + (heads_ + cache_.kv_heads + head) * dim, size_t(dim) * 4);
     const int number =
         batch.pages[size_t(batch.sequence[t]) * size_t(batch.pages_a_sequence) + size_t(batch.positions[t] / kPage)];

@@ -59,7 +59,7 @@ void Program::check_experts(size_t i) const {
 
 void Program::check() {
   const bool heads_fit = cache_.kv_heads > 0 && heads_ > 0 && heads_ % cache_.kv_heads == 0 && heads_ <= kMostHeads;
-  const bool size_fits = cache_.head_dim > 0 && cache_.stride() <= kMaxHead && cache_.head_dim % 2 == 0;
+  const bool size_fits = cache_.head_dim > 0 && cache_.head_dim <= kMaxHead && cache_.head_dim % 2 == 0;
   if (!heads_fit || !size_fits || cache_.layers <= 0)
     throw std::invalid_argument("cache: heads must be a multiple of key/value heads, the head size even and <= 1024");
   if (inverse_frequency_.size() != size_t(cache_.head_dim) / 2)
@@ -86,9 +86,9 @@ void Program::check() {
       slot(op.in);
       if (!filled[size_t(op.in)]) invalid(i, "nothing has written what it reads");
     }
-    if (op.add && op.out >= 0) {
+    if (op.out >= 0) {
       slot(op.out);
-      if (!filled[size_t(op.out)]) invalid(i, "nothing has written what it adds to");
+      if (op.add && !filled[size_t(op.out)]) invalid(i, "nothing has written what it adds to");
     }
     if (!(op.cap >= 0)) invalid(i, "window and cap must not be negative");
     switch (op.kind) {
@@ -96,6 +96,7 @@ void Program::check() {
         if (op.parts.size() != 1) invalid(i, "embed takes one matrix");
         if (!std::isfinite(op.number)) invalid(i, "embed's factor must be finite");
         numbers(op.out, op.parts[0].w.columns);
+        if (input_vocabulary_ && input_vocabulary_ != op.parts[0].w.rows) invalid(i, "embeddings differ in vocabulary");
         input_vocabulary_ = op.parts[0].w.rows;
         break;
       case OpKind::norm:
@@ -121,6 +122,7 @@ void Program::check() {
         }
         if (op.out < 0) {
           if (op.parts.size() != 1 || !gathered || op.add) invalid(i, "logits come from one matrix after gather");
+          if (vocabulary_ && vocabulary_ != op.parts[0].w.rows) invalid(i, "logits differ in vocabulary");
           vocabulary_ = op.parts[0].w.rows;
         } else if (op.cap != 0) {
           invalid(i, "only logits are capped");
@@ -130,6 +132,8 @@ void Program::check() {
       case OpKind::attend:
         if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
         if (op.window < 0) invalid(i, "window and cap must not be negative");
+        if (op.kind == OpKind::rope_store && op.out >= 0 && op.out != op.in)
+          invalid(i, "rope_store writes what it reads");
         if (op.sinks < 0 || op.sinks > kPage || (op.sinks && (op.sinks >= op.window || op.window > 1 << 30)))
           invalid(i, "sinks must be fewer than the window, and at most a page");
         if (op.sinks && sinks_ && (op.sinks != sinks_ || op.window != stream_)) invalid(i, "sinks differ");

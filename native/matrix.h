@@ -10,6 +10,24 @@ alignas(64) inline constexpr uint16_t kOnes[kPanel] = {// float16
                                                        0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
                                                        0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00};
 
+// Where the parts of a matrix lie that begins at `data`. Returns its bytes.
+inline size_t place(Matrix& w, const uint8_t* data) {
+  w.data = data;
+  if (!is_coded(w.scheme)) return size_t(w.rows) * round_up(w.columns, 16) * (w.scheme == Scheme::f32 ? 4 : 2);
+  const size_t of_rows = size_t(w.panels()) * kPanel;
+  size_t end = size_t(w.panels()) * w.panel_bytes();
+  auto part = [&](size_t bytes) {
+    const size_t at = (end + 63) / 64 * 64;
+    end = at + bytes;
+    return data + at;
+  };
+  const uint8_t* segments = part(of_rows * w.segment_count() * 2);
+  w.segments = w.stored().by_row ? kOnes : reinterpret_cast<const uint16_t*>(segments);
+  w.row_scale = reinterpret_cast<const float*>(part(of_rows * 4));
+  if (w.stored().offset) w.row_offset = reinterpret_cast<const float*>(part(of_rows * 4));
+  return end;
+}
+
 // `tables` may be null where the scheme has no levels.
 inline Matrix matrix_view(int scheme, int rows, int columns, int segment, const uint8_t* data, size_t size,
                           const int8_t* tables, size_t tables_size) {
@@ -23,26 +41,12 @@ inline Matrix matrix_view(int scheme, int rows, int columns, int segment, const 
   w.scheme = Scheme(scheme);
   w.rows = rows;
   w.columns = columns;
-  w.data = data;
-  size_t expected;
   if (is_coded(w.scheme)) {
     expect(segment > 0 && segment % kBlock == 0, "matrix: segment must be a multiple of 128");
     expect(!w.stored().by_row || segment >= columns, "matrix: a row is one segment");
     w.segment_blocks = segment / kBlock;
-    size_t at = (size_t(w.panels()) * w.panel_bytes() + 63) / 64 * 64;
-    w.segments = w.stored().by_row ? kOnes : reinterpret_cast<const uint16_t*>(data + at);
-    at = (at + size_t(w.panels()) * w.segment_count() * kPanel * 2 + 63) / 64 * 64;
-    w.row_scale = reinterpret_cast<const float*>(data + at);
-    expected = at + size_t(w.panels()) * kPanel * 4;
-    if (w.stored().offset) {
-      at = (expected + 63) / 64 * 64;
-      w.row_offset = reinterpret_cast<const float*>(data + at);
-      expected = at + size_t(w.panels()) * kPanel * 4;
-    }
-  } else {
-    expected = size_t(rows) * round_up(columns, 16) * (w.scheme == Scheme::f32 ? 4 : 2);
   }
-  expect(size == expected, "matrix: data has another length than its shape");
+  expect(size == place(w, data), "matrix: data has another length than its shape");
   if (w.stored().levels) {
     expect(tables && tables_size == 4096, "matrix: tables must be (256, 16)");
     w.tables = tables;

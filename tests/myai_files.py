@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from chalot.quant.grids import tables_of
 from chalot.quant.packing import Layout, stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 
+NOTHING: Mapping[str, bytes] = {}
 SMALL = {
     "model_type": "qwen2",
     "hidden_size": 64,
@@ -47,7 +48,9 @@ def checkpoint(path: Path, dtype: str = "f32", **changes: object) -> Path:
     return path
 
 
-def random_file(path: Path, config: ModelConfig, scheme: str) -> Path:
+def random_file(
+    path: Path, config: ModelConfig, scheme: str, documents: Mapping[str, bytes] = NOTHING
+) -> Path:
     """A well-formed file of random codes and small scales, as fast as the disk writes."""
     rng, s = np.random.default_rng(0), Scheme.parse(scheme)
     with MyaiWriter(path) as writer:
@@ -70,6 +73,8 @@ def random_file(path: Path, config: ModelConfig, scheme: str) -> Path:
         for t in {SCHEMES["nl4"], s}:
             if t.has_levels:
                 writer.constants[f"tables.{t}"] = writer.extent([tables_of(t)])
+        for name, content in documents.items():
+            writer.documents[name] = writer.extent([content])
         source = Source("random", "0" * 64, "tests", "0")
         writer.finish(msgspec.to_builtins(config), source, lambda _: None)
     return path

@@ -25,7 +25,7 @@ from chalot.reading import read_weights
 
 ROOT = Path(__file__).parent.parent
 MAGIC = b"chalot replay 2\n"
-RELEASE = ["-DCHALOT_REPLAY=ON", "-DCMAKE_BUILD_TYPE=Release"]
+RELEASE = "-DCMAKE_BUILD_TYPE=Release"
 
 
 def bundled_ids(vocabulary: int) -> NDArray[np.int32]:
@@ -68,20 +68,21 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Compile replay with CMake and its options; returns the executable."""
+def build(folder: Path, *options: str, target: str = "replay") -> Path:
+    """Compile replay, or fuzz, with CMake and its options; returns the executable."""
     cmake = tool("cmake")
     assert cmake, "cmake is missing; `pip install cmake ninja`"
     ninja = tool("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    what = f"-DCHALOT_{target.upper()}=ON"
     folder.mkdir(parents=True, exist_ok=True)
     for command in (
-        [cmake, "-S", ROOT, "-B", folder, *generator, *RELEASE, *options],
+        [cmake, "-S", ROOT, "-B", folder, *generator, RELEASE, what, *options],
         [cmake, "--build", folder, "--parallel", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "replay"
+    return folder / target
 
 
 def compiler(folder: Path) -> str:

@@ -2,61 +2,34 @@
 
 import io
 import json
-import os
-import pickle
 import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import chalot
+from attacks.npz import (
+    ARRAYS,
+    CENTRAL,
+    END,
+    GOOD,
+    MANIFEST,
+    NPZ,
+    changed,
+    good,
+    npy,
+    pair,
+    patched,
+    read_all,
+)
 from chalot.errors import ChalotError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.npy import LONGEST, header_bytes, parse_header, read_array
-
-NPZ, MANIFEST = "m_quantized_q4.npz", "m_manifest_q4.json"
-ENTRY = {
-    **{"name": "w", "shape": [4, 6], "bit_width": 4, "q": "q", "q_scales": "s"},
-    **{"q_zero_point": "z", "quantization": {"type": "perrow_int", "bits": 4, "method": "x"}},
-}
-GOOD = {"format_version": "2", "weights": [ENTRY]}
-ARRAYS = {
-    "q": np.zeros((4, 3), np.uint8),
-    "s": np.ones(4, np.float32),
-    "z": np.zeros(4, np.float32),
-}
-
-
-def npy(array: Any) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
-
-
-def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    return out.getvalue()
-
-
-def good(method: int = zipfile.ZIP_STORED, **other: bytes) -> bytes:
-    members = {f"{name}.npy": npy(array) for name, array in ARRAYS.items()}
-    return zipped(members | {f"{name}.npy": content for name, content in other.items()}, method)
-
-
-def pair(folder: Path, manifest: Any = GOOD, arrays: bytes | None = None) -> Path:
-    raw = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
-    (folder / MANIFEST).write_bytes(raw)
-    (folder / NPZ).write_bytes(good() if arrays is None else arrays)
-    return folder / MANIFEST
 
 
 def refuse(path: Path, message: str, file: str, memory: int = 60_000_000) -> None:
@@ -72,165 +45,14 @@ def refuse(path: Path, message: str, file: str, memory: int = 60_000_000) -> Non
     assert message in text and file in text and "\n" not in text and len(text) < 600
 
 
-def read_all(path: Path) -> None:
-    found = open_checkpoint(path)
-    try:
-        for name, info in found.tensors.items():
-            found.float32(name, 0, min(info.shape[0], 100))
-        for name in ("tokenizer.json", "config.json"):
-            found.document(name)
-    finally:
-        found.close()
-
-
 def test_the_good_pair_is_read(tmp_path: Path) -> None:
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         read_all(pair(tmp_path, arrays=good(method)))
 
 
-def changed(**fields: object) -> dict[str, Any]:
-    return {**GOOD, "weights": [{**ENTRY, **fields}]}
-
-
-MANIFESTS = {  # name -> (manifest, part of the message)
-    "not json": (b"{]", "is not JSON"),
-    "utf-8": (b'{"\xc3": 1}', "is not UTF-8"),
-    "deep": (b'{"a":' * 300_000, "nested too deeply"),
-    "twice": (b'{"weights":[],"weights":[]}', "is there twice"),
-    "no weights": ({}, "has no weights"),
-    "a config": ({"model_type": "llama"}, "has no weights"),
-    "weights": ({"weights": "w"}, "expected a list or an object"),
-    "version": ({**GOOD, "format_version": 3}, "format_version '3'"),
-    "version list": ({**GOOD, "format_version": [2]}, "format_version"),
-    "entry": ({"weights": [7]}, "no object with a name"),
-    "name": (changed(name=7), "no object with a name"),
-    "name twice": ({"weights": [ENTRY, ENTRY]}, "'w' is there twice"),
-    "shape": (changed(shape="46"), "shape is not"),
-    "shape 0": (changed(shape=[0, 6]), "shape is not"),
-    "shape negative": (changed(shape=[-4, -6]), "shape is not"),
-    "shape huge": (changed(shape=[1 << 62, 4]), "shape is not"),
-    "shape bool": (changed(shape=[True, 6]), "shape is not"),
-    "shape rank": (changed(shape=[2, 2, 6]), "shape is not"),
-    "other shape": (changed(shape=[4, 7]), "expected 4 bytes a row"),
-    "more rows": (changed(shape=[16777216, 6]), "expected 3 bytes a row"),
-    "bits": (changed(bit_width=3), "'3' bits"),
-    "bits huge": (changed(bit_width=10**400), "bits; expected"),
-    "kind": (changed(quantization={"type": "gptq"}), "quantised as 'gptq'"),
-    "quantization": (changed(quantization=[4]), "expected an object"),
-    "axis": (changed(scale_axis={"index": 1}), "scales of axis"),
-    "q": (changed(q=None), "not names of arrays"),
-    "q list": (changed(q=["q"]), "not names of arrays"),
-    "no scales": (changed(q_scales=None), "q_scales or q_zero_point is missing"),
-    "missing array": (changed(q="absent"), "array 'absent' is missing"),
-    "a path": (changed(q="../../etc/passwd"), "is missing"),
-    "codes for scales": (changed(q_scales="q"), "expected one number"),
-    "vector of codes": (changed(shape=[4]), "neither floats nor codes"),
-    "document": ({**GOOD, "metadata": {"documents": {"x": "q"}}}, "document 'x' is not known"),
-    "document type": ({**GOOD, "metadata": {"documents": {"config.json": 1}}}, "is not known"),
-    "document of codes": (
-        {**GOOD, "metadata": {"documents": {"tokenizer.json": "s"}}},
-        "expected at most 128,000,000 bytes",
-    ),
-    "weights file": ({**GOOD, "metadata": {"weights_file": "../x.npz"}}, "plain name"),
-    "weights file absolute": ({**GOOD, "npz": "/etc/passwd"}, "plain name"),
-    "other bytes": ({**GOOD, "metadata": {"weights_bytes": 5}}, "its manifest says 5"),
-    "metadata": ({**GOOD, "metadata": [1]}, "expected an object"),
-    "architecture": ({**GOOD, "architecture": 7}, "expected an object"),
-}
-
-
-@pytest.mark.parametrize("case", MANIFESTS)
-def test_hostile_manifests(tmp_path: Path, case: str) -> None:
-    manifest, message = MANIFESTS[case]
-    refuse(pair(tmp_path, manifest), message, "m_")
-
-
-def pickled() -> bytes:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.system, ("touch /tmp/chalot-was-here",)
-
-    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }\n"
-    start = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
-    return start + pickle.dumps([Bomb()])
-
-
-def with_header(text: str, content: bytes = bytes(12)) -> bytes:
-    raw = text.encode()
-    return b"\x93NUMPY\1\0" + len(raw).to_bytes(2, "little") + raw + content
-
-
-def said(descr: object = "|u1", fortran: object = False, shape: object = (4, 3)) -> str:
-    return f"{{'descr': {descr!r}, 'fortran_order': {fortran!r}, 'shape': {shape!r}, }}\n"
-
-
-HEADERS = {
-    "pickle": (pickled(), "an array of objects, a pickle"),
-    "objects in fields": (with_header(said([("a", "|O")])), "is not what numpy writes"),
-    "code": (with_header("__import__('os').system('x')\n"), "is not what numpy writes"),
-    "deep": (with_header("(" * 3000), "is not what numpy writes"),
-    "minus": (with_header("-" * 4000 + "1"), "is not what numpy writes"),
-    "too long": (with_header(" " * 60000), "a header of 60,000 bytes"),
-    "no magic": (b"PK\3\4" + bytes(200), "is no numpy array"),
-    "version": (b"\x93NUMPY\x09\0" + bytes(200), "is no numpy array"),
-    "cut": (b"\x93NUMPY\1", "is no numpy array"),
-    "cut header": (b"\x93NUMPY\1\0\xff\0{", "a header of 255 bytes"),
-    "columns first": (with_header(said(fortran=True)), "stored by columns"),
-    "big-endian": (with_header(said(">f4"), bytes(48)), "numbers of type '>f4'"),
-    "complex": (with_header(said("<c8"), bytes(96)), "numbers of type '<c8'"),
-    "unknown": (with_header(said("|V2"), bytes(24)), "numbers of type '|V2'"),
-    "no endian": (with_header(said("|f4"), bytes(48)), "numbers of type '|f4'"),
-    "negative": (with_header(said(shape=(-4, -3))), "is not what numpy writes"),
-    "huge": (with_header(said(shape=(10**30, 3))), "none of an array"),
-    "overflow": (with_header(said(shape=(1 << 40, 1 << 40))), "takes"),
-    "rank": (with_header(said(shape=(1,) * 40)), "none of an array"),
-    "longer": (with_header(said(), bytes(13)), "takes"),
-    "shorter": (with_header(said(), bytes(11)), "takes"),
-    "other type": (with_header(said("<f8"), bytes(96)), "found shape (4, 3), expected (4, 6)"),
-    "wide codes": (with_header(said("<i4"), bytes(48)), "neither floats nor codes"),
-    "empty": (b"", "is no numpy array"),
-}
-
-
-@pytest.mark.parametrize("case", HEADERS)
-def test_hostile_arrays(tmp_path: Path, case: str) -> None:
-    content, message = HEADERS[case]
-    refuse(pair(tmp_path, arrays=good(q=content)), message, NPZ)
-    assert not Path("/tmp/chalot-was-here").exists()
-
-
-def patched(content: bytes, signature: bytes, offset: int, value: bytes, which: int = 0) -> bytes:
-    """The zip file with some bytes of its `which`-th record of a kind changed."""
-    at = -1
-    for _ in range(which + 1):
-        at = content.index(signature, at + 1)
-    return content[: at + offset] + value + content[at + offset + len(value) :]
-
-
-LOCAL, CENTRAL, END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
-ZIPS = {
-    "nothing": (b"PK\3\4", "is no whole zip file"),
-    "method": (patched(good(), CENTRAL, 10, b"\x0c\0"), "packed by another method"),
-    "encrypted": (patched(good(), CENTRAL, 8, b"\1\0"), "encrypted"),
-    "offset": (patched(good(), CENTRAL, 42, b"\xff\xff\xff\x7f"), "m_quantized"),
-    "same bytes": (patched(good(), CENTRAL, 42, bytes(4), 1), "run into what follows"),
-    "longer than there is": (patched(good(), CENTRAL, 20, b"\0\0\0\x10" * 2), "run into"),
-    "contradiction": (patched(good(), CENTRAL, 24, b"\x99\0\0\0"), "zip bomb"),
-    "local name": (patched(good(), LOCAL, 26, b"\xff\xff"), "run into what follows"),
-    "directory": (patched(good(), END, 12, b"\xff\xff\xff\x7f"), "is no whole zip file"),
-    "count": (patched(good(), END, 8, b"\xff\xff\xff\xff"), "m_quantized"),
-    "checksum": (patched(good(), CENTRAL, 16, b"\1\2\3\4"), "wrong checksum"),
-    "damaged": (good().replace(b"\0\0\x80\x3f" * 4, b"\0\0\x80\x40" * 4), "wrong checksum"),
-}
-
-
-@pytest.mark.parametrize("case", ZIPS)
-def test_hostile_zip_files(tmp_path: Path, case: str) -> None:
-    content, message = ZIPS[case]
-    if case == "count":  # counts are not believed: the listing is what it is
-        read_all(pair(tmp_path, arrays=content))
-        return
-    refuse(pair(tmp_path, arrays=content), message, NPZ)
+def test_counts_are_not_believed(tmp_path: Path) -> None:
+    """The listing of a zip file is what it is."""
+    read_all(pair(tmp_path, arrays=patched(good(), END, 8, b"\xff\xff\xff\xff")))
 
 
 def test_a_member_that_is_there_twice_is_refused(tmp_path: Path) -> None:
@@ -309,22 +131,6 @@ def test_files_cut_at_any_byte_are_refused(tmp_path: Path, method: int) -> None:
     for length in range(0, len(manifest), 7):
         with pytest.raises(ChalotError):
             read_all(pair(tmp_path, manifest[:length]))
-
-
-@settings(max_examples=150)
-@given(st.data())
-def test_no_byte_that_is_changed_is_more_than_an_error(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.mktemp("changed")
-    content = bytearray(good(data.draw(st.sampled_from([0, 8]))))
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        content[at] = data.draw(st.integers(0, 255))
-    try:
-        read_all(pair(folder, arrays=bytes(content)))
-    except ChalotError as error:
-        assert "\n" not in str(error)
 
 
 @given(st.binary(max_size=200), st.integers(0, 65535))

@@ -40,6 +40,7 @@ def changed(kind: str, **fields: object) -> Program:
     return replace(SMALL, ops=(*SMALL.ops[:first], op, *SMALL.ops[first + 1 :]))
 
 
+FEWER = tiny.program(tiny.config(layers=1, vocabulary=17), "nl4").ops[-1].parts
 PROGRAMS: dict[str, tuple[Callable[[], Program], str]] = {
     "reads what nothing wrote": (
         lambda: replace(SMALL, ops=SMALL.ops[:1] + SMALL.ops[2:]),
@@ -74,6 +75,26 @@ PROGRAMS: dict[str, tuple[Callable[[], Program], str]] = {
     ),
     "has too short a norm": (lambda: changed("norm", weight=np.ones(16, np.float32)), "norm needs"),
     "caps what are no logits": (lambda: changed("linear", cap=1.0), "only logits are capped"),
+    "writes a slot that is not there": (
+        lambda: changed("linear", target=99, parts=()),
+        "slot does not exist",
+    ),
+    "rotates into another slot": (
+        lambda: changed("rope_store", target=0),
+        "rope_store writes what it reads",
+    ),
+    "embeds twice, of fewer tokens": (
+        lambda: replace(SMALL, ops=(replace(SMALL.ops[0], parts=FEWER), *SMALL.ops)),
+        "embeddings differ in vocabulary",
+    ),
+    "has logits twice, of fewer tokens": (
+        lambda: replace(SMALL, ops=(*SMALL.ops, replace(SMALL.ops[-1], parts=FEWER))),
+        "logits differ in vocabulary",
+    ),
+    "has a head size whose padding overflows": (
+        lambda: replace(SMALL, cache=replace(SMALL.cache, head_dim=2**31 - 2)),
+        "the head size even and <= 1024",
+    ),
     "has an infinite embedding": (lambda: changed("embed", number=np.inf), "must be finite"),
     "has a negative window": (
         lambda: replace(SMALL, ops=tuple(replace(op, window=-1) for op in SMALL.ops)),

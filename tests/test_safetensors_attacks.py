@@ -1,90 +1,17 @@
 """safetensors: what is hostile is refused in one line that names the file, in little memory."""
 
-import json
 import os
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from chalot.errors import ChalotError, FormatError, UnsupportedError
+from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import open_checkpoint
-from chalot.formats.documents import DOCUMENTS, MAX_JSON_VALUES
+from chalot.formats.documents import DOCUMENTS
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.formats.safetensors_header import MAX_HEADER
 from safetensors_files import INDEX, entry, folder_with, pack, refuse, two_shards, with_index
 
 GOOD = {"a": entry(0, 8), "b": entry(8, 16)}
-
-HEADERS = {  # name -> (header, payload bytes, part of the message)
-    "array": ([1], 0, "expected a JSON object"),
-    "not json": (b"{]", 0, "is not JSON"),
-    "empty": (b"", 2, "is not JSON"),
-    "utf-8": (b'{"\xc3": 1}', 0, "is not UTF-8"),
-    "utf-16": ('{"a": 1}'.encode("utf-16"), 0, "is not UTF-8"),
-    "surrogate": (b'{"\\ud800": 1}', 0, "is not JSON"),
-    "NaN": (b'{"a": NaN}', 0, "found NaN"),
-    "huge number": (b'{"a": ' + b"9" * 5000 + b"}", 0, "is not JSON"),
-    "nested arrays": (b"[" * 500_000, 0, "nested too deeply"),
-    "nested objects": (b'{"a":' * 500_000, 0, "nested too deeply"),
-    "many values": (b"[" + b"0," * (MAX_JSON_VALUES + 1) + b"0]", 0, "found more than"),
-    "duplicate tensor": (
-        b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 4)).encode(),) * 2),
-        4,
-        "key 'a' is there twice",
-    ),
-    "duplicate key": (
-        b'{"a":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}}',
-        4,
-        "key 'dtype' is there twice",
-    ),
-    "metadata": ({"__metadata__": {"a": 1}}, 0, "__metadata__"),
-    "metadata list": ({"__metadata__": []}, 0, "__metadata__"),
-    "entry": ({"a": 1}, 0, "'a': expected dtype, shape and data_offsets"),
-    "entry key": ({"a": {**entry(0, 4), "x": 1}}, 4, "'a': expected dtype"),
-    "dtype": ({"a": entry(0, 4, [1], "Q4")}, 4, "unknown dtype 'Q4'"),
-    "dtype list": ({"a": entry(0, 4, [1], ["F32"])}, 4, "unknown dtype"),
-    "negative dimension": ({"a": entry(0, 4, [-1, -1])}, 4, "shape is not"),
-    "float dimension": ({"a": entry(0, 4, [1.0])}, 4, "shape is not"),
-    "boolean dimension": ({"a": entry(0, 4, [True])}, 4, "shape is not"),
-    "huge dimension": ({"a": entry(0, 4, [1 << 63])}, 4, "shape is not"),
-    "product overflow": ({"a": entry(0, 0, [1 << 32, 1 << 32])}, 0, "takes"),
-    "product overflow to 4": ({"a": entry(0, 4, [(1 << 62) + 1, 4])}, 4, "takes"),
-    "rank": ({"a": entry(0, 4, [1] * 17)}, 4, "shape is not"),
-    "shape text": ({"a": entry(0, 4, "11")}, 4, "shape is not"),
-    "negative offset": ({"a": entry(-4, 0, [1])}, 4, "data_offsets"),
-    "descending": ({"a": entry(4, 0, [1])}, 4, "data_offsets"),
-    "three offsets": ({"a": {**entry(0, 4), "data_offsets": [0, 4, 8]}}, 8, "data_offsets"),
-    "contradiction": ({"a": entry(0, 8, [1])}, 8, "its extent has 8"),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "'b' begins at 4, overlaps"),
-    "same extent": ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "overlaps"),
-    "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, "'b' begins at 8, leaves a hole"),
-    "hole first": ({"a": entry(4, 8)}, 8, "leaves a hole"),
-    "past the end": (GOOD, 15, "tensors end at 16 bytes of payload, file has 15"),
-    "far past the end": ({"a": entry(0, 1 << 40)}, 4, "truncated download"),
-    "bytes after": (GOOD, 17, "expected no bytes past the last one"),
-}
-
-
-@pytest.mark.parametrize("case", HEADERS)
-def test_hostile_headers(tmp_path, case):
-    header, payload, message = HEADERS[case]
-    refuse(folder_with(tmp_path, pack(header, bytes(payload))), message)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "found 0 bytes"),
-        (b"\0" * 7, "found 7 bytes"),
-        (b"\2" + b"\0" * 7 + b"{", "found 9 bytes"),
-        (b"\3" + b"\0" * 7 + b"{}", "header of 3 bytes"),
-        (b"\xff" * 8 + b"{}", "header of 18,446,744,073,709,551,615 bytes"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    ],
-)
-def test_hostile_starts(tmp_path, content, message):
-    refuse(folder_with(tmp_path, content), message)
 
 
 def test_a_header_over_100_mb_is_not_even_read(tmp_path):
@@ -100,67 +27,11 @@ def test_every_truncation_is_refused(tmp_path):
             SafetensorsFolder(folder_with(tmp_path, whole[:length]))
 
 
-@given(st.data())
-@settings(max_examples=300, deadline=None)
-def test_damaged_bytes_raise_or_read_but_never_crash(tmp_path_factory, data):
-    content = bytearray(pack(GOOD, bytes(16)))
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    folder = folder_with(tmp_path_factory.mktemp("damaged"), bytes(content))
-    try:
-        with SafetensorsFolder(folder) as read:
-            for name in read.tensors:
-                read.float32(name)
-                read.raw(name)
-    except ChalotError as error:
-        assert str(folder) in str(error)
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "../one.safetensors",
-        "/etc/one.safetensors",
-        "sub/one.safetensors",
-        "..\\one.safetensors",
-        "C:one.safetensors",
-        "..",
-        "",
-        "a\0.safetensors",
-        "x" * 300 + ".safetensors",
-        7,
-        ["one.safetensors"],
-    ],
-)
-def test_an_index_names_plain_files_only(tmp_path, file):
-    two_shards(tmp_path)
-    refuse(with_index(tmp_path, {"a": file}), "expected the plain name", file=INDEX)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ({}, "has no weight_map"),
-        ({"weight_map": []}, "has no weight_map"),
-        ({"weight_map": {}}, "has no weight_map"),
-        ([], "has no weight_map"),
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "expected *.safetensors"),
-        ({"weight_map": {"a": "two.safetensors"}}, "does not"),
-        ({"weight_map": {"c": "one.safetensors"}}, "does not"),
-        ({"weight_map": {str(i): f"{i}.safetensors" for i in range(501)}}, "names 501 files"),
-    ],
-)
-def test_hostile_indices(tmp_path, content, message):
-    two_shards(tmp_path)
-    (tmp_path / INDEX).write_text(json.dumps(content))
-    refuse(tmp_path, message, file=INDEX)
-
-
 def test_an_index_over_its_size_is_refused(tmp_path):
     two_shards(tmp_path)
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(DOCUMENTS[INDEX] * 100)
-    refuse(tmp_path, "found more than 64,000,000 bytes", file=INDEX, memory=150_000_000)
+    refuse(tmp_path, "found more than 64,000,000 bytes", file=INDEX, memory=1_000_000)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError
+from chalot.errors import FormatError, one_line
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
 from chalot.formats.new_file import NewFile
@@ -154,7 +154,7 @@ def read(path: Path, config: ModelConfig, digest: str) -> tuple[Calibration, Mat
     try:
         found = msgspec.convert(parse_json(body[:size], str(path)), Calibration)
     except msgspec.ValidationError as error:
-        raise FormatError(f"{path}: {quoted(str(error), 300)}; {remedy}") from None
+        raise FormatError(f"{path}: {one_line(error)}; {remedy}") from None
     if found.model != digest:
         raise FormatError(
             f"{path}: was made for another file ({quoted(found.model[:16])}...) than the one that "

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
-from chalot.errors import ChalotError, FormatError, OutputError
+from chalot.errors import ChalotError, FormatError, OutputError, one_line
 from chalot.formats.files import whole_file
 from chalot.home import home
 from chalot.model.window import Window
@@ -137,7 +137,9 @@ def parse_saved(content: bytes, path: Path) -> Saved:
             raise FormatError(f"{path}: found more than {MAX_SAVED:,} bytes; not a conversation")
         saved = msgspec.json.decode(content, type=Saved)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise FormatError(f"{path}: {error}; expected a conversation that /save wrote") from None
+        raise FormatError(
+            f"{path}: {one_line(error)}; expected a conversation that /save wrote"
+        ) from None
     turns = [message.role for message in saved.messages if message.role != "system"]
     systems = [i for i, message in enumerate(saved.messages) if message.role == "system"]
     if systems not in ([], [0]) or turns != ["user", "assistant"] * (len(turns) // 2):

@@ -27,6 +27,14 @@ class ChalotError(Exception):
     """Base of all errors of this package; commands print it in one line and exit with 1."""
 
 
+def one_line(said: object, most: int = 300) -> str:
+    """What a library says of a file, which may have that file's texts in it: escaped and cut."""
+    text = str(said)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most]) + (
+        "..." if len(text) > most else ""
+    )
+
+
 class FormatError(ChalotError):
     """A file or a message is not what it claims to be."""
 

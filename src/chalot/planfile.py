@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from chalot.errors import FormatError, SchemeError
+from chalot.errors import FormatError, SchemeError, one_line
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
@@ -73,7 +73,7 @@ def read_plan(path: Path, config: ModelConfig) -> PlanDocument:
         plan = msgspec.convert(parsed, PlanDocument)
     except msgspec.ValidationError as error:
         raise FormatError(
-            f"{path}: {str(error)[:300]}; expected what `chalot plan` writes"
+            f"{path}: {one_line(error)}; expected what `chalot plan` writes"
         ) from None
     if plan.format != VERSION:
         raise FormatError(f"{path}: plan of format {plan.format}; this chalot reads {VERSION}")

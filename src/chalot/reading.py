@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from chalot.errors import FormatError
+from chalot.errors import FormatError, one_line
 from chalot.formats.myai import MyaiFile
 from chalot.model.config import ModelConfig
 from chalot.model.layers import model_tensors
@@ -16,7 +16,7 @@ def read_model_config(file: MyaiFile) -> ModelConfig:
     try:
         config = msgspec.convert(file.manifest.config, ModelConfig)
     except msgspec.ValidationError as error:
-        raise FormatError(f"{file.path}: configuration: {str(error)[:300]}") from None
+        raise FormatError(f"{file.path}: configuration: {one_line(error)}") from None
     for spec in model_tensors(config):
         entry = file.manifest.tensors.get(spec.name)
         if entry is None or entry.shape != spec.shape:

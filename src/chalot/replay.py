@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from chalot.chat import MAX_SAVED, Options, Saved, read_saved
-from chalot.errors import ChalotError, FormatError, UnsupportedError
+from chalot.errors import ChalotError, FormatError, UnsupportedError, one_line
 from chalot.formats.documents import parse_json
 from chalot.formats.files import open_regular, quoted
 from chalot.formats.myai import MyaiFile
@@ -148,7 +148,7 @@ def read_transcript(path: Path) -> Transcript:
             run = msgspec.convert(content, RunAnswer)
         except msgspec.ValidationError as error:
             raise FormatError(
-                f"{path}: {error}; expected what `chalot run --json` prints"
+                f"{path}: {one_line(error)}; expected what `chalot run --json` prints"
             ) from None
         how = run.kv, run.context, run.options.window, run.options.sinks
         return Transcript("run", _digest(run.digest, path), run, *how)
@@ -165,7 +165,7 @@ def _exchange(content: dict[str, Any], path: Path) -> Transcript:
     if not (isinstance(request, dict) and isinstance(response, dict)):
         raise FormatError(f"{path}: request and response: expected two objects")
     kind = response.get("object")
-    if kind not in PATHS:
+    if kind not in tuple(PATHS):  # which may be no text
         known = ", ".join(PATHS)
         raise FormatError(f"{path}: response: found {quoted(kind)}, expected one of {known}")
     if request.get("stream"):

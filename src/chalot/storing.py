@@ -9,7 +9,7 @@ import msgspec
 
 from chalot import __version__
 from chalot.checking import read_config
-from chalot.errors import FormatError, RegionError, SchemeError
+from chalot.errors import FormatError, RegionError, SchemeError, one_line
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.myai import HEADER
 from chalot.formats.myai_source import MyaiSource
@@ -95,7 +95,7 @@ def with_regions(config: ModelConfig, asked: str | None, checkpoint: Checkpoint)
             if found:
                 check_regions(found, config.layers)
     except msgspec.ValidationError as error:
-        raise FormatError(f"{checkpoint.path}: regions: {str(error)[:300]}") from None
+        raise FormatError(f"{checkpoint.path}: regions: {one_line(error)}") from None
     except ValueError as error:
         raise RegionError(f"--regions: {error}") from None
     return msgspec.structs.replace(config, named_regions=found)

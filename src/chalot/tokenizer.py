@@ -160,7 +160,7 @@ def _of_myai(path: Path) -> Source:
 def _is_tokenizer(path: Path) -> bool:
     if path.name == NAME:
         return True
-    found = parse_json(_whole(path, DOCUMENTS[NAME]), path)
+    found = parse_json(_whole(path, DOCUMENTS[NAME]), path, dense=True)
     return (
         isinstance(found, dict)
         and isinstance(found.get("model"), dict)

@@ -7,7 +7,6 @@ order of logit, then ascending id; probabilities come from the project's own exp
 summed one after another in float64.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -61,10 +60,12 @@ class Sampling:
         for field in fields(self):
             low, high = self.RANGES[field.name]
             value = getattr(self, field.name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise SamplingError(f"{field.name} is {value!r}; expected a number")
+            if not isinstance(value, (int, float)) or value != value:
+                raise SamplingError(f"{field.name} is {value!r:.60}; expected a number")
             if not low <= value <= high:
-                raise SamplingError(f"{field.name} is {value}; expected {low} to {high}")
+                raise SamplingError(f"{field.name} is {value!r:.60}; expected {low} to {high}")
+            if isinstance(field.default, int) and not isinstance(value, int):
+                raise SamplingError(f"{field.name} is {value}; expected a whole number")
 
 
 def penalized(

@@ -55,7 +55,7 @@ class Unfinished:
                 if number != len(found) or len(windows) != models:
                     break
                 found.append(windows)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
         self.kept = len(found)
         return found

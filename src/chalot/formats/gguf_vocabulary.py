@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from chalot.errors import TokenizerError
+from chalot.errors import TokenizerError, one_line
 from chalot.formats.files import quoted
 from chalot.formats.gguf_splits import SPLITS
 from chalot.formats.gguf_tokenizer import (
@@ -82,7 +82,7 @@ def tokenizer_metadata(
     try:
         read = msgspec.convert(documents["tokenizer.json"], _Tokenizer)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise TokenizerError(f"tokenizer.json: {quoted(str(error), 200)}") from None
+        raise TokenizerError(f"tokenizer.json: {one_line(error)}") from None
     if read.model.type != "BPE" or not isinstance(read.model.vocab, dict):
         raise refused(f"a model of type {quoted(read.model.type)}")
     tokens = _tokens(read, read.model.vocab, rows)

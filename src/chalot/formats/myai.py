@@ -32,6 +32,7 @@ from chalot.errors import (
     SchemeError,
     UnsupportedError,
     WeightError,
+    one_line,
     out_of_memory,
 )
 from chalot.formats.documents import parse_json
@@ -202,7 +203,7 @@ class MyaiFile:
         try:
             manifest = msgspec.convert(parsed, Manifest)
         except msgspec.ValidationError as error:
-            raise FormatError(f"{self.path}: manifest: {quoted(str(error), 300)}") from None
+            raise FormatError(f"{self.path}: manifest: {one_line(error)}") from None
         if manifest.format != VERSION:
             raise FormatError(f"{self.path}: manifest of format {manifest.format} in version 3")
         try:

@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError
+from chalot.errors import FormatError, one_line
 from chalot.formats.documents import parse_json
-from chalot.formats.files import open_regular, quoted, read_at, whole_file
+from chalot.formats.files import open_regular, read_at, whole_file
 
 MAGIC = b"chalot session 1"
 FRONT = struct.Struct("<16sQ32s8x")
@@ -136,7 +136,7 @@ class SessionFile:
         try:
             self.header = msgspec.convert(parse_json(text, f"{path}: header"), SessionHeader)
         except msgspec.ValidationError as error:
-            raise FormatError(f"{path}: header: {quoted(str(error), 300)}") from None
+            raise FormatError(f"{path}: header: {one_line(error)}") from None
         if self.header.note > MAX_NOTE or self.header.tokens > MAX_TOKENS:
             raise FormatError(
                 f"{path}: {self.header.tokens} tokens and a note of {self.header.note} bytes; "

@@ -82,9 +82,8 @@ class ZipMembers:
                 f"{self.path}: is no whole zip file ({quoted(str(error))}); truncated download?"
             ) from None
         found: dict[str, Member] = {}
-        for entry, after in zip(
-            entries, [*(e.header_offset for e in entries[1:]), directory], strict=True
-        ):
+        borders = [*(entry.header_offset for entry in entries), directory]
+        for entry, after in zip(entries, borders[1:], strict=True):
             member = self._member(entry, after)
             if member.name in found:
                 raise FormatError(f"{self.path}: {quoted(member.name)} is there twice")

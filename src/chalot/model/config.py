@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError, UnsupportedError
+from chalot.errors import FormatError, UnsupportedError, one_line
 from chalot.model.experts import Experts, read_experts
 from chalot.model.families import FAMILIES, GATES, OPTIONAL, Family
 from chalot.model.regions import Region, Regions, check_regions, default_regions
@@ -196,7 +196,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
     except KeyError as error:
         raise FormatError(f"config.json: {error.args[0]} is missing") from None
     except (msgspec.ValidationError, ArithmeticError, TypeError, ValueError) as error:
-        raise FormatError(f"config.json: {error}") from None
+        raise FormatError(f"config.json: {one_line(error)}") from None
 
 
 def multipliers(config: Settings, epsilon: float) -> dict[str, float]:

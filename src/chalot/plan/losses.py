@@ -153,7 +153,7 @@ class Keeper:
         """Rows that have a loss of 0 or more for each of the schemes; none of a damaged file."""
         try:
             kept = msgspec.json.decode(self.path.read_bytes(), type=Kept)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return {}
         if kept.key != self.key or kept.digest != digest_of(kept.key, kept.losses):
             return {}

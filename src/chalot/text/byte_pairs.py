@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from chalot.errors import TokenizerError
+from chalot.errors import TokenizerError, one_line
 from chalot.text.long_text import BYTES, LongText, open_long
 
 TABLES = "tokenizer.bpe"  # what the tables are called in a .myai file
 SEPARATOR = b"\xff"  # between tokens: no byte of UTF-8
 WORDS, LETTERS = 20_000, 64  # remembered with their tokens: so many words of so many letters
+MOST_HOLES = 1 << 16  # ids without a token, each of which takes a byte; known models have a few
 LONG = 4_000  # characters from which a text is worth the 2 ms that LongText takes to set up
 
 Open = Callable[[bytes], Any]  # tokenizer.json -> a `tokenizers.Tokenizer`
@@ -142,6 +143,8 @@ def compile_tables(content: bytes, open_core: Open) -> bytes | None:
     names = [opened.id_to_token(n) for n in range(opened.get_vocab_size())]
     if not known.keys() >= set(names):  # an added token that normalising changes
         return None
+    if not known or max(known.values()) >= len(known) + MOST_HOLES:
+        return None
     ids = [known[name] for name in names]
     tokens = [b""] * (max(known.values()) + 1)
     for token, id_ in known.items():
@@ -178,11 +181,12 @@ class BytePairs:
             pairs = memoryview(tables.pairs).cast("Q")
             merges = memoryview(tables.merges).cast("I")
         except (msgspec.DecodeError, TypeError, ValueError) as error:
-            raise _damaged(str(error)[:200]) from None
+            raise _damaged(one_line(error)) from None
         self._tokens, self._ends = tables.tokens, _ends(tables.tokens)
         if len(merges) != 2 * len(pairs) or max(merges[1::2], default=0) >= len(self._ends):
             raise _damaged("merges do not fit their pairs")
-        if len(self._own) != self._core.get_vocab_size() or max(self._own) >= len(self._ends):
+        highest = max(self._own, default=len(self._ends))
+        if len(self._own) != self._core.get_vocab_size() or highest >= len(self._ends):
             raise _damaged("ids do not fit their tokens")
         self._merges = Merges(pairs, merges)
         self._native, self._skeleton = None, tables.skeleton

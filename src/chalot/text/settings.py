@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from chalot.errors import TokenizerError
+from chalot.errors import TokenizerError, one_line
 
 Shape = TypeVar("Shape")
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -72,7 +72,9 @@ def _read(document: Mapping[str, Any] | None, shape: type[Shape], name: str) -> 
     try:
         return msgspec.convert({} if document is None else dict(document), shape)
     except (msgspec.ValidationError, TypeError, RecursionError) as error:
-        raise TokenizerError(f"{name}: {error}; expected what transformers writes") from None
+        raise TokenizerError(
+            f"{name}: {one_line(error)}; expected what transformers writes"
+        ) from None
 
 
 def _as_list(found: int | list[int] | None) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from chalot.errors import TokenizerError
+from chalot.errors import TokenizerError, one_line
 from chalot.text.byte_pairs import BytePairs, Native, compile_tables
 from chalot.text.marks import Disguise, is_mark, private_characters
 from chalot.text.pieces import Incremental
@@ -28,6 +28,8 @@ from chalot.text.template import ChatTemplate, plain, plain_messages
 from chalot.text.vocabulary import Vocabulary, parse
 
 Messages = Sequence[Mapping[str, Any]]
+
+MOST_VALUES = 400_000  # and keys in a document, of 110 bytes at most; the largest known has 100,000
 
 # What check_same compares: scripts, both normal forms of Vietnamese, emoji, spaces, numbers, code.
 SAMPLE = (
@@ -338,10 +340,16 @@ def check_same(expected: Tokenizer, found: Tokenizer) -> None:
 
 def _json(source: Source, name: str) -> dict[str, Any]:
     content = source.document(name)
+    if content and sum(map(content.count, (b",", b":", b"[", b"{"))) > MOST_VALUES:
+        raise TokenizerError(
+            f"{name}: found more than {MOST_VALUES:,} values and keys; not a model's"
+        )
     try:
         found = {} if content is None else msgspec.json.decode(content)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{name}: {error}; expected JSON; damaged download?") from None
+        raise TokenizerError(
+            f"{name}: {one_line(error)}; expected JSON; damaged download?"
+        ) from None
     if not isinstance(found, dict):
         raise TokenizerError(f"{name}: found a {type(found).__name__}, expected an object")
     return found

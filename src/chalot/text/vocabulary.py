@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from chalot.errors import ChalotError, TokenizerError
+from chalot.errors import ChalotError, TokenizerError, one_line
 from chalot.text.marks import any_of, is_bracketed, is_mark, make_aliases
 from chalot.text.pieces import Decoder, Pieces
 from chalot.text.settings import Settings
 
 _UNKNOWN = "\U000ffffd"  # the last private character of plane 15: in no vocabulary
+WITHIN = "expected one that this tokenizer.json's rules can take"
 _CUT = ""  # an alias of its own, that stands for nothing: it keeps two pieces of a text apart
 
 
@@ -105,7 +106,8 @@ class Vocabulary:
                     "text"
                 )
         if post_process:
-            encoding = self.core.post_process(encoding)
+            with _typed("text", WITHIN):
+                encoding = self.core.post_process(encoding)
         ids: list[int] = encoding.ids
         if self._alias_ids.isdisjoint(ids):
             return ids
@@ -113,7 +115,7 @@ class Vocabulary:
         return [self._real.get(id_, id_) for id_ in ids if id_ != nothing]
 
     def _encode(self, text: str) -> Any:
-        with _typed("text", "expected one that this tokenizer.json's rules can take"):
+        with _typed("text", WITHIN):
             return self.core.encode(text, add_special_tokens=False)
 
     @cached_property
@@ -154,7 +156,7 @@ def _typed(what: str, expected: str) -> Iterator[None]:
             panic or isinstance(error, Exception)
         ):
             raise
-        raise TokenizerError(f"{what}: {str(error)[:200]}; {expected}") from None
+        raise TokenizerError(f"{what}: {one_line(error)}; {expected}") from None
 
 
 def parse(content: bytes) -> Any:

@@ -66,12 +66,13 @@ void Buffer::reserve(size_t bytes) {
 }
 
 Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-                 std::vector<float> inverse_frequency)
+                 std::vector<std::vector<float>> inverse_frequency, float rope_factor)
     : slots_(std::move(slots)),
       ops_(std::move(ops)),
       cache_(cache),
       heads_(heads),
       inverse_frequency_(std::move(inverse_frequency)),
+      rope_factor_(rope_factor),
       storage_(slots_.size()) {
   check();
   for (const Op& op : ops_)
@@ -122,20 +123,23 @@ void Program::reserve(const Batch& batch, int threads) {
       s.sums.reserve(n * planes * stride / kBlock * 4);
     }
   }
-  cosine_.reserve(size_t(tokens) * inverse_frequency_.size() * 4);
-  sine_.reserve(size_t(tokens) * inverse_frequency_.size() * 4);
-  sink_cosine_.reserve(inverse_frequency_.size() * 4);
-  sink_sine_.reserve(inverse_frequency_.size() * 4);
+  const size_t turns = inverse_frequency_.size() * inverse_frequency_[0].size();
+  for (Buffer* b : {&cosine_, &sine_}) b->reserve(size_t(tokens) * turns * 4);
+  for (Buffer* b : {&sink_cosine_, &sink_sine_}) b->reserve(turns * 4);
   room_ = tokens;
 }
 
 void Program::angles(const Run& run) {
-  const size_t half = inverse_frequency_.size();
+  const size_t turns = inverse_frequency_.size() * inverse_frequency_[0].size();
   auto turn = [&](int position, float* sine, float* cosine) {
-    for (size_t i = 0; i < half; i++) sine_cosine(float(position) * inverse_frequency_[i], sine[i], cosine[i]);
+    for (const std::vector<float>& set : inverse_frequency_)
+      for (float frequency : set) {
+        sine_cosine(float(position) * frequency, *sine, *cosine);
+        *sine++ *= rope_factor_, *cosine++ *= rope_factor_;
+      }
   };
   for (size_t t = size_t(run.from()); t < size_t(run.to()); t++)
-    turn(run.batch.positions[t], sine_.as<float>() + t * half, cosine_.as<float>() + t * half);
+    turn(run.batch.positions[t], sine_.as<float>() + t * turns, cosine_.as<float>() + t * turns);
   // where a query would be if what lies between sinks and window were not there
   if (lead_ && !run.id) turn(sinks_ + stream_ - 1, sink_sine_.as<float>(), sink_cosine_.as<float>());
 }

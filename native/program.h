@@ -56,6 +56,7 @@ struct Op {
   int top = 0;                         // route, experts: experts that a token takes
   int routes = -1;                     // experts: the slot with their weights, -1 where they are not taken
   int planes = 0;                      // experts: of what down is multiplied with; 0: numbers
+  int rope = 0;                        // rope_store: which of the program's sets of frequencies
   size_t taken = 0;                    // experts: where its counts are; set by Program
 };
 
@@ -118,7 +119,7 @@ class Program {
  public:
   // Throws std::invalid_argument where an operation does not fit its slots or matrices.
   Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-          std::vector<float> inverse_frequency);
+          std::vector<std::vector<float>> inverse_frequency, float rope_factor);
   // Throws std::out_of_range where the batch does not fit the program or the cache.
   void run(const Kernels& kernels, Pool& pool, const Batch& batch);
   // Copies (tokens, width) numbers that the last batch left in a slot.
@@ -205,7 +206,8 @@ class Program {
   std::vector<bool> written_;  // slots; those between fused operations only are not
   CacheShape cache_;
   int heads_, vocabulary_ = 0, input_vocabulary_ = 0;
-  std::vector<float> inverse_frequency_;  // (head_dim / 2)
+  std::vector<std::vector<float>> inverse_frequency_;  // sets of one size, head_dim / 2 or less: those pairs turn
+  float rope_factor_;                                  // of sines and cosines
   std::vector<Storage> storage_;
   // What operations look at: the window of those with sinks, the first sinks_ positions, and none before the last
   // reach_ ones else (0: all).

@@ -12,6 +12,7 @@ from chalot.errors import ChalotError, FormatError, UnsupportedError
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.families import FAMILIES
 from chalot.model.layers import model_tensors
+from chalot.model.rope import LEAST_FACTOR, ROPE_KINDS
 from golden.cases import (
     OLD,
     YARN,
@@ -20,6 +21,7 @@ from golden.cases import (
     gemma2,
     granite,
     llama,
+    longrope,
     mistral,
     mixtral,
     olmoe,
@@ -37,7 +39,7 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3": qwen3(use_sliding_window=True, sliding_window=20),
     "gemma": gemma(),
     "gemma2": gemma2(),
-    "phi3": phi3(),
+    "phi3": phi3(**longrope(8)),
     "granite": granite(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),
@@ -55,13 +57,14 @@ OF_EXPERTS = (
 )
 POSITIVE = (
     *("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping"),
-    *("final_logit_softcapping", "partial_rotary_factor"),
+    *("final_logit_softcapping", "partial_rotary_factor", "rope_local_base_freq"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )
 OF_ROPE = (
     *("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
     *("original_max_position_embeddings", "attention_factor"),
 )
+FACTORS = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 FLAGS = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS: list[Any] = [0, -1, 1 << 120, 10**5000, INF, -INF, NAN, "8", "", True, [8], {"a": 8}]
@@ -125,7 +128,7 @@ def test_a_number_that_is_none_is_named(family: str) -> None:
 def test_a_missing_number_is_named_or_has_a_default(family: str) -> None:
     for key in WHOLE:
         left = {k: v for k, v in BASES[family].items() if k != key}
-        if key in NULL:
+        if key in NULL or key in FAMILIES[family].defaults:
             from_hugging_face(left)
         else:
             assert "is missing" in refused(left, key)
@@ -151,7 +154,10 @@ def test_a_switch_is_true_or_false(key: str, value: Any) -> None:
         ({"model_type": None}, "unknown architecture None"),
         ({"model_type": ["llama"]}, "unknown architecture ['llama']"),
         ({"model_type": "x" * 10**6}, "unknown architecture 'xxx"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not known"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' is not known"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor is None; expected a list of"),
+        ({"rope_scaling": {"rope_type": "su", "short_factor": [1, 0.7]}}, "short_factor is 0.7"),
+        ({"rope_scaling": {"type": "longrope", **FACTORS}}, "3 factors of rope for 16 pairs"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope scaling ['yarn'] is not known"),
         ({"rope_scaling": {"type": None}}, "rope scaling None is not known"),
         ({"rope_scaling": [8]}, "rope_scaling is [8]; expected an object"),
@@ -180,7 +186,7 @@ anything = st.recursive(
     | st.floats()
     | st.floats(0, 1e4)
     | st.text(max_size=5)
-    | st.sampled_from(["yarn", "linear", "default", "llama3", "silu", "full_attention"]),
+    | st.sampled_from([*ROPE_KINDS, "default", "silu", "full_attention"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from([*OF_ROPE, "rope_type", "rope_theta", "x"]), inner)
@@ -198,6 +204,7 @@ KEYS = (
     "layer_types",
     "hidden_act",
 )
+KEYS += ("no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern")
 KEYS += ("hidden_activation", "max_window_layers", "dtype", "torch_dtype", "quantization_config")
 
 
@@ -214,5 +221,6 @@ def test_any_values_give_a_model_or_a_typed_error(family: str, change: dict[str,
     if found.layers < 100:
         assert all(min(t.shape) >= 1 for t in model_tensors(found))
     frequency = inverse_frequencies(found)
-    assert frequency.shape == (found.head_dim // 2,)
-    assert np.isfinite(frequency).all() and (frequency >= 0).all() and (frequency <= 1).all()
+    assert frequency.shape == found.rope_shape
+    assert np.isfinite(frequency).all() and (frequency >= 0).all()
+    assert (frequency <= 1 / LEAST_FACTOR).all()

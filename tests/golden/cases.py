@@ -213,6 +213,19 @@ NEW = {"rope_parameters": SCALING | {"rope_type": "llama3", "rope_theta": 500000
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 YARN = {"type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 256}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """Rope as Phi-3.5 and Phi-4-mini have it: factors of each pair, for short and long texts."""
+    short, long = [1 + i / 16 for i in range(pairs)], [1.25 + i * i / 2 for i in range(pairs)]
+    scaling = {"type": "longrope", "short_factor": short, "long_factor": long}
+    return {"rope_scaling": scaling, "max_position_embeddings": 4096}
+
+
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+}
 BY_KIND = {
     kind: {"rope_type": "default", "rope_theta": 50000.0}
     for kind in ("full_attention", "sliding_attention")
@@ -308,6 +321,13 @@ CASES = {
         ),
         Case("phi3", phi3()),
         Case("phi3-window", phi3(sliding_window=20, num_key_value_heads=1), "f32", shards=2),
+        Case("phi3-partial", phi3(partial_rotary_factor=0.75), "f32"),
+        Case("phi3-short", phi3(**longrope(8)), "f16"),
+        Case("phi3-long", phi3(**longrope(8), original_max_position_embeddings=64), "f32"),
+        Case(
+            "phi3-long-partial",
+            phi3(**longrope(6), partial_rotary_factor=0.75, original_max_position_embeddings=64),
+        ),
         Case("granite", granite()),
         Case(
             "granite-biases",
@@ -350,11 +370,13 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if config.get("mlp_bias"):
         biased |= {"gate_proj", "up_proj", "down_proj"}
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if family == "gemma2":
+    if family in ("gemma2", "gemma3_text"):
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if family == "olmoe":
+    if family == "olmo2":
+        norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if family in ("olmo2", "olmoe"):
         norms |= {"self_attn.q_norm": heads * size, "self_attn.k_norm": keys}
-    if family in ("qwen3", "qwen3_moe"):
+    if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
     if family == "bitnet":
         norms |= {"self_attn.attn_sub_norm": hidden, "mlp.ffn_sub_norm": inner}

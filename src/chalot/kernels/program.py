@@ -85,6 +85,7 @@ class Op:
     top: int = 0  # route, experts: experts that a token takes
     routes: int = LOGITS  # experts: the slot that route wrote
     planes: int = 0  # experts: of what down is multiplied with; 0: numbers
+    rope: int = 0  # rope_store: which of the program's sets of frequencies
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ class Program:
     ops: tuple[Op, ...]
     cache: CacheShape
     heads: int
-    inverse_frequency: NDArray[np.float32]  # (head_dim / 2,)
+    # (sets, pairs): of a head's first numbers i and i + pairs turn together, the rest stay
+    inverse_frequency: NDArray[np.float32]
     vocabulary: int
+    rope_factor: float = 1.0  # of sines and cosines
 
     def written(self) -> list[Slot]:
         """The slots that hold something: those between fused operations only do not."""

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from chalot.model.experts import ExpertKeys
-from chalot.model.settings import Settings, flag, wrong
+from chalot.model.settings import Settings, flag, whole, wrong
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -25,11 +25,14 @@ class Family(msgspec.Struct, frozen=True):
     norm_offset: float = 0.0  # checkpoints hold norm weights less this
     embedding_scaled: bool = False  # by sqrt(hidden), rounded to the checkpoint's type
     head_norms: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     inner_norms: bool = False
     whole_norms: bool = False
     experts: ExpertKeys | None = None
     multiplied: bool = False  # embedding, scores, what is added, logits: see `multipliers`
+    partial_rope: bool = False  # `partial_rotary_factor` may be less than 1
+    turned: Callable[[Settings, int], bool] | None = None  # whether a layer has rope
 
 
 def switched_on(config: Settings, layer: int) -> bool:
@@ -53,6 +56,22 @@ def late_layers(config: Settings, layer: int) -> bool:
     return layer >= first
 
 
+def all_but_each_sixth(config: Settings, layer: int) -> bool:
+    """Gemma 3's rule, of which older configurations name the number."""
+    return (layer + 1) % whole(config, "sliding_window_pattern", 6) != 0
+
+
+def rope_by_list(config: Settings, layer: int) -> bool:
+    """SmolLM3's rule: 1 in `no_rope_layers` is a layer with rope; else each n-th goes without."""
+    listed = config["no_rope_layers"]
+    if listed is None:
+        return (layer + 1) % whole(config, "no_rope_layer_interval", 4) != 0
+    layers = whole(config, "num_hidden_layers")
+    if not isinstance(listed, list) or len(listed) < layers or not set(listed) <= {0, 1}:
+        raise wrong("no_rope_layers", listed, f"a list of 0 and 1 for {layers} layers")
+    return bool(listed[layer])
+
+
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
     "layer_types": None
 }
@@ -62,6 +81,17 @@ QWEN_EXPERTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
     "norm_topk_prob": False,
+}
+GEMMA2 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256} | {
+    "layer_types": None
+}
+GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208} | {
+    "max_position_embeddings": 131072,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0,
+    "sliding_window": 4096,
 }
 GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
@@ -85,8 +115,7 @@ FAMILIES = {
     ),
     "gemma2": Family(
         GEMMA
-        | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
-        | {"layer_types": None}
+        | GEMMA2
         | {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         "attention_bias",
         "attention_bias",
@@ -97,7 +126,10 @@ FAMILIES = {
         post_norms=True,
     ),
     "phi3": Family(
-        {"sliding_window": None, "rms_norm_eps": 1e-5}, windowed=lambda config, layer: True
+        {"sliding_window": None, "rms_norm_eps": 1e-5}
+        | {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        windowed=lambda config, layer: True,
+        partial_rope=True,
     ),
     "granite": Family(
         {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
@@ -151,6 +183,7 @@ OPTIONAL = {  # settings of some families, refused in the others
     *("sliding_window", "query_pre_attn_scalar", "use_bidirectional_attention", "use_mrope"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    *("rope_local_base_freq", "no_rope_layers"),
     *("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts"),
 }
 GATES = {

@@ -46,7 +46,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
         if there:
             out.append(TensorSpec(f"{p}{name}.bias", (size,), "vector"))
 
-    norm("attention_norm", c.hidden)
+    norm("attention_norm", c.hidden, c.pre_norms)
     for name, size in rows.items():
         matrix(name, (size, c.hidden), "attention")
     for name, size in rows.items():
@@ -57,7 +57,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     matrix("output", (c.hidden, queries), "attention")
     bias("output", c.hidden, c.output_bias)
     norm("attention_post_norm", c.hidden, c.post_norms)
-    norm(ffn_norm(c), c.hidden)
+    norm(ffn_norm(c), c.hidden, c.pre_norms)
     experts = c.experts_of(layer)
     if experts is not None:
         return out + [t._replace(name=p + t.name) for t in expert_tensors(c, experts)]

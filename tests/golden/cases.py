@@ -138,6 +138,13 @@ def phi3(**changes: Any) -> dict[str, Any]:
     return without(llama(**usual, **sizes, **rest), *gone) | changes
 
 
+def olmo2(**changes: Any) -> dict[str, Any]:
+    """A config.json as OLMo 2 7B ships it: norms behind attention and feed-forward alone."""
+    usual = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "rms_norm_eps": 1e-6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "rope_theta": 500000.0}
+    return without(llama(**usual, **heads), "mlp_bias", "pretraining_tp") | changes
+
+
 def granite(**changes: Any) -> dict[str, Any]:
     """A config.json as Granite 3.1 2B ships it."""
     usual = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
@@ -328,6 +335,8 @@ CASES = {
             "phi3-long-partial",
             phi3(**longrope(6), partial_rotary_factor=0.75, original_max_position_embeddings=64),
         ),
+        Case("olmo2", olmo2()),
+        Case("olmo2-groups", olmo2(num_key_value_heads=2, attention_bias=True), "f32"),
         Case("granite", granite()),
         Case(
             "granite-biases",

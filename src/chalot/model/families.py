@@ -131,6 +131,14 @@ FAMILIES = {
         windowed=lambda config, layer: True,
         partial_rope=True,
     ),
+    "olmo2": Family(
+        {"rms_norm_eps": 1e-5},
+        "attention_bias",
+        "attention_bias",
+        whole_norms=True,
+        pre_norms=False,
+        post_norms=True,
+    ),
     "granite": Family(
         {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
         | {"logits_scaling": 1.0},

@@ -25,6 +25,7 @@ from golden.cases import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 from test_exactness import NATIVE, digest, feed, ids
 
@@ -42,6 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": phi3(sliding_window=9),
     "phi3-long": phi3(**longrope(9), partial_rotary_factor=0.75),
     "olmo2": olmo2(),
+    "smollm3": smollm3(no_rope_layers=[1, 0], layer_types=None),
     "granite": granite(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),

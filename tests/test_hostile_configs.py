@@ -31,6 +31,7 @@ from golden.cases import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 
 BASES: dict[str, dict[str, Any]] = {
@@ -42,6 +43,10 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma2": gemma2(),
     "phi3": phi3(**longrope(8)),
     "olmo2": olmo2(),
+    "smollm3": smollm3(
+        **{"layer_types": None, "use_sliding_window": True, "sliding_window": 20},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
     "granite": granite(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),

@@ -145,6 +145,16 @@ def olmo2(**changes: Any) -> dict[str, Any]:
     return without(llama(**usual, **heads), "mlp_bias", "pretraining_tp") | changes
 
 
+def smollm3(**changes: Any) -> dict[str, Any]:
+    """A config.json as SmolLM3 ships it: each fourth layer has no rope."""
+    usual = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+    layers = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4}
+    window = {"sliding_window": None, "use_sliding_window": False, "pad_token_id": None}
+    kinds = {"layer_types": ["full_attention"] * 4, "max_window_layers": 28}
+    rest = {"rope_theta": 5000000.0, "tie_word_embeddings": True}
+    return without(llama(**usual, **layers, **window, **kinds, **rest), "pretraining_tp") | changes
+
+
 def granite(**changes: Any) -> dict[str, Any]:
     """A config.json as Granite 3.1 2B ships it."""
     usual = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
@@ -337,6 +347,18 @@ CASES = {
         ),
         Case("olmo2", olmo2()),
         Case("olmo2-groups", olmo2(num_key_value_heads=2, attention_bias=True), "f32"),
+        Case("smollm3", smollm3()),
+        Case(
+            "smollm3-window",
+            without(
+                smollm3(
+                    **{"use_sliding_window": True, "sliding_window": 20, **BIASES},
+                    no_rope_layer_interval=2,
+                ),
+                *("no_rope_layers", "layer_types"),
+            ),
+            "f32",
+        ),
         Case("granite", granite()),
         Case(
             "granite-biases",

@@ -139,6 +139,18 @@ FAMILIES = {
         pre_norms=False,
         post_norms=True,
     ),
+    "smollm3": Family(
+        {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
+        | {"no_rope_layers": None, "tie_word_embeddings": True}
+        | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6},
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        windowed=lambda config, layer: (
+            flag(config, "use_sliding_window") and not rope_by_list(config, layer)
+        ),
+        turned=rope_by_list,
+    ),
     "granite": Family(
         {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
         | {"logits_scaling": 1.0},

@@ -19,6 +19,7 @@ from golden.cases import (
     bitnet,
     gemma,
     gemma2,
+    gemma3,
     granite,
     llama,
     longrope,
@@ -41,6 +42,7 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3": qwen3(use_sliding_window=True, sliding_window=20),
     "gemma": gemma(),
     "gemma2": gemma2(),
+    "gemma3_text": gemma3(),
     "phi3": phi3(**longrope(8)),
     "olmo2": olmo2(),
     "smollm3": smollm3(

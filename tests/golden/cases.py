@@ -155,6 +155,16 @@ def smollm3(**changes: Any) -> dict[str, Any]:
     return without(llama(**usual, **layers, **window, **kinds, **rest), "pretraining_tp") | changes
 
 
+def gemma3(**changes: Any) -> dict[str, Any]:
+    """A config.json as Gemma 3 1B ships it; its head is tied without a word."""
+    usual = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    rope = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": None}
+    sizes = {"num_hidden_layers": 7, "head_dim": 64, "sliding_window": 20}
+    rest = {"sliding_window_pattern": 6, "query_pre_attn_scalar": 24}
+    none = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    return without(gemma2(**usual, **rope, **sizes, **rest, **none), "hidden_act") | changes
+
+
 def granite(**changes: Any) -> dict[str, Any]:
     """A config.json as Granite 3.1 2B ships it."""
     usual = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
@@ -358,6 +368,21 @@ CASES = {
                 *("no_rope_layers", "layer_types"),
             ),
             "f32",
+        ),
+        Case("gemma3", gemma3()),
+        Case(
+            "gemma3-new",
+            without(
+                gemma3(
+                    layer_types=["full_attention"] + ["sliding_attention"] * 2,
+                    rope_parameters=GEMMA3_ROPE,
+                    final_logit_softcapping=20.0,
+                    num_hidden_layers=3,
+                ),
+                *("rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"),
+            ),
+            "f32",
+            tokens=300,
         ),
         Case("granite", granite()),
         Case(

@@ -125,6 +125,17 @@ FAMILIES = {
         embedding_scaled=True,
         post_norms=True,
     ),
+    "gemma3_text": Family(
+        GEMMA | GEMMA2 | GEMMA3,
+        "attention_bias",
+        "attention_bias",
+        windowed=all_but_each_sixth,
+        activations={"gelu": "gelu_tanh"},
+        norm_offset=1,
+        embedding_scaled=True,
+        head_norms=True,
+        post_norms=True,
+    ),
     "phi3": Family(
         {"sliding_window": None, "rms_norm_eps": 1e-5}
         | {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},

@@ -107,6 +107,21 @@ def test_what_is_not_done_is_refused(config: dict[str, object], message: str) ->
     assert message in str(caught.value)
 
 
+def test_of_an_unknown_family_is_said_what_differs() -> None:
+    """Settings that no family has, and that say something; those of some family are left out."""
+    other = llama(model_type="cohere2", logit_scale=0.0625, sliding_window=64, use_qk_norm=False)
+    with pytest.raises(UnsupportedError) as caught:
+        from_hugging_face(other)
+    said = str(caught.value)
+    assert said.startswith("config.json: unknown architecture 'cohere2'; chalot runs: llama, ")
+    assert said.endswith(
+        "smollm3, granite, mixtral, qwen2_moe, qwen3_moe, olmoe, bitnet; "
+        "settings that none of them has: ['logit_scale']"
+    )
+    with pytest.raises(UnsupportedError, match=", bitnet$"):
+        from_hugging_face(llama(model_type="lama"))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.model.experts import Experts, read_experts
-from chalot.model.families import FAMILIES, GATES, OPTIONAL, Family
+from chalot.model.families import FAMILIES, GATES, OPTIONAL, Family, unfamiliar
 from chalot.model.regions import Region, Regions, check_regions, default_regions
 from chalot.model.rope import Rope, RopeScaling, frequencies, read_rope
 from chalot.model.settings import (
@@ -206,8 +206,10 @@ def from_hugging_face(config: Settings) -> ModelConfig:
     family = config.get("model_type")
     row = FAMILIES.get(family) if isinstance(family, str) else None
     if row is None:
+        beyond = unfamiliar(config)
         raise UnsupportedError(
             f"config.json: unknown architecture {shown(family)}; chalot runs: {', '.join(FAMILIES)}"
+            + (f"; settings that none of them has: {shown(beyond)}" if beyond else "")
         )
     check_supported(config, row)
     config = {**row.defaults, **config}

@@ -217,6 +217,26 @@ OPTIONAL = {  # settings of some families, refused in the others
     *("rope_local_base_freq", "no_rope_layers"),
     *("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts"),
 }
+READ = {  # settings of every family
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "intermediate_size", "vocab_size", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("hidden_act", "hidden_activation", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    *("layer_types", "torch_dtype", "dtype"),
+}
+BESIDE = {  # what does not change what a model computes
+    *("architectures", "auto_map", "transformers_version", "_name_or_path", "tokenizer_class"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "pretraining_tp"),
+    *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
+}
+
+
+def unfamiliar(config: Settings) -> list[str]:
+    """The settings of a configuration that no family has, and that say something."""
+    known = READ.union(BESIDE, OPTIONAL, *(row.defaults for row in FAMILIES.values()))
+    return sorted(key for key in config.keys() - known if config[key])
+
+
 GATES = {
     "silu": "silu",
     "swish": "silu",

@@ -109,12 +109,12 @@ struct Model {
     return {CacheType(type), layers, kv_heads, head_dim};
   }
   // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused, sinks, routing, top,
-  // routes, planes, rope); a part: (matrix, bias, column).
+  // routes, planes, rope, bias); a part: (matrix, bias, column).
   std::vector<Op> ops_of(nb::list ops) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
-      expect(t.size() == 18, "operation: expected eighteen fields");
+      expect(t.size() == 19, "operation: expected nineteen fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]), routing = nb::cast<int>(t[13]);
       expect(kind >= 0 && kind <= int(OpKind::prefetch) && gate >= 0 && gate <= int(Gate::relu2) && routing >= 0 &&
@@ -145,6 +145,7 @@ struct Model {
       op.routes = nb::cast<int>(t[15]);
       op.planes = nb::cast<int>(t[16]);
       op.rope = nb::cast<int>(t[17]);
+      std::tie(op.bias, op.bias_size) = vector_of(t[18], keep);
       out.push_back(op);
     }
     return out;

@@ -104,7 +104,8 @@ void Program::check() {
       case OpKind::norm:
         numbers(op.in, slot(op.out).width);
         numbers(op.out, slot(op.in).width);
-        if (op.weight_size < size_t(round_up(slot(op.in).width, 16))) invalid(i, "norm needs a weight, padded to 16");
+        for (size_t size : {op.weight_size, op.bias ? op.bias_size : op.weight_size})
+          if (size < size_t(round_up(slot(op.in).width, 16))) invalid(i, "norm needs a weight, padded to 16");
         break;
       case OpKind::quantize:
         if (slot(op.in).planes || !slot(op.out).planes || slot(op.in).width != slot(op.out).width)

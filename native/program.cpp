@@ -49,6 +49,17 @@ void sine_cosine(float angle, float& s, float& c) {
   c = float(c4[quarter]);
 }
 
+// x less its mean, by sixteen chains of additions and their tree; zeros up to a multiple of 16.
+void centre(const float* x, int n, float* out) {
+  float lanes[16] = {};
+  for (int i = 0; i < n; i++) lanes[i % 16] += x[i];
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  const float mean = lanes[0] / float(n);
+  for (int i = 0; i < n; i++) out[i] = x[i] - mean;
+  for (int i = n; i < round_up(n, 16); i++) out[i] = 0;
+}
+
 }  // namespace
 
 Buffer::~Buffer() { std::free(data_); }
@@ -79,7 +90,7 @@ Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache,
     for (const Part& part : op.parts) scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(part.w));
   scratch_bytes_ = to_lines(std::max(scratch_bytes_, attention_scratch_bytes()));
   for (const Op& op : ops_)
-    if (of_all_heads(op)) scratch_bytes_ = std::max(scratch_bytes_, to_lines(op.weight_size * 4));
+    if (of_all_heads(op) || op.bias) scratch_bytes_ = std::max(scratch_bytes_, to_lines(op.weight_size * 4));
   for (Op& op : ops_)
     if (op.kind == OpKind::experts) {
       op.taken = taken_.size();
@@ -221,8 +232,7 @@ void Program::apply(const Op& op, const Run& run) {
       }
       break;
     case OpKind::norm:
-      for (int t = first; t < last; t++)
-        k.rms_norm(numbers(op.in, t), op.weight, slots_[size_t(op.in)].width, op.number, numbers(op.out, t), op.add);
+      norm(op, run);
       break;
     case OpKind::quantize:
       for (int t = first; t < last; t++)
@@ -274,6 +284,25 @@ void Program::apply(const Op& op, const Run& run) {
       for (int t = first; t < last; t++)
         std::memcpy(numbers(op.out, t), numbers(op.in, run.batch.rows[t]), size_t(slots_[size_t(op.out)].stride()) * 4);
       break;
+  }
+}
+
+void Program::norm(const Op& op, const Run& run) {
+  const int width = slots_[size_t(op.in)].width;
+  float* centred = scratch_[size_t(run.id)].as<float>();
+  for (int t = run.from(); t < run.to(); t++) {
+    const float* x = numbers(op.in, t);
+    float* y = numbers(op.out, t);
+    if (!op.bias) {
+      run.k.rms_norm(x, op.weight, width, op.number, y, op.add);
+      continue;
+    }
+    centre(x, width, centred);
+    run.k.rms_norm(centred, op.weight, width, op.number, centred, false);
+    for (int i = 0; i < width; i++) {
+      const float made = centred[i] + op.bias[i];
+      y[i] = op.add ? y[i] + made : made;
+    }
   }
 }
 

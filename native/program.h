@@ -43,6 +43,9 @@ struct Op {
   // together, (queries padded to 16), (keys padded to 16)
   const float* weight = nullptr;
   size_t weight_size = 0;
+  // norm: (width padded to 16), or none; with it the mean is taken out first
+  const float* bias = nullptr;
+  size_t bias_size = 0;
   float number = 0;  // embed: factor; norm, rope_store: epsilon; attend: the scores' scale
   int layer = 0;
   bool add = false;  // linear, norm: to what the target holds
@@ -181,6 +184,7 @@ class Program {
   void add_panels(const Op& op, const Run& run, const Group& g, const Slot& inner, int first, int last, float* made);
   void check_experts(size_t op) const;
   void prefetch(const Op& op, const Run& run) const;
+  void norm(const Op& op, const Run& run);
   void norm_all_heads(const Op& op, const Run& run);
   bool of_all_heads(const Op& op) const { return op.weight && op.weight_size != size_t(2 * cache_.stride()); }
   void rope_store(const Op& op, const Run& run);

@@ -115,6 +115,9 @@ Op read_op(File& f) {
   op.routes = f.whole();
   op.planes = f.whole();
   op.rope = f.whole();
+  const auto added = f.array<float>();
+  op.bias = added.empty() ? nullptr : added.data();
+  op.bias_size = added.size();
   return op;
 }
 

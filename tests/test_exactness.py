@@ -197,6 +197,7 @@ FAMILIES: dict[str, tuple[dict[str, object], str]] = {
         {"rope_bases": (400.0, None), "windows": (9, 0), "head_norms": True, "post_norms": True},
         "fa793219a902ae0c",
     ),
+    "stablelm": ({"centred_norms": True, "turning": 6}, "13683b865b47c6ea"),
     "partial": ({"turning": 6}, "0ed1c5ee1e20e518"),
     "phi3": ({"rope_scaling": LONGROPE, "turning": 12}, "dbb11a82d0abca9e"),
 }

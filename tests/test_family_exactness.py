@@ -27,6 +27,7 @@ from golden.cases import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
 )
 from test_exactness import NATIVE, digest, feed, ids
 
@@ -45,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": phi3(sliding_window=9),
     "phi3-long": phi3(**longrope(9), partial_rotary_factor=0.75),
     "olmo2": olmo2(),
+    "stablelm": stablelm(partial_rotary_factor=0.5),
     "smollm3": smollm3(no_rope_layers=[1, 0], layer_types=None),
     "granite": granite(),
     "bitnet": bitnet("autobitlinear"),

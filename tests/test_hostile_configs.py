@@ -33,6 +33,7 @@ from golden.cases import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
 )
 
 BASES: dict[str, dict[str, Any]] = {
@@ -49,6 +50,7 @@ BASES: dict[str, dict[str, Any]] = {
         **{"layer_types": None, "use_sliding_window": True, "sliding_window": 20},
         **{"num_attention_heads": 8, "num_key_value_heads": 4},
     ),
+    "stablelm": stablelm(hidden_size=256, num_attention_heads=32, num_key_value_heads=32),
     "granite": granite(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),
@@ -65,7 +67,8 @@ OF_EXPERTS = (
     *("shared_expert_intermediate_size", "decoder_sparse_step"),
 )
 POSITIVE = (
-    *("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("rms_norm_eps", "layer_norm_eps", "rope_theta"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping"),
     *("final_logit_softcapping", "partial_rotary_factor", "rope_local_base_freq"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )

@@ -47,6 +47,10 @@ def with_frequencies(found: np.ndarray) -> Program:
 
 PROGRAMS: dict[str, tuple[Callable[[], Program], str]] = {
     "has no frequencies of that number": (lambda: changed("rope_store", rope=1), "frequencies"),
+    "adds a bias that is too short": (
+        lambda: changed("norm", bias=np.zeros(16, np.float32)),
+        "padded to 16",
+    ),
     "turns more pairs than a head has": (lambda: with_frequencies(np.ones((1, 13))), "1 to head"),
     "turns nothing": (lambda: with_frequencies(np.ones((1, 0))), "1 to head"),
     "has no set of frequencies": (lambda: with_frequencies(np.ones((0, 12))), "1 to head"),

@@ -165,6 +165,16 @@ def gemma3(**changes: Any) -> dict[str, Any]:
     return without(gemma2(**usual, **rope, **sizes, **rest, **none), "hidden_act") | changes
 
 
+def stablelm(**changes: Any) -> dict[str, Any]:
+    """A config.json as StableLM 2 1.6B ships it: LayerNorm, and rope on a quarter of each head."""
+    usual = {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}
+    norm = {"layer_norm_eps": 1e-5, "qk_layernorm": False, "use_parallel_residual": False}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
+    rest = {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "hidden_dropout": 0.0}
+    gone = ("attention_bias", "mlp_bias", "pretraining_tp", "rms_norm_eps")
+    return without(llama(**usual, **norm, **heads, **rest), *gone) | changes
+
+
 def granite(**changes: Any) -> dict[str, Any]:
     """A config.json as Granite 3.1 2B ships it."""
     usual = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
@@ -384,6 +394,13 @@ CASES = {
             "f32",
             tokens=300,
         ),
+        Case("stablelm", stablelm()),
+        Case(
+            "stablelm-groups",
+            stablelm(num_key_value_heads=2, use_qkv_bias=False, partial_rotary_factor=0.5)
+            | {"layer_norm_eps": 0.01, "tie_word_embeddings": True},
+            "f32",
+        ),
         Case("granite", granite()),
         Case(
             "granite-biases",
@@ -420,6 +437,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     keys = config.get("num_key_value_heads", heads) * size
     family = config["model_type"]
     always = family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True))
+    always |= config.get("use_qkv_bias", False)
     biased = {"q_proj", "k_proj", "v_proj"} if always else set()
     if config.get("attention_bias"):
         biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -447,6 +465,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."
         out |= {f"{at}{name}.weight": (n,) for name, n in norms.items()}
+        if family == "stablelm":
+            out |= {f"{at}{name}.bias": (n,) for name, n in norms.items()}
         fed = expert_shapes(config, i) or {f"mlp.{name}": shape for name, shape in feed.items()}
         for part, matrices in (("self_attn.", attention), ("", fed)):
             for name, shape in matrices.items():
@@ -454,6 +474,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 if name.removeprefix("mlp.") in biased:
                     out[f"{at}{part}{name}.bias"] = shape[:1]
     out["model.norm.weight"] = (hidden,)
+    if family == "stablelm":
+        out["model.norm.bias"] = (hidden,)
     if not config.get("tie_word_embeddings", family.startswith("gemma")):
         out["lm_head.weight"] = (config["vocab_size"], hidden)
     return out
@@ -490,7 +512,9 @@ def weights(case: Case, name: str, shape: tuple[int, ...], seed: int) -> NDArray
     bell = rng.integers(-(2**10), 2**10, (4, *shape)).sum(axis=0) / 1182
     if len(shape) == 2:
         return (bell * (1.5 / math.sqrt(shape[1]))).astype(np.float32)
-    norm = "norm" in name and not case.config["model_type"].startswith("gemma")  # theirs adds 1
+    norm = name.endswith("norm.weight") and not case.config["model_type"].startswith(
+        "gemma"
+    )  # theirs adds 1
     return (bell * 0.5 + (1 if norm else 0)).astype(np.float32)
 
 

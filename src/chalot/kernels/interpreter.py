@@ -16,6 +16,7 @@ from chalot.kernels.reference import (
     dense,
     embedding,
     gate,
+    layer_norm,
     merge,
     pad,
     product,
@@ -116,7 +117,10 @@ class ReferenceProgram:
         x = slots[op.source]
         if op.kind == "norm":
             assert op.weight is not None
-            y = rms_norm(x, op.weight, op.number)
+            if op.bias is None:
+                y = rms_norm(x, op.weight, op.number)
+            else:
+                y = layer_norm(x, op.weight, op.bias, op.number)
             return slots[op.target] + y if op.add else y
         if op.kind == "gate":
             half = x.shape[1] // 2

@@ -33,7 +33,7 @@ def matrix_fields(m: Matrix) -> tuple[object, ...]:
 
 
 def op_fields(op: Op) -> tuple[object, ...]:
-    """The eighteen fields of an operation."""
+    """The nineteen fields of an operation."""
     parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
     return (
         KINDS.index(op.kind),
@@ -54,6 +54,7 @@ def op_fields(op: Op) -> tuple[object, ...]:
         op.routes,
         op.planes,
         op.rope,
+        op.bias,
     )
 
 

@@ -4,7 +4,7 @@ A slot holds one row a token: float32 numbers (planes = 0) or quantised activati
 one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a block of 128.
 
     embed     target <- rows of a matrix, by token id, times a number
-    norm      target (+)= source / rms(source) * weight
+    norm      target (+)= source / rms(source) * weight, or with a bias LayerNorm
     quantize  target <- codes of source
     linear    target[:, column:] (+)= source @ matrix.T + bias, for each of its parts; logits are
               capped where there is a cap
@@ -86,6 +86,7 @@ class Op:
     routes: int = LOGITS  # experts: the slot that route wrote
     planes: int = 0  # experts: of what down is multiplied with; 0: numbers
     rope: int = 0  # rope_store: which of the program's sets of frequencies
+    bias: NDArray[np.float32] | None = None  # norm: padded to 16; the mean is then taken out first
 
 
 @dataclass(frozen=True)

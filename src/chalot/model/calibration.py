@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chalot.errors import WeightError
 from chalot.kernels.backend import Backend, Runnable
 from chalot.kernels.program import PAGE, Batch, padded_vector
-from chalot.kernels.reference import gate, rms_norm, route
+from chalot.kernels.reference import gate, layer_norm, rms_norm, route
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm, layer_tensors
@@ -180,6 +180,14 @@ def layer_inputs(
         made = rms_norm(runnable.slot(named[ATTENDED], len(states)), weight, config.norm_epsilon)
         found |= {"attention input": states, "feed-forward input": states + made}
     return found
+
+
+def head_inputs(config: ModelConfig, read: Callable[[str], Floats], hidden: Floats) -> Floats:
+    """(tokens, hidden): the last hidden states, normed. `read` gives a tensor."""
+    weight = padded_vector(read("final_norm"))
+    if not config.centred_norms:
+        return rms_norm(hidden, weight, config.norm_epsilon)
+    return layer_norm(hidden, weight, padded_vector(read("final_norm.bias")), config.norm_epsilon)
 
 
 class Calibration:
@@ -407,14 +415,14 @@ class Calibration:
         for name, rows in ((query, by_query), (key, by_key)):
             self.plan.rows[name] = self.plan.rows[name + ".bias"] = rows
 
-    def head_inputs(self, norm: Floats) -> Floats:
+    def head_inputs(self, read: Callable[[str], Floats]) -> Floats:
         """(tokens, hidden): what the head is multiplied with, behind the last layer."""
-        return rms_norm(self.hidden, padded_vector(norm), self.config.norm_epsilon)
+        return head_inputs(self.config, read, self.hidden)
 
-    def head(self, name: str, norm: Floats, rows: Floats) -> None:
+    def head(self, name: str, read: Callable[[str], Floats], rows: Floats) -> None:
         """Plan the head's activations from the last hidden states and some of its rows."""
         if not self.schemes[name].is_coded:
             return
-        x = rms_norm(self.hidden[:PLANNED], padded_vector(norm), self.config.norm_epsilon)
+        x = head_inputs(self.config, read, self.hidden[:PLANNED])
         trial = Trial(self.backend, x, {name: (rows, self.schemes[name])})
         self.plan.planes[name] = trial.best(None)[1]

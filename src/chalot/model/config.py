@@ -70,6 +70,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     experts: Experts | None = None
     logit_divisor: float = 1.0
     pre_norms: bool = True  # of what attention and feed-forward read
+    centred_norms: bool = False  # LayerNorm, with biases, instead of norms by the mean square alone
     turning: int = 0  # numbers of a head that rope turns, the first ones; 0: all
     # bases of rope, unscaled, of layers that have their own; 0: no rope; None: the model's; (): all
     rope_bases: tuple[float | None, ...] = ()
@@ -108,6 +109,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         self._check_rope()
         if not (self.pre_norms or self.post_norms):
             raise ValueError("expected norms before or behind attention and feed-forward")
+        others = self.head_norms or self.whole_norms or self.post_norms or self.inner_norms
+        if self.centred_norms and others:
+            raise ValueError("norms with biases go with no other norms")
         if self.experts is not None:
             self.experts.check(self.layers)
             if self.feed_forward_bias or self.post_norms or self.inner_norms:
@@ -224,6 +228,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
         head = whole(config, "head_dim", hidden // heads)
         rope = read_rope(config, "rope_local_base_freq" in row.defaults)
         sizes = windows(config, row)
+        epsilon = "layer_norm_eps" if row.centred_norms else "rms_norm_eps"
         scalar = positive(config, "query_pre_attn_scalar")
         fields = {
             "family": family,
@@ -235,7 +240,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "feed_forward": whole(config, "intermediate_size"),
             "vocabulary": whole(config, "vocab_size"),
             "context": whole(config, "max_position_embeddings", 2048),
-            "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
+            "norm_epsilon": number(config, epsilon, 1e-6),
             "rope_theta": rope.theta,
             "tied": flag(config, "tie_word_embeddings"),
             "query_key_value_bias": bias(row.query_key_value_bias),
@@ -245,6 +250,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "rope_scaling": rope.scaling,
             "embedding_scale": embedding_scale(config) if row.embedding_scaled else 1.0,
             "pre_norms": row.pre_norms,
+            "centred_norms": row.centred_norms,
             "head_norms": row.head_norms,
             "post_norms": row.post_norms,
             "inner_norms": row.inner_norms,

@@ -26,6 +26,7 @@ class Family(msgspec.Struct, frozen=True):
     embedding_scaled: bool = False  # by sqrt(hidden), rounded to the checkpoint's type
     head_norms: bool = False
     pre_norms: bool = True
+    centred_norms: bool = False
     post_norms: bool = False
     inner_norms: bool = False
     whole_norms: bool = False
@@ -162,6 +163,13 @@ FAMILIES = {
         ),
         turned=rope_by_list,
     ),
+    "stablelm": Family(
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "num_key_value_heads": 32}
+        | {"max_position_embeddings": 4096},
+        "use_qkv_bias",
+        centred_norms=True,
+        partial_rope=True,
+    ),
     "granite": Family(
         {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
         | {"logits_scaling": 1.0},
@@ -214,7 +222,7 @@ OPTIONAL = {  # settings of some families, refused in the others
     *("sliding_window", "query_pre_attn_scalar", "use_bidirectional_attention", "use_mrope"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
-    *("rope_local_base_freq", "no_rope_layers"),
+    *("rope_local_base_freq", "no_rope_layers", "qk_layernorm", "use_parallel_residual"),
     *("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts"),
 }
 READ = {  # settings of every family

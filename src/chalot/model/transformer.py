@@ -61,10 +61,13 @@ class Builder:
     def norm(
         self, source: int, target: int, name: str, add: bool = False, divisor: float = 1.0
     ) -> None:
-        """target (+)= rms norm of source, divided."""
+        """target (+)= norm of source, divided."""
         weight = padded_vector(self.weights.vectors[name]) / np.float32(divisor)
-        epsilon = self.config.norm_epsilon
-        self.ops.append(Op("norm", source, target, weight=weight, number=epsilon, add=add))
+        bias = None
+        if self.config.centred_norms:
+            bias = padded_vector(self.weights.vectors[name + ".bias"]) / np.float32(divisor)
+        op = Op("norm", source, target, weight=weight, number=self.config.norm_epsilon, add=add)
+        self.ops.append(replace(op, bias=bias))
 
     def normed(self, there: bool, source: int, slot: str, name: str) -> int:
         """The slot with the norm of source; source itself where there is no such norm."""

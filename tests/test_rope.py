@@ -57,6 +57,19 @@ def test_a_part_of_a_head_turns() -> None:
             from_hugging_face(phi3(partial_rotary_factor=part))
 
 
+def test_yarn_of_a_part_sharpens_what_turns() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}
+    for part, factor, scale in ((1.0, 1.0, 1.5**2 / 16**0.5), (0.5, 1.5, 1 / 16**0.5)):
+        found = from_hugging_face(phi3(rope_scaling=yarn, partial_rotary_factor=part))
+        assert (found.rope_factor, found.scale) == (factor, scale)
+
+
+def test_factors_of_longrope_are_of_longrope_alone() -> None:
+    factors = longrope(8)["rope_scaling"] | {"type": "yarn", "factor": 4.0}
+    with pytest.raises(chalot.ChalotError, match="rope setting 'long_factor' is not known"):
+        from_hugging_face(phi3(rope_scaling=factors))
+
+
 def test_phi_4_mini_is_read() -> None:
     """Its sharpening and a part of a head at once; the newer spelling says the same."""
     older = longrope(6) | {"max_position_embeddings": 131072, "partial_rotary_factor": 0.75}

@@ -10,6 +10,7 @@ import chalot
 from chalot.describe import describe
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.folders import as_computed
 from golden import cases
 from golden.cases import CASES, Shard
 from test_exactness import ids
@@ -53,6 +54,11 @@ def test_of_text_and_images_text_is_read(
             logits.append(model.logits(ids(3, 30) % 512))
     np.testing.assert_array_equal(*logits)
     assert "language model alone is read, without 2 tensors" in caplog.text
+    headers = safetensors.SafetensorsFolder(folder)
+    raw = headers.document("config.json")
+    with_names = as_computed(headers.tensors, raw, folder)  # as of a hub id, by its headers
+    headers.close()
+    assert set(with_names) == set(cases.shapes(CASES["gemma3"].config))
     described = describe(folder)
     assert not described.origin.unused
     assert described.architecture == describe(plain).architecture

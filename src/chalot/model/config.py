@@ -171,9 +171,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
     @property
     def rope_factor(self) -> float:
-        """What sines and cosines are multiplied with."""
+        """What sines and cosines are multiplied with; yarn's, where all turns, is in `scale`."""
         scaling = self.rope_scaling
-        return scaling.attention_factor if scaling and scaling.kind == "longrope" else 1.0
+        apart = scaling is not None and (scaling.kind == "longrope" or self.turning > 0)
+        return scaling.attention_factor if scaling is not None and apart else 1.0
 
     @property
     def regions(self) -> Regions:
@@ -196,9 +197,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     @property
     def scale(self) -> float:
         """What scores are multiplied with."""
-        scaling = self.rope_scaling
-        yarn = scaling.attention_factor**2 if scaling and scaling.kind == "yarn" else 1.0
-        return (self.score_scale or 1 / math.sqrt(self.head_dim)) * yarn
+        sharper = self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+        both = 1.0 if self.rope_factor != 1 else sharper**2  # of queries and of keys
+        return (self.score_scale or 1 / math.sqrt(self.head_dim)) * both
 
 
 def from_hugging_face(config: Settings) -> ModelConfig:

@@ -24,8 +24,8 @@ ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
     *("original_max_position_embeddings", "partial_rotary_factor"),
     *("beta_fast", "beta_slow", "attention_factor"),
-    *("short_factor", "long_factor"),
 }
+FACTORS = ("short_factor", "long_factor")  # of longrope
 
 
 class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -41,7 +41,7 @@ class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     high_freq_factor: float = 0.0  # llama3: turns within the old context; yarn: beta_fast
     original_context: int = 1
     kind: str = "llama3"
-    attention_factor: float = 1.0  # yarn: of queries and keys; longrope: of what turns of them
+    attention_factor: float = 1.0  # yarn, longrope: of what turns of queries and keys
     short_factor: tuple[float, ...] = ()  # longrope: of each pair, up to the old context
     long_factor: tuple[float, ...] = ()  # longrope: beyond it
 
@@ -97,7 +97,7 @@ def read_rope(config: Mapping[str, Any], has_local: bool = False) -> Rope:
             f"config.json: rope scaling {shown(kind)} is not known; known: default, "
             f"{', '.join(ROPE_KINDS)}"
         )
-    for key in sorted(found.keys() - ROPE_KEYS):
+    for key in sorted(found.keys() - ROPE_KEYS.union(FACTORS if kind == "longrope" else ())):
         if found[key] is not None and (key, found[key]) != ("truncate", True):
             raise UnsupportedError(f"config.json: rope setting {shown(key)} is not known")
     part = number({**config, **found}, "partial_rotary_factor", 1.0)
@@ -145,7 +145,7 @@ def read_scaling(config: Mapping[str, Any], found: Mapping[str, Any], kind: str)
 
 def read_longrope(found: Mapping[str, Any], original: int, longer: float) -> dict[str, Any]:
     """Ding et al., arXiv 2402.13753; what turns grows by sqrt(1 + ln factor / ln context)."""
-    lists = {key: found.get(key) for key in ("short_factor", "long_factor")}
+    lists = {key: found.get(key) for key in FACTORS}
     for key, factors in lists.items():
         if not isinstance(factors, list) or not factors:
             raise wrong(f"rope scaling: {key}", factors, "a list of numbers, one for each pair")

@@ -74,6 +74,12 @@ def inner_norms(draw: np.random.Generator) -> Tensors:
     return vectors(draw, 1, {"attn_sub_norm.weight": HEADS * HEAD, "ffn_sub_norm.weight": FEED})
 
 
+def layer_norms(draw: np.random.Generator) -> Tensors:
+    norms = vectors(draw, 0, {"attn_norm.bias": HIDDEN, "ffn_norm.bias": HIDDEN})
+    norms["output_norm.bias"] = draw.normal(0, 0.3, HIDDEN).astype(np.float32)
+    return norms | biases(draw) | untied(draw)
+
+
 def gemma3_norms(draw: np.random.Generator) -> Tensors:
     behind = {"post_attention_norm.weight": HIDDEN, "post_ffw_norm.weight": HIDDEN}
     heads = {"attn_q_norm.weight": HEAD, "attn_k_norm.weight": HEAD}
@@ -87,6 +93,9 @@ def olmo2_norms(draw: np.random.Generator) -> Tensors:
 
 NOTHING: Callable[[np.random.Generator], Tensors] = lambda _: {}  # noqa: E731
 THETA = {"rope.freq_base": 500_000.0}
+STABLELM = {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8} | {
+    "use_parallel_residual": False
+}
 GEMMA3 = {"block_count": 7, "attention.sliding_window": 16, "rope.freq_base": 200_000.0} | {
     "rope.scaling.type": "linear",
     "rope.scaling.factor": 4.0,
@@ -107,6 +116,7 @@ CASES = {  # name -> (architecture, further tensors, further metadata)
     "bitnet": ("bitnet", inner_norms, {}),
     "gemma3": ("gemma3", gemma3_norms, GEMMA3),
     "olmo2": ("olmo2", olmo2_norms, {}),
+    "stablelm": ("stablelm", layer_norms, STABLELM),
     "smollm3": ("smollm3", NOTHING, {"block_count": 5, **THETA}),
 }
 

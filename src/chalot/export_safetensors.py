@@ -40,7 +40,6 @@ ARCHITECTURES = {  # by model_type
     "olmoe": "OlmoeForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "granite": "GraniteForCausalLM",
-    "stablelm": "StableLmForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }

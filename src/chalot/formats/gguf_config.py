@@ -30,6 +30,8 @@ class Architecture(NamedTuple):
     fields: Config
     caps: Mapping[str, tuple[str, float]] = {}  # field -> (key, default)
     neutral: Mapping[str, Any] = {}
+    partial_rope: bool = False
+    epsilon: tuple[str, str] = ("rms_norm_eps", "layer_norm_rms_epsilon")  # its field, its key
 
 
 GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
@@ -53,6 +55,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(
         {"model_type": "smollm3", "hidden_act": "silu", "no_rope_layer_interval": 4}
     ),
+    "stablelm": Architecture(
+        {"model_type": "stablelm", "hidden_act": "silu"},
+        partial_rope=True,
+        epsilon=("layer_norm_eps", "layer_norm_epsilon"),
+    ),
     "qwen2moe": Architecture({"model_type": "qwen2_moe", "hidden_act": "silu"}),
     "qwen3moe": Architecture({"model_type": "qwen3_moe", "hidden_act": "silu"}),
     "olmoe": Architecture({"model_type": "olmoe", "hidden_act": "silu"}),
@@ -65,7 +72,7 @@ CLASSES = {
     "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "bitnet": "BitNetForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM",
 }  # fmt: skip
 NEUTRAL: Config = {  # what changes a model's function -> the value that does not
     "use_parallel_residual": False, "attention.causal": True, "attention.clamp_kqv": 0,
@@ -111,10 +118,12 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
             f"{metadata.where}: found {heads} heads of {hidden} numbers in all, and {theta} as "
             "rope's base; expected positive numbers"
         )
-    head = integer("attention.key_length", integer("rope.dimension_count", hidden // heads))
+    turning = None if row.partial_rope else integer("rope.dimension_count", hidden // heads)
+    head = integer("attention.key_length", turning or hidden // heads)
     if head < 1:
         raise FormatError(f"{metadata.where}: heads have {head} numbers, expected 1 or more")
-    for key in ("attention.value_length", "rope.dimension_count"):
+    whole = ("attention.value_length", *(() if row.partial_rope else ("rope.dimension_count",)))
+    for key in whole:
         if integer(key, head) != head:
             raise UnsupportedError(
                 f"{metadata.where}: {name}.{key} is {integer(key)}, expected the {head} numbers "
@@ -131,7 +140,7 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         "head_dim": head,
         "intermediate_size": integer("feed_forward_length", _feed(tensors)),
         "max_position_embeddings": integer("context_length"),
-        "rms_norm_eps": metadata.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        row.epsilon[0]: metadata.number(f"{name}.attention.{row.epsilon[1]}"),
         "rope_theta": theta,
         "rope_scaling": _scaling(metadata, name, tensors, read, theta, head),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -150,6 +159,9 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
     config |= gguf_experts.settings(metadata, name, tensors, config["num_hidden_layers"])
     if "num_local_experts" in config:
         config |= {"model_type": "mixtral", "architectures": [CLASSES["mixtral"]]}
+    if row.partial_rope:
+        config["partial_rotary_factor"] = integer("rope.dimension_count", head) / head
+        config["use_qkv_bias"] = config["attention_bias"]
     if name == "qwen2moe":
         config["qkv_bias"] = config["attention_bias"]
     for token in ("bos", "eos", "padding"):

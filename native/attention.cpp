@@ -97,19 +97,19 @@ void Program::rope_store(const Op& op, const Run& run) {
   if (of_all_heads(op)) norm_all_heads(op, run);
   const bool by_head = op.weight && !of_all_heads(op);
   const Batch& batch = run.batch;
-  const int dim = cache_.head_dim, half = dim / 2, share = heads_ / cache_.kv_heads,
-            units = run.count * cache_.kv_heads;
+  const int dim = cache_.head_dim, share = heads_ / cache_.kv_heads, units = run.count * cache_.kv_heads;
+  const size_t sets = inverse_frequency_.size(), pairs = inverse_frequency_[0].size(), set = size_t(op.rope) * pairs;
   alignas(64) float turned[kMaxHead] = {}, value[kMaxHead] = {};
   for (int unit = int(int64_t(units) * run.id / run.threads); unit < int(int64_t(units) * (run.id + 1) / run.threads);
        unit++) {
     const int t = unit / cache_.kv_heads, head = unit % cache_.kv_heads;
     float* all = numbers(op.in, t);
-    const float *cosine = cosine_.as<float>() + size_t(t) * half, *sine = sine_.as<float>() + size_t(t) * half;
+    const size_t at = size_t(t) * sets * pairs + set;
     auto turn = [&](float* x, const float* norm, bool for_sinks = false) {
       std::memcpy(turned, x, size_t(dim) * 4);
       if (by_head) run.k.rms_norm(turned, norm, dim, op.number, turned, false);
-      run.k.rotate(turned, for_sinks ? sink_cosine_.as<float>() : cosine, for_sinks ? sink_sine_.as<float>() : sine,
-                   half);
+      run.k.rotate(turned, for_sinks ? sink_cosine_.as<float>() + set : cosine_.as<float>() + at,
+                   for_sinks ? sink_sine_.as<float>() + set : sine_.as<float>() + at, int(pairs));
       if (cache_.rotation() > 1) run.k.spread(turned, cache_.stride(), cache_.rotation());
     };
     const bool past_sinks = op.sinks && batch.positions[t] >= op.sinks + op.window;

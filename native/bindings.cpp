@@ -95,8 +95,8 @@ class Machine {
 // A program and the Python objects whose memory it reads.
 struct Model {
   Model(const std::vector<std::pair<int, int>>& slots, nb::list ops, std::tuple<int, int, int, int> cache, int heads,
-        const std::vector<float>& inverse_frequency)
-      : program(slots_of(slots), ops_of(ops), cache_of(cache), heads, inverse_frequency) {}
+        const std::vector<std::vector<float>>& inverse_frequency, float rope_factor)
+      : program(slots_of(slots), ops_of(ops), cache_of(cache), heads, inverse_frequency, rope_factor) {}
 
   static std::vector<Slot> slots_of(const std::vector<std::pair<int, int>>& slots) {
     std::vector<Slot> out;
@@ -109,12 +109,12 @@ struct Model {
     return {CacheType(type), layers, kv_heads, head_dim};
   }
   // Each operation: (kind, in, out, parts, weight, number, layer, add, gate, window, cap, fused, sinks, routing, top,
-  // routes, planes); a part: (matrix, bias, column).
+  // routes, planes, rope, bias); a part: (matrix, bias, column).
   std::vector<Op> ops_of(nb::list ops) {
     std::vector<Op> out;
     for (nb::handle h : ops) {
       nb::tuple t = nb::cast<nb::tuple>(h);
-      expect(t.size() == 17, "operation: expected seventeen fields");
+      expect(t.size() == 19, "operation: expected nineteen fields");
       Op op;
       int kind = nb::cast<int>(t[0]), gate = nb::cast<int>(t[8]), routing = nb::cast<int>(t[13]);
       expect(kind >= 0 && kind <= int(OpKind::prefetch) && gate >= 0 && gate <= int(Gate::relu2) && routing >= 0 &&
@@ -144,6 +144,8 @@ struct Model {
       op.top = nb::cast<int>(t[14]);
       op.routes = nb::cast<int>(t[15]);
       op.planes = nb::cast<int>(t[16]);
+      op.rope = nb::cast<int>(t[17]);
+      std::tie(op.bias, op.bias_size) = vector_of(t[18], keep);
       out.push_back(op);
     }
     return out;
@@ -387,7 +389,7 @@ NB_MODULE(_native, m) {
       .def("set_whole", &Words::set_whole);
   nb::class_<Model>(m, "Program")
       .def(nb::init<const std::vector<std::pair<int, int>>&, nb::list, std::tuple<int, int, int, int>, int,
-                    const std::vector<float>&>())
+                    const std::vector<std::vector<float>>&, float>())
       .def("run", nb::overload_cast<Machine&, In<int32_t>, In<int32_t>, In<int32_t>, In<int32_t>, In<int32_t>,
                                     Out<uint8_t>, Out<float>>(&Model::run))
       .def("best", &Model::best)

@@ -62,8 +62,11 @@ void Program::check() {
   const bool size_fits = cache_.head_dim > 0 && cache_.head_dim <= kMaxHead && cache_.head_dim % 2 == 0;
   if (!heads_fit || !size_fits || cache_.layers <= 0)
     throw std::invalid_argument("cache: heads must be a multiple of key/value heads, the head size even and <= 1024");
-  if (inverse_frequency_.size() != size_t(cache_.head_dim) / 2)
-    throw std::invalid_argument("rope: expected head_dim / 2 inverse frequencies");
+  const size_t pairs = inverse_frequency_.empty() ? 0 : inverse_frequency_[0].size();
+  for (const std::vector<float>& set : inverse_frequency_)
+    if (set.size() != pairs) throw std::invalid_argument("rope: expected as many inverse frequencies in each set");
+  if (!pairs || pairs > size_t(cache_.head_dim) / 2 || !std::isfinite(rope_factor_))
+    throw std::invalid_argument("rope: expected 1 to head_dim / 2 inverse frequencies and a finite factor");
   for (const Slot& s : slots_)
     if (s.width <= 0 || s.width > 1 << 24 || s.planes < 0 || s.planes > 2) throw std::invalid_argument("slot: size");
   bool gathered = false;
@@ -102,7 +105,8 @@ void Program::check() {
       case OpKind::norm:
         numbers(op.in, slot(op.out).width);
         numbers(op.out, slot(op.in).width);
-        if (op.weight_size < size_t(round_up(slot(op.in).width, 16))) invalid(i, "norm needs a weight, padded to 16");
+        for (size_t size : {op.weight_size, op.bias ? op.bias_size : op.weight_size})
+          if (size < size_t(round_up(slot(op.in).width, 16))) invalid(i, "norm needs a weight, padded to 16");
         break;
       case OpKind::quantize:
         if (slot(op.in).planes || !slot(op.out).planes || slot(op.in).width != slot(op.out).width)
@@ -131,6 +135,7 @@ void Program::check() {
       case OpKind::rope_store:
       case OpKind::attend:
         if (op.layer < 0 || op.layer >= cache_.layers) invalid(i, "layer is not in the cache");
+        if (op.rope < 0 || size_t(op.rope) >= inverse_frequency_.size()) invalid(i, "has no frequencies");
         if (op.window < 0) invalid(i, "window and cap must not be negative");
         if (op.kind == OpKind::rope_store && op.out >= 0 && op.out != op.in)
           invalid(i, "rope_store writes what it reads");

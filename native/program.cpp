@@ -49,6 +49,17 @@ void sine_cosine(float angle, float& s, float& c) {
   c = float(c4[quarter]);
 }
 
+// x less its mean, by sixteen chains of additions and their tree; zeros up to a multiple of 16.
+void centre(const float* x, int n, float* out) {
+  float lanes[16] = {};
+  for (int i = 0; i < n; i++) lanes[i % 16] += x[i];
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  const float mean = lanes[0] / float(n);
+  for (int i = 0; i < n; i++) out[i] = x[i] - mean;
+  for (int i = n; i < round_up(n, 16); i++) out[i] = 0;
+}
+
 }  // namespace
 
 Buffer::~Buffer() { std::free(data_); }
@@ -66,19 +77,20 @@ void Buffer::reserve(size_t bytes) {
 }
 
 Program::Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-                 std::vector<float> inverse_frequency)
+                 std::vector<std::vector<float>> inverse_frequency, float rope_factor)
     : slots_(std::move(slots)),
       ops_(std::move(ops)),
       cache_(cache),
       heads_(heads),
       inverse_frequency_(std::move(inverse_frequency)),
+      rope_factor_(rope_factor),
       storage_(slots_.size()) {
   check();
   for (const Op& op : ops_)
     for (const Part& part : op.parts) scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(part.w));
   scratch_bytes_ = to_lines(std::max(scratch_bytes_, attention_scratch_bytes()));
   for (const Op& op : ops_)
-    if (of_all_heads(op)) scratch_bytes_ = std::max(scratch_bytes_, to_lines(op.weight_size * 4));
+    if (of_all_heads(op) || op.bias) scratch_bytes_ = std::max(scratch_bytes_, to_lines(op.weight_size * 4));
   for (Op& op : ops_)
     if (op.kind == OpKind::experts) {
       op.taken = taken_.size();
@@ -122,20 +134,23 @@ void Program::reserve(const Batch& batch, int threads) {
       s.sums.reserve(n * planes * stride / kBlock * 4);
     }
   }
-  cosine_.reserve(size_t(tokens) * inverse_frequency_.size() * 4);
-  sine_.reserve(size_t(tokens) * inverse_frequency_.size() * 4);
-  sink_cosine_.reserve(inverse_frequency_.size() * 4);
-  sink_sine_.reserve(inverse_frequency_.size() * 4);
+  const size_t turns = inverse_frequency_.size() * inverse_frequency_[0].size();
+  for (Buffer* b : {&cosine_, &sine_}) b->reserve(size_t(tokens) * turns * 4);
+  for (Buffer* b : {&sink_cosine_, &sink_sine_}) b->reserve(turns * 4);
   room_ = tokens;
 }
 
 void Program::angles(const Run& run) {
-  const size_t half = inverse_frequency_.size();
+  const size_t turns = inverse_frequency_.size() * inverse_frequency_[0].size();
   auto turn = [&](int position, float* sine, float* cosine) {
-    for (size_t i = 0; i < half; i++) sine_cosine(float(position) * inverse_frequency_[i], sine[i], cosine[i]);
+    for (const std::vector<float>& set : inverse_frequency_)
+      for (float frequency : set) {
+        sine_cosine(float(position) * frequency, *sine, *cosine);
+        *sine++ *= rope_factor_, *cosine++ *= rope_factor_;
+      }
   };
   for (size_t t = size_t(run.from()); t < size_t(run.to()); t++)
-    turn(run.batch.positions[t], sine_.as<float>() + t * half, cosine_.as<float>() + t * half);
+    turn(run.batch.positions[t], sine_.as<float>() + t * turns, cosine_.as<float>() + t * turns);
   // where a query would be if what lies between sinks and window were not there
   if (lead_ && !run.id) turn(sinks_ + stream_ - 1, sink_sine_.as<float>(), sink_cosine_.as<float>());
 }
@@ -217,8 +232,7 @@ void Program::apply(const Op& op, const Run& run) {
       }
       break;
     case OpKind::norm:
-      for (int t = first; t < last; t++)
-        k.rms_norm(numbers(op.in, t), op.weight, slots_[size_t(op.in)].width, op.number, numbers(op.out, t), op.add);
+      norm(op, run);
       break;
     case OpKind::quantize:
       for (int t = first; t < last; t++)
@@ -270,6 +284,25 @@ void Program::apply(const Op& op, const Run& run) {
       for (int t = first; t < last; t++)
         std::memcpy(numbers(op.out, t), numbers(op.in, run.batch.rows[t]), size_t(slots_[size_t(op.out)].stride()) * 4);
       break;
+  }
+}
+
+void Program::norm(const Op& op, const Run& run) {
+  const int width = slots_[size_t(op.in)].width;
+  float* centred = scratch_[size_t(run.id)].as<float>();
+  for (int t = run.from(); t < run.to(); t++) {
+    const float* x = numbers(op.in, t);
+    float* y = numbers(op.out, t);
+    if (!op.bias) {
+      run.k.rms_norm(x, op.weight, width, op.number, y, op.add);
+      continue;
+    }
+    centre(x, width, centred);
+    run.k.rms_norm(centred, op.weight, width, op.number, centred, false);
+    for (int i = 0; i < width; i++) {
+      const float made = centred[i] + op.bias[i];
+      y[i] = op.add ? y[i] + made : made;
+    }
   }
 }
 

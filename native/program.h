@@ -43,6 +43,9 @@ struct Op {
   // together, (queries padded to 16), (keys padded to 16)
   const float* weight = nullptr;
   size_t weight_size = 0;
+  // norm: (width padded to 16), or none; with it the mean is taken out first
+  const float* bias = nullptr;
+  size_t bias_size = 0;
   float number = 0;  // embed: factor; norm, rope_store: epsilon; attend: the scores' scale
   int layer = 0;
   bool add = false;  // linear, norm: to what the target holds
@@ -56,6 +59,7 @@ struct Op {
   int top = 0;                         // route, experts: experts that a token takes
   int routes = -1;                     // experts: the slot with their weights, -1 where they are not taken
   int planes = 0;                      // experts: of what down is multiplied with; 0: numbers
+  int rope = 0;                        // rope_store: which of the program's sets of frequencies
   size_t taken = 0;                    // experts: where its counts are; set by Program
 };
 
@@ -118,7 +122,7 @@ class Program {
  public:
   // Throws std::invalid_argument where an operation does not fit its slots or matrices.
   Program(std::vector<Slot> slots, std::vector<Op> ops, CacheShape cache, int heads,
-          std::vector<float> inverse_frequency);
+          std::vector<std::vector<float>> inverse_frequency, float rope_factor);
   // Throws std::out_of_range where the batch does not fit the program or the cache.
   void run(const Kernels& kernels, Pool& pool, const Batch& batch);
   // Copies (tokens, width) numbers that the last batch left in a slot.
@@ -180,6 +184,7 @@ class Program {
   void add_panels(const Op& op, const Run& run, const Group& g, const Slot& inner, int first, int last, float* made);
   void check_experts(size_t op) const;
   void prefetch(const Op& op, const Run& run) const;
+  void norm(const Op& op, const Run& run);
   void norm_all_heads(const Op& op, const Run& run);
   bool of_all_heads(const Op& op) const { return op.weight && op.weight_size != size_t(2 * cache_.stride()); }
   void rope_store(const Op& op, const Run& run);
@@ -205,7 +210,8 @@ class Program {
   std::vector<bool> written_;  // slots; those between fused operations only are not
   CacheShape cache_;
   int heads_, vocabulary_ = 0, input_vocabulary_ = 0;
-  std::vector<float> inverse_frequency_;  // (head_dim / 2)
+  std::vector<std::vector<float>> inverse_frequency_;  // sets of one size, head_dim / 2 or less: those pairs turn
+  float rope_factor_;                                  // of sines and cosines
   std::vector<Storage> storage_;
   // What operations look at: the window of those with sinks, the first sinks_ positions, and none before the last
   // reach_ ones else (0: all).

@@ -22,7 +22,7 @@ using namespace chalot;
 
 namespace {
 
-constexpr char kMagic[17] = "chalot replay 2\n";
+constexpr char kMagic[17] = "chalot replay 3\n";
 
 struct alignas(64) Line {
   uint8_t bytes[64];
@@ -114,6 +114,10 @@ Op read_op(File& f) {
   op.top = f.whole();
   op.routes = f.whole();
   op.planes = f.whole();
+  op.rope = f.whole();
+  const auto added = f.array<float>();
+  op.bias = added.empty() ? nullptr : added.data();
+  op.bias_size = added.size();
   return op;
 }
 
@@ -131,9 +135,12 @@ Program read_program(File& f) {
   cache.kv_heads = f.whole();
   cache.head_dim = f.whole();
   const int heads = f.whole();
-  std::vector<float> inverse_frequency(f.count());
-  for (float& v : inverse_frequency) v = f.number();
-  return Program(slots, ops, cache, heads, inverse_frequency);
+  std::vector<std::vector<float>> inverse_frequency(f.count());
+  for (std::vector<float>& set : inverse_frequency) {
+    set.resize(f.count());
+    for (float& v : set) v = f.number();
+  }
+  return Program(slots, ops, cache, heads, inverse_frequency, f.number());
 }
 
 struct Options {

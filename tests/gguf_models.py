@@ -17,7 +17,7 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(0, WORDS, 50)]
 Tensors = dict[str, np.ndarray]
 
 
-def matrices(draw: np.random.Generator) -> Tensors:
+def matrices(draw: np.random.Generator, layers: int) -> Tensors:
     """Every matrix of a tied model."""
     query, key = HEADS * HEAD, KV_HEADS * HEAD
     shapes = {
@@ -25,18 +25,20 @@ def matrices(draw: np.random.Generator) -> Tensors:
         "attn_output": (HIDDEN, query), "ffn_gate": (FEED, HIDDEN), "ffn_up": (FEED, HIDDEN),
         "ffn_down": (HIDDEN, FEED),
     }  # fmt: skip
-    named = {f"blk.{n}.{k}.weight": s for n in range(LAYERS) for k, s in shapes.items()}
+    named = {f"blk.{n}.{k}.weight": s for n in range(layers) for k, s in shapes.items()}
     return {
         name: draw.normal(0, 0.3, shape).astype(np.float32)
         for name, shape in {"token_embd.weight": (WORDS, HIDDEN), **named}.items()
     }
 
 
-def vectors(draw: np.random.Generator, mean: float, sizes: dict[str, int]) -> Tensors:
+def vectors(
+    draw: np.random.Generator, mean: float, sizes: dict[str, int], layers: int = LAYERS
+) -> Tensors:
     """A vector of each layer for each name."""
     return {
         f"blk.{n}.{name}": draw.normal(mean, 0.3, size).astype(np.float32)
-        for n in range(LAYERS)
+        for n in range(layers)
         for name, size in sizes.items()
     }
 
@@ -72,8 +74,32 @@ def inner_norms(draw: np.random.Generator) -> Tensors:
     return vectors(draw, 1, {"attn_sub_norm.weight": HEADS * HEAD, "ffn_sub_norm.weight": FEED})
 
 
+def layer_norms(draw: np.random.Generator) -> Tensors:
+    norms = vectors(draw, 0, {"attn_norm.bias": HIDDEN, "ffn_norm.bias": HIDDEN})
+    norms["output_norm.bias"] = draw.normal(0, 0.3, HIDDEN).astype(np.float32)
+    return norms | biases(draw) | untied(draw)
+
+
+def gemma3_norms(draw: np.random.Generator) -> Tensors:
+    behind = {"post_attention_norm.weight": HIDDEN, "post_ffw_norm.weight": HIDDEN}
+    heads = {"attn_q_norm.weight": HEAD, "attn_k_norm.weight": HEAD}
+    return vectors(draw, 1, behind | heads, GEMMA3["block_count"])
+
+
+def olmo2_norms(draw: np.random.Generator) -> Tensors:
+    whole = {"attn_q_norm.weight": HEADS * HEAD, "attn_k_norm.weight": KV_HEADS * HEAD}
+    return post_norms(draw) | vectors(draw, 1, whole) | untied(draw)
+
+
 NOTHING: Callable[[np.random.Generator], Tensors] = lambda _: {}  # noqa: E731
 THETA = {"rope.freq_base": 500_000.0}
+STABLELM = {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8} | {
+    "use_parallel_residual": False
+}
+GEMMA3 = {"block_count": 7, "attention.sliding_window": 16, "rope.freq_base": 200_000.0} | {
+    "rope.scaling.type": "linear",
+    "rope.scaling.factor": 4.0,
+}
 CAPS = {
     "attn_logit_softcapping": 20.0,
     "final_logit_softcapping": 10.0,
@@ -88,6 +114,10 @@ CASES = {  # name -> (architecture, further tensors, further metadata)
     "gemma": ("gemma", NOTHING, {}),
     "gemma2": ("gemma2", post_norms, CAPS),
     "bitnet": ("bitnet", inner_norms, {}),
+    "gemma3": ("gemma3", gemma3_norms, GEMMA3),
+    "olmo2": ("olmo2", olmo2_norms, {}),
+    "stablelm": ("stablelm", layer_norms, STABLELM),
+    "smollm3": ("smollm3", NOTHING, {"block_count": 5, **THETA}),
 }
 
 
@@ -95,13 +125,16 @@ def model_file(name: str) -> bytes:
     """One of CASES as a whole GGUF file."""
     architecture, further, metadata = CASES[name]
     draw = np.random.default_rng(7)
-    tensors = matrices(draw)
+    layers = metadata.get("block_count", LAYERS)
+    tensors = matrices(draw, layers)
     tensors["output_norm.weight"] = draw.normal(1, 0.3, HIDDEN).astype(np.float32)
-    tensors |= vectors(draw, 1, {"attn_norm.weight": HIDDEN, "ffn_norm.weight": HIDDEN})
+    if architecture != "olmo2":
+        before = {"attn_norm.weight": HIDDEN, "ffn_norm.weight": HIDDEN}
+        tensors |= vectors(draw, 1, before, layers)
     tensors |= further(draw)
     stored = []
     for tensor, values in tensors.items():
-        turned = architecture == "llama" and ("attn_q" in tensor or "attn_k" in tensor)
+        turned = architecture in ("llama", "smollm3") and ("attn_q" in tensor or "attn_k" in tensor)
         written = interleaved(values, HEAD) if turned else values
         stored.append((tensor, written, 0, tuple(reversed(values.shape))))
     found = {

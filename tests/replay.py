@@ -21,10 +21,10 @@ from chalot.kernels.native import program_fields
 from chalot.kernels.program import Program
 from chalot.load import Model
 from chalot.model.transformer import build as build_program
-from chalot.reading import read_weights
+from chalot.reading import read_frequencies, read_weights
 
 ROOT = Path(__file__).parent.parent
-MAGIC = b"chalot replay 2\n"
+MAGIC = b"chalot replay 3\n"
 RELEASE = "-DCMAKE_BUILD_TYPE=Release"
 
 
@@ -107,7 +107,7 @@ def run(
 def bundled(model: Model, cache: str = "int8") -> Program:
     """A loaded model's program, as `load` builds it."""
     file, config = model.file, model.config
-    frequencies = file.constant("rope.inverse_frequency", "<f4", config.head_dim // 2)
+    frequencies = read_frequencies(file, config)
     return build_program(config, read_weights(file, config, None), frequencies, cache)
 
 

@@ -13,6 +13,7 @@ from chalot.kernels.program import PAGE, Batch, Program
 from chalot.kernels.reference import best_of
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import inverse_frequencies as inverse
+from chalot.model.rope import RopeScaling
 from chalot.model.transformer import build
 from chalot.quant.scheme import SCHEMES, Scheme
 
@@ -173,6 +174,14 @@ def test_gelu_agrees() -> None:
         assert digest(feed(open_backend(isa, 2), program, [ids(5, 9)], 9)[0]) == oracle, isa
 
 
+LONGROPE = RopeScaling(
+    factor=4.0,
+    kind="longrope",
+    original_context=256,
+    attention_factor=1.25,
+    short_factor=(1.0, 1.5, 2.0, 2.5, 3.0, 3.5),
+    long_factor=(1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
+)
 # What families add, and the hash of the last of 40 logits by mixed schemes, the same everywhere.
 FAMILIES: dict[str, tuple[dict[str, object], str]] = {
     "gemma2": (
@@ -182,6 +191,15 @@ FAMILIES: dict[str, tuple[dict[str, object], str]] = {
     ),
     "qwen3": ({"head_norms": True, "query_key_value_bias": False}, "620786593bb660ee"),
     "bitnet": ({"inner_norms": True, "activation": "relu2"}, "dc5b12bd73c3a044"),
+    "olmo2": ({"pre_norms": False, "post_norms": True, "whole_norms": True}, "857202cec0764dcd"),
+    "smollm3": ({"rope_bases": (None, 0.0)}, "adb2e2eb4c0d0f1e"),
+    "gemma3": (
+        {"rope_bases": (400.0, None), "windows": (9, 0), "head_norms": True, "post_norms": True},
+        "fa793219a902ae0c",
+    ),
+    "stablelm": ({"centred_norms": True, "turning": 6}, "13683b865b47c6ea"),
+    "partial": ({"turning": 6}, "0ed1c5ee1e20e518"),
+    "phi3": ({"rope_scaling": LONGROPE, "turning": 12}, "dbb11a82d0abca9e"),
 }
 
 

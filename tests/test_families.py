@@ -70,6 +70,8 @@ def test_the_embeddings_factor_is_of_the_checkpoints_type() -> None:
     [
         (llama(sliding_window=64), "sliding_window is 64"),
         (gemma(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
+        (cases.stablelm(use_parallel_residual=True), "use_parallel_residual is True"),
+        (cases.stablelm(qk_layernorm=True), "qk_layernorm is True"),
         (gemma2(use_bidirectional_attention=True), "use_bidirectional_attention is True"),
         (qwen2(use_mrope=True), "use_mrope is True"),
         (gemma(hidden_activation="silu"), "activation 'gelu'"),
@@ -105,6 +107,18 @@ def test_what_is_not_done_is_refused(config: dict[str, object], message: str) ->
     with pytest.raises(chalot.ChalotError) as caught:
         from_hugging_face(config)
     assert message in str(caught.value)
+
+
+def test_of_an_unknown_family_is_said_what_differs() -> None:
+    """Settings that no family has, and that say something; those of some family are left out."""
+    other = llama(model_type="cohere2", logit_scale=0.0625, sliding_window=64, use_qk_norm=False)
+    with pytest.raises(UnsupportedError) as caught:
+        from_hugging_face(other)
+    said = str(caught.value)
+    assert said.startswith("config.json: unknown architecture 'cohere2'; chalot runs: llama, ")
+    assert said.endswith(", bitnet; settings that none of them has: ['logit_scale']")
+    with pytest.raises(UnsupportedError, match=", bitnet$"):
+        from_hugging_face(llama(model_type="lama"))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +171,8 @@ def test_folding_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -
     work = calibration.Calibration(c, schemes, backend, frequencies, hidden)
     for i in range(c.layers):
         work.layer(i, source.__getitem__, SCHEMES["f32"])
-    assert len(work.plan.columns) == 7 * c.layers  # every matrix of a layer
+    folded_into = 7 if c.pre_norms else 2  # every matrix of a layer, or those behind none
+    assert len(work.plan.columns) == folded_into * c.layers
     folded = {name: work.plan.apply(name, source[name], 0) for name in source}
     other = Weights(
         {name: tiny.matrix(folded[name], "f32") for name in w.matrices},
@@ -169,7 +184,9 @@ def test_folding_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(plain, changed)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3", "bitnet"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "qwen3", "bitnet", "olmo2", "smollm3", "stablelm", "phi3-long"]
+)
 def test_a_described_family_is_the_converted_one(name: str, tmp_path: Path) -> None:
     """Before and after converting: the same tensors, bytes and memory; and it fits the estimate."""
     folder = cases.write_folder(CASES[name], 0, tmp_path / name)

@@ -220,13 +220,13 @@ def test_llama3_rope_is_found_again(factor, low, high, original, theta, head):
         "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }  # fmt: skip
-    wanted = inverse_frequencies(from_hugging_face(plain | {"rope_scaling": scaling}))
-    divisors = inverse_frequencies(from_hugging_face(plain)).astype(float) / wanted
+    (wanted,) = inverse_frequencies(from_hugging_face(plain | {"rope_scaling": scaling}))
+    divisors = inverse_frequencies(from_hugging_face(plain))[0].astype(float) / wanted
     stored = divisors.astype(np.float32).tolist()
     found = llama3_scaling(stored, theta, head, "x")
     if low == 1 and head >= 64:
         assert found == scaling
-    again = inverse_frequencies(from_hugging_face(plain | {"rope_scaling": found}))
+    (again,) = inverse_frequencies(from_hugging_face(plain | {"rope_scaling": found}))
     np.testing.assert_allclose(again, wanted, rtol=2e-6)
 
 

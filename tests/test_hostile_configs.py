@@ -13,16 +13,21 @@ from golden.cases import (
     bitnet,
     gemma,
     gemma2,
+    gemma3,
     granite,
     llama,
+    longrope,
     mistral,
     mixtral,
+    olmo2,
     olmoe,
     phi3,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
+    stablelm,
 )
 
 BASES: dict[str, dict[str, Any]] = {
@@ -32,7 +37,14 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3": qwen3(use_sliding_window=True, sliding_window=20),
     "gemma": gemma(),
     "gemma2": gemma2(),
-    "phi3": phi3(),
+    "gemma3_text": gemma3(),
+    "phi3": phi3(**longrope(8)),
+    "olmo2": olmo2(),
+    "smollm3": smollm3(
+        **{"layer_types": None, "use_sliding_window": True, "sliding_window": 20},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    "stablelm": stablelm(hidden_size=256, num_attention_heads=32, num_key_value_heads=32),
     "granite": granite(),
     "bitnet": bitnet("autobitlinear"),
     "mixtral": mixtral(),
@@ -49,14 +61,16 @@ OF_EXPERTS = (
     *("shared_expert_intermediate_size", "decoder_sparse_step"),
 )
 POSITIVE = (
-    *("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping"),
-    *("final_logit_softcapping", "partial_rotary_factor"),
+    *("rms_norm_eps", "layer_norm_eps", "rope_theta"),
+    *("query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "partial_rotary_factor", "rope_local_base_freq"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
 )
 OF_ROPE = (
     *("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
     *("original_max_position_embeddings", "attention_factor"),
 )
+FACTORS = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 FLAGS = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS: list[Any] = [0, -1, 1 << 120, 10**5000, INF, -INF, NAN, "8", "", True, [8], {"a": 8}]
@@ -120,7 +134,7 @@ def test_a_number_that_is_none_is_named(family: str) -> None:
 def test_a_missing_number_is_named_or_has_a_default(family: str) -> None:
     for key in WHOLE:
         left = {k: v for k, v in BASES[family].items() if k != key}
-        if key in NULL:
+        if key in NULL or key in FAMILIES[family].defaults:
             from_hugging_face(left)
         else:
             assert "is missing" in refused(left, key)
@@ -146,7 +160,10 @@ def test_a_switch_is_true_or_false(key: str, value: Any) -> None:
         ({"model_type": None}, "unknown architecture None"),
         ({"model_type": ["llama"]}, "unknown architecture ['llama']"),
         ({"model_type": "x" * 10**6}, "unknown architecture 'xxx"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not known"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope scaling 'dynamic' is not known"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor is None; expected a list of"),
+        ({"rope_scaling": {"rope_type": "su", "short_factor": [1, 0.7]}}, "short_factor is 0.7"),
+        ({"rope_scaling": {"type": "longrope", **FACTORS}}, "3 factors of rope for 16 pairs"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope scaling ['yarn'] is not known"),
         ({"rope_scaling": {"type": None}}, "rope scaling None is not known"),
         ({"rope_scaling": [8]}, "rope_scaling is [8]; expected an object"),

@@ -53,7 +53,7 @@ def model(case: Case, made: Path, scheme: str, kv: str = "f32") -> chalot.Model:
     out = made / f"{case.name}-{scheme}.myai"
     if not out.exists():
         chalot.convert(source(case, made), out, scheme=scheme, threads=1)
-    return chalot.load(out, kv=kv, threads=1)
+    return chalot.load(out, kv=kv, threads=1, context=case.tokens + NEW_TOKENS)
 
 
 def difference(found: NDArray[np.float32], truth: dict[str, NDArray[np.generic]]) -> float:

@@ -41,7 +41,26 @@ def changed(kind: str, **fields: object) -> Program:
 
 
 FEWER = tiny.program(tiny.config(layers=1, vocabulary=17), "nl4").ops[-1].parts
+
+
+def with_frequencies(found: np.ndarray) -> Program:
+    """The small program with other frequencies of rope, (sets, pairs)."""
+    return replace(SMALL, inverse_frequency=found.astype(np.float32))
+
+
 PROGRAMS: dict[str, tuple[Callable[[], Program], str]] = {
+    "has no frequencies of that number": (lambda: changed("rope_store", rope=1), "frequencies"),
+    "adds a bias that is too short": (
+        lambda: changed("norm", bias=np.zeros(16, np.float32)),
+        "padded to 16",
+    ),
+    "turns more pairs than a head has": (lambda: with_frequencies(np.ones((1, 13))), "1 to head"),
+    "turns nothing": (lambda: with_frequencies(np.ones((1, 0))), "1 to head"),
+    "has no set of frequencies": (lambda: with_frequencies(np.ones((0, 12))), "1 to head"),
+    "turns by a factor that is none": (
+        lambda: replace(SMALL, rope_factor=float("nan")),
+        "a finite factor",
+    ),
     "reads what nothing wrote": (
         lambda: replace(SMALL, ops=SMALL.ops[:1] + SMALL.ops[2:]),
         "operation 1: nothing has written",

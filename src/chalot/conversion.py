@@ -123,21 +123,21 @@ class Conversion:
                 continue
             if self.refining is not None and spec.name == "head":
                 assert calibration is not None
-                self.refining.head(calibration.head_inputs(self.read("final_norm")))
+                self.refining.head(calibration.head_inputs(self.read))
             self._tensor(writer, spec)
         if calibration is not None:  # the head's activations are known only now
             head = "embedding" if self.config.tied else "head"
             rows = np.concatenate(
                 [self.read(head, int(i), int(i) + 1) for i in some_rows(self.config.vocabulary)]
             )
-            calibration.head(head, self.read("final_norm"), rows)
+            calibration.head(head, self.read, rows)
             if head in writer.tensors:
                 writer.tensors[head] = msgspec.structs.replace(
                     writer.tensors[head], activation=8 * self.plan.planes.get(head, 1)
                 )
         if later is not None:
             assert calibration is not None and self.refining is not None
-            self.refining.head(calibration.head_inputs(self.read("final_norm")))
+            self.refining.head(calibration.head_inputs(self.read))
             digest = self.digest.copy()  # which has it already
             self._tensor(writer, later)
             self.digest = digest

@@ -22,6 +22,7 @@ from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.folders import as_computed
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
+from chalot.formats.text_part import documents
 from chalot.keeping import KEEP, kept, usual_of
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.library import is_ready
@@ -78,7 +79,8 @@ def describe(
         sizes = remote.weight_bytes, remote.download_bytes
         origin = Origin("hub", *sizes, document_bytes=remote.document_bytes)
         tensors = as_computed(remote.tensors, remote.document("config.json"), named)
-        found = _of_checkpoint(named, origin, tensors, remote.document, scheme, place)
+        document = documents(remote.document, named)
+        found = _of_checkpoint(named, origin, tensors, document, scheme, place)
     else:
         checkpoint = open_checkpoint(resolve(path))
         try:

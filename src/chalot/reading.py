@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from chalot.errors import FormatError, one_line
 from chalot.formats.myai import MyaiFile
@@ -25,6 +27,12 @@ def read_model_config(file: MyaiFile) -> ModelConfig:
                 f"{file.path}: tensor {spec.name}: found {found}, expected shape {spec.shape}"
             )
     return config
+
+
+def read_frequencies(file: MyaiFile, config: ModelConfig) -> NDArray[np.float32]:
+    """(sets, pairs) float32: rope's frequencies. Raises FormatError where there are others."""
+    sets, pairs = config.rope_shape
+    return file.constant("rope.inverse_frequency", "<f4", sets * pairs).reshape(sets, pairs)
 
 
 def read_weights(

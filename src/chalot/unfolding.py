@@ -6,6 +6,7 @@ ends are quantised matrices, they follow from the sizes of rows and columns on b
 """
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,11 @@ from chalot.formats.names import hugging_face
 from chalot.model.calibration import Plan
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm, model_tensors
+from chalot.model.rope import turning_order
 from chalot.quant import fold
 
 Floats = NDArray[np.float32]
+Vector = TypeVar("Vector", NDArray[np.float32], NDArray[np.float64])
 MYAI = b"IAYM"
 
 
@@ -67,9 +70,11 @@ def unfolding(config: ModelConfig, layer: int, made: Rows, source: Rows) -> Plan
     def note_rows(name: str, factor: Floats) -> None:
         plan.rows[p + name] = plan.rows[p + name + ".bias"] = factor
 
-    norms: dict[str, tuple[str, ...]] = {"attention_norm": ("query", "key", "value")}
+    norms: dict[str, tuple[str, ...]] = {}
     dense = c.experts_of(layer) is None  # experts are not folded
-    if dense:
+    if c.pre_norms:
+        norms["attention_norm"] = ("query", "key", "value")
+    if c.pre_norms and dense:
         norms[ffn_norm(c)] = ("gate", "up")
     if c.inner_norms:
         norms |= {"attention_inner_norm": ("output",), "ffn_inner_norm": ("down",)}
@@ -80,10 +85,9 @@ def unfolding(config: ModelConfig, layer: int, made: Rows, source: Rows) -> Plan
         note_rows(norm, nearest(wanted, found))
         plan.columns.update(dict.fromkeys((p + name for name in readers), nearest(found, wanted)))
     repeats = c.heads // c.kv_heads
+    order = turning_order(c.head_dim, c.turning or c.head_dim)
     pairs: list[tuple[str, str, int, tuple[int, int, int, int]]] = []
-    if not (
-        c.head_norms or c.whole_norms
-    ):  # rope turns dimensions i and half + i of a head together
+    if not (c.head_norms or c.whole_norms):  # rope turns two dimensions of a head together
         pairs.append(("key", "query", 1, (c.kv_heads, repeats, 2, c.head_dim // 2)))
     if not c.inner_norms:  # query heads of a group read one value head
         pairs.append(("value", "output", 0, (c.kv_heads, repeats, 1, c.head_dim)))
@@ -94,13 +98,20 @@ def unfolding(config: ModelConfig, layer: int, made: Rows, source: Rows) -> Plan
             [side.sizes(p + name, along, of_side) for name, along in ((giver, 1), (taker, axis))]
             for side, of_side in ((source, Plan()), (made, plan))
         ]
-        given, taken = between(sizes, shape)
-        note_rows(giver, given)
         if axis == 1:
-            note_rows(taker, taken)
+            ordered = [[in_heads(x, order) for x in side] for side in sizes]
+            both = (in_heads(x, np.argsort(order)) for x in between(ordered, shape))
+            for name, factor in zip((giver, taker), both, strict=True):
+                note_rows(name, factor)
         else:
-            plan.columns[p + taker] = taken
+            given, plan.columns[p + taker] = between(sizes, shape)
+            note_rows(giver, given)
     return plan
+
+
+def in_heads(x: Vector, order: NDArray[np.intp]) -> Vector:
+    """The numbers of each head in another order."""
+    return x.reshape(-1, len(order))[:, order].reshape(-1)
 
 
 def between(

@@ -20,8 +20,6 @@ from chalot.errors import SchemeError, WeightError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import Backend, open_backend
-from chalot.kernels.program import padded_vector
-from chalot.kernels.reference import rms_norm
 from chalot.model.calibration import Calibration, Plan, dense, some_rows
 from chalot.model.config import inverse_frequencies
 from chalot.model.layers import TensorSpec, layer_tensors, model_tensors
@@ -156,11 +154,11 @@ class Validation:
             for spec in layer_tensors(c, i):
                 slot = INPUT_OF.get(spec.name.split(".", 2)[2])
                 yield self.check(spec, inputs[slot] if slot else None, plan)
-        final = next(s for s in self.specs if s.name == "final_norm")
-        yield self.check(final, None, none)
-        norm = padded_vector(self.read(final.name))
+        for spec in self.specs:
+            if spec.name.startswith("final_norm"):
+                yield self.check(spec, None, none)
         head = embedding if c.tied else self.specs[-1]
-        yield self.check(head, rms_norm(states.hidden, norm, c.norm_epsilon), none)
+        yield self.check(head, states.head_inputs(self.read), none)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """Rows of the source, as computed with. Raises WeightError for NaN or Inf."""

@@ -15,7 +15,7 @@ from chalot.errors import ChalotError
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile, TensorEntry
 from chalot.quant.scheme import SCHEMES
-from chalot.reading import read_model_config
+from chalot.reading import read_frequencies, read_model_config
 from chalot.table import size
 
 Progress = Callable[[str, int, int], None]  # what, bytes done, of
@@ -87,7 +87,7 @@ def _numbers(file: MyaiFile) -> Iterator[Damage]:
     """Contradictions between configuration and tensors; numbers that are not finite."""
     try:
         config = read_model_config(file)
-        file.constant("rope.inverse_frequency", "<f4", config.head_dim // 2)
+        read_frequencies(file, config)
     except ChalotError as error:
         yield Damage("configuration", _without_path(error, file))
     shared = file.aliases

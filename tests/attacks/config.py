@@ -12,6 +12,7 @@ from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.documents import DOCUMENTS
 from chalot.model.config import inverse_frequencies
 from chalot.model.layers import model_tensors
+from chalot.model.rope import LEAST_FACTOR
 from myai_files import checkpoint
 from test_hostile_configs import BASES
 
@@ -54,7 +55,7 @@ class Reader(Base):
             assert math.isfinite(config.scale) and config.scale > 0
             assert all(n >= 1 for spec in model_tensors(config) for n in spec.shape)
             frequencies = inverse_frequencies(config)
-            assert frequencies.shape == (config.head_dim // 2,)
-            assert ((frequencies >= 0) & (frequencies <= 1)).all()
+            assert frequencies.shape == config.rope_shape
+            assert ((frequencies >= 0) & (frequencies <= 1 / LEAST_FACTOR)).all()
         finally:
             source.close()

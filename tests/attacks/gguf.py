@@ -151,6 +151,10 @@ CASES = {  # name -> (content, part of the message)
         pack(model_metadata(**{"tokenizer.ggml.tokens": list("abcde")}), SMALL),
         "has 5 tokens, its embedding 4 rows",
     ),
+    "a window of OLMo 3": (
+        pack(model_metadata("olmo2", **{"olmo2.attention.sliding_window": 4096}), SMALL),
+        "olmo2.attention.sliding_window is 4096; chalot runs olmo2 models without it",
+    ),
     "value heads": (
         pack(model_metadata(**{"llama.attention.value_length": 16}), SMALL),
         "value_length is 16, expected the 8 numbers",

@@ -9,10 +9,10 @@ from random import Random
 from typing import Any
 
 import msgspec
+from chalot.drafts import costs_at, read_costs
 
 from attacks.changes import as_json, changed_bytes, changed_json
 from attacks.reader import Reader as Base
-from chalot.drafts import costs_at, read_costs
 from chalot.errors import ChalotError
 from chalot.evaluate.quality import Window
 from chalot.evaluate.report import Unfinished

@@ -138,6 +138,43 @@ def phi3(**changes: Any) -> dict[str, Any]:
     return without(llama(**usual, **sizes, **rest), *gone) | changes
 
 
+def olmo2(**changes: Any) -> dict[str, Any]:
+    """A config.json as OLMo 2 7B ships it: norms behind attention and feed-forward alone."""
+    usual = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "rms_norm_eps": 1e-6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "rope_theta": 500000.0}
+    return without(llama(**usual, **heads), "mlp_bias", "pretraining_tp") | changes
+
+
+def smollm3(**changes: Any) -> dict[str, Any]:
+    """A config.json as SmolLM3 ships it: each fourth layer has no rope."""
+    usual = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+    layers = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4}
+    window = {"sliding_window": None, "use_sliding_window": False, "pad_token_id": None}
+    kinds = {"layer_types": ["full_attention"] * 4, "max_window_layers": 28}
+    rest = {"rope_theta": 5000000.0, "tie_word_embeddings": True}
+    return without(llama(**usual, **layers, **window, **kinds, **rest), "pretraining_tp") | changes
+
+
+def gemma3(**changes: Any) -> dict[str, Any]:
+    """A config.json as Gemma 3 1B ships it; its head is tied without a word."""
+    usual = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    rope = {"rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "rope_scaling": None}
+    sizes = {"num_hidden_layers": 7, "head_dim": 64, "sliding_window": 20}
+    rest = {"sliding_window_pattern": 6, "query_pre_attn_scalar": 24}
+    none = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    return without(gemma2(**usual, **rope, **sizes, **rest, **none), "hidden_act") | changes
+
+
+def stablelm(**changes: Any) -> dict[str, Any]:
+    """A config.json as StableLM 2 1.6B ships it: LayerNorm, and rope on a quarter of each head."""
+    usual = {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}
+    norm = {"layer_norm_eps": 1e-5, "qk_layernorm": False, "use_parallel_residual": False}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 128}
+    rest = {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "hidden_dropout": 0.0}
+    gone = ("attention_bias", "mlp_bias", "pretraining_tp", "rms_norm_eps")
+    return without(llama(**usual, **norm, **heads, **rest), *gone) | changes
+
+
 def granite(**changes: Any) -> dict[str, Any]:
     """A config.json as Granite 3.1 2B ships it."""
     usual = {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
@@ -213,6 +250,19 @@ NEW = {"rope_parameters": SCALING | {"rope_type": "llama3", "rope_theta": 500000
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 YARN = {"type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 256}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """Rope as Phi-3.5 and Phi-4-mini have it: factors of each pair, for short and long texts."""
+    short, long = [1 + i / 16 for i in range(pairs)], [1.25 + i * i / 2 for i in range(pairs)]
+    scaling = {"type": "longrope", "short_factor": short, "long_factor": long}
+    return {"rope_scaling": scaling, "max_position_embeddings": 4096}
+
+
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 200000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+}
 BY_KIND = {
     kind: {"rope_type": "default", "rope_theta": 50000.0}
     for kind in ("full_attention", "sliding_attention")
@@ -308,6 +358,49 @@ CASES = {
         ),
         Case("phi3", phi3()),
         Case("phi3-window", phi3(sliding_window=20, num_key_value_heads=1), "f32", shards=2),
+        Case("phi3-partial", phi3(partial_rotary_factor=0.75), "f32"),
+        Case("phi3-short", phi3(**longrope(8)), "f16"),
+        Case("phi3-long", phi3(**longrope(8), original_max_position_embeddings=64), "f32"),
+        Case(
+            "phi3-long-partial",
+            phi3(**longrope(6), partial_rotary_factor=0.75, original_max_position_embeddings=64),
+        ),
+        Case("olmo2", olmo2()),
+        Case("olmo2-groups", olmo2(num_key_value_heads=2, attention_bias=True), "f32"),
+        Case("smollm3", smollm3()),
+        Case(
+            "smollm3-window",
+            without(
+                smollm3(
+                    **{"use_sliding_window": True, "sliding_window": 20, **BIASES},
+                    no_rope_layer_interval=2,
+                ),
+                *("no_rope_layers", "layer_types"),
+            ),
+            "f32",
+        ),
+        Case("gemma3", gemma3()),
+        Case(
+            "gemma3-new",
+            without(
+                gemma3(
+                    layer_types=["full_attention"] + ["sliding_attention"] * 2,
+                    rope_parameters=GEMMA3_ROPE,
+                    final_logit_softcapping=20.0,
+                    num_hidden_layers=3,
+                ),
+                *("rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"),
+            ),
+            "f32",
+            tokens=300,
+        ),
+        Case("stablelm", stablelm()),
+        Case(
+            "stablelm-groups",
+            stablelm(num_key_value_heads=2, use_qkv_bias=False, partial_rotary_factor=0.5)
+            | {"layer_norm_eps": 0.01, "tie_word_embeddings": True},
+            "f32",
+        ),
         Case("granite", granite()),
         Case(
             "granite-biases",
@@ -344,17 +437,20 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     keys = config.get("num_key_value_heads", heads) * size
     family = config["model_type"]
     always = family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True))
+    always |= config.get("use_qkv_bias", False)
     biased = {"q_proj", "k_proj", "v_proj"} if always else set()
     if config.get("attention_bias"):
         biased |= {"q_proj", "k_proj", "v_proj", "o_proj"}
     if config.get("mlp_bias"):
         biased |= {"gate_proj", "up_proj", "down_proj"}
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if family == "gemma2":
+    if family in ("gemma2", "gemma3_text"):
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if family == "olmoe":
+    if family == "olmo2":
+        norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if family in ("olmo2", "olmoe"):
         norms |= {"self_attn.q_norm": heads * size, "self_attn.k_norm": keys}
-    if family in ("qwen3", "qwen3_moe"):
+    if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
     if family == "bitnet":
         norms |= {"self_attn.attn_sub_norm": hidden, "mlp.ffn_sub_norm": inner}
@@ -369,6 +465,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for i in range(config["num_hidden_layers"]):
         at = f"model.layers.{i}."
         out |= {f"{at}{name}.weight": (n,) for name, n in norms.items()}
+        if family == "stablelm":
+            out |= {f"{at}{name}.bias": (n,) for name, n in norms.items()}
         fed = expert_shapes(config, i) or {f"mlp.{name}": shape for name, shape in feed.items()}
         for part, matrices in (("self_attn.", attention), ("", fed)):
             for name, shape in matrices.items():
@@ -376,6 +474,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 if name.removeprefix("mlp.") in biased:
                     out[f"{at}{part}{name}.bias"] = shape[:1]
     out["model.norm.weight"] = (hidden,)
+    if family == "stablelm":
+        out["model.norm.bias"] = (hidden,)
     if not config.get("tie_word_embeddings", family.startswith("gemma")):
         out["lm_head.weight"] = (config["vocab_size"], hidden)
     return out
@@ -412,7 +512,9 @@ def weights(case: Case, name: str, shape: tuple[int, ...], seed: int) -> NDArray
     bell = rng.integers(-(2**10), 2**10, (4, *shape)).sum(axis=0) / 1182
     if len(shape) == 2:
         return (bell * (1.5 / math.sqrt(shape[1]))).astype(np.float32)
-    norm = "norm" in name and not case.config["model_type"].startswith("gemma")  # theirs adds 1
+    norm = name.endswith("norm.weight") and not case.config["model_type"].startswith(
+        "gemma"
+    )  # theirs adds 1
     return (bell * 0.5 + (1 if norm else 0)).astype(np.float32)
 
 

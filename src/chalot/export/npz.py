@@ -94,6 +94,7 @@ def model_of(config: ModelConfig, name: str) -> dict[str, Any]:
 def architecture_of(config: ModelConfig, bits: int) -> dict[str, Any]:
     """What the older form says; `kv_groups` is the number of key/value heads."""
     variants = {1: "mqa", config.heads: "mha"}
+    norm = "layernorm" if config.centred_norms else "rmsnorm"
     return {
         "context_length": config.context,
         "hidden_size": config.hidden,
@@ -107,7 +108,7 @@ def architecture_of(config: ModelConfig, bits: int) -> dict[str, Any]:
             "head_dim": config.head_dim,
         },
         "activation": config.activation,
-        "norm": {"type": "rmsnorm", "eps": config.norm_epsilon},
+        "norm": {"type": norm, "eps": config.norm_epsilon},
         "rope": {"base_theta": config.rope_theta},
     }
 

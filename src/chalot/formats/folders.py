@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chalot.errors import UnsupportedError
-from chalot.formats import bitnet, one_by_one, packed
+from chalot.formats import bitnet, one_by_one, packed, text_part
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.documents import parse_json
 from chalot.formats.files import quoted
@@ -42,7 +42,7 @@ def as_computed(
     """The tensors of headers as `open_folder` would give them, before there is a folder."""
     method, settings = method_of(config, f"{where}: config.json")
     if not method:
-        return one_by_one.listed(tensors, where)
+        return one_by_one.listed(text_part.listed(tensors, config, where), where)
     if method == "bitnet":
         packing = bitnet.read_packing(settings, f"{where}: config.json")
         return bitnet.describe_tensors(tensors, packing, where)
@@ -55,7 +55,7 @@ def open_folder(path: Path) -> Checkpoint:
     try:
         method, settings = method_of(folder.document("config.json"), path / "config.json")
         if not method:
-            return one_by_one.apart(folder)
+            return one_by_one.apart(text_part.taken(folder))
         if method == "bitnet":
             packing = bitnet.read_packing(settings, path / "config.json")
             return bitnet.BitNetFolder(folder, packing)

@@ -22,10 +22,16 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 
 class Architecture(NamedTuple):
-    """`fields` are the same for all models, `caps` come from the metadata."""
+    """`fields` are the same for all models, `caps` come from the metadata.
+
+    Of what is in NEUTRAL and `neutral` another value than there is refused.
+    """
 
     fields: Config
     caps: Mapping[str, tuple[str, float]] = {}  # field -> (key, default)
+    neutral: Mapping[str, Any] = {}
+    partial_rope: bool = False
+    epsilon: tuple[str, str] = ("rms_norm_eps", "layer_norm_rms_epsilon")  # its field, its key
 
 
 GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
@@ -41,6 +47,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "final_logit_softcapping": ("final_logit_softcapping", 30.0),
         },
     ),
+    "gemma3": Architecture({"model_type": "gemma3_text", **GELU}),
+    "olmo2": Architecture(
+        {"model_type": "olmo2", "hidden_act": "silu"},
+        neutral={"attention.sliding_window": 0},  # OLMo 3 has one
+    ),
+    "smollm3": Architecture(
+        {"model_type": "smollm3", "hidden_act": "silu", "no_rope_layer_interval": 4}
+    ),
+    "stablelm": Architecture(
+        {"model_type": "stablelm", "hidden_act": "silu"},
+        partial_rope=True,
+        epsilon=("layer_norm_eps", "layer_norm_epsilon"),
+    ),
     "qwen2moe": Architecture({"model_type": "qwen2_moe", "hidden_act": "silu"}),
     "qwen3moe": Architecture({"model_type": "qwen3_moe", "hidden_act": "silu"}),
     "olmoe": Architecture({"model_type": "olmoe", "hidden_act": "silu"}),
@@ -52,13 +71,15 @@ CLASSES = {
     "mixtral": "MixtralForCausalLM", "olmoe": "OlmoeForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "bitnet": "BitNetForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM",
 }  # fmt: skip
 NEUTRAL: Config = {  # what changes a model's function -> the value that does not
     "use_parallel_residual": False, "attention.causal": True, "attention.clamp_kqv": 0,
     "attention.max_alibi_bias": 0, "attention.scale": 0, "attn_logit_softcapping": 0,
     "final_logit_softcapping": 0, "embedding_scale": 1, "residual_scale": 1, "logit_scale": 1,
 }  # fmt: skip
-GEMMA2_27B_LAYERS = 46  # the one whose scores are not scaled by its head's size
+WIDE_LAYERS = {"gemma2": 46, "gemma3": 62}  # of those whose scores are not scaled by a head's size
 
 
 def architecture_of(metadata: Metadata) -> str:
@@ -89,7 +110,7 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
     def integer(key: str, default: int | None = None) -> int:
         return metadata.integer(f"{name}.{key}", default)
 
-    _refuse_unknown(metadata, name, {key for key, _ in row.caps.values()})
+    _refuse_unknown(metadata, name, row)
     hidden, heads = integer("embedding_length"), integer("attention.head_count")
     theta = metadata.number(f"{name}.rope.freq_base", 10_000.0)
     if hidden < 1 or heads < 1 or theta <= 0:
@@ -97,10 +118,12 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
             f"{metadata.where}: found {heads} heads of {hidden} numbers in all, and {theta} as "
             "rope's base; expected positive numbers"
         )
-    head = integer("attention.key_length", integer("rope.dimension_count", hidden // heads))
+    turning = None if row.partial_rope else integer("rope.dimension_count", hidden // heads)
+    head = integer("attention.key_length", turning or hidden // heads)
     if head < 1:
         raise FormatError(f"{metadata.where}: heads have {head} numbers, expected 1 or more")
-    for key in ("attention.value_length", "rope.dimension_count"):
+    whole = ("attention.value_length", *(() if row.partial_rope else ("rope.dimension_count",)))
+    for key in whole:
         if integer(key, head) != head:
             raise UnsupportedError(
                 f"{metadata.where}: {name}.{key} is {integer(key)}, expected the {head} numbers "
@@ -117,7 +140,7 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         "head_dim": head,
         "intermediate_size": integer("feed_forward_length", _feed(tensors)),
         "max_position_embeddings": integer("context_length"),
-        "rms_norm_eps": metadata.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        row.epsilon[0]: metadata.number(f"{name}.attention.{row.epsilon[1]}"),
         "rope_theta": theta,
         "rope_scaling": _scaling(metadata, name, tensors, read, theta, head),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -125,13 +148,20 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         **{f: metadata.number(f"{name}.{key}", d) for f, (key, d) in row.caps.items()},
     }
-    if name == "gemma2":
-        wide = config["num_hidden_layers"] == GEMMA2_27B_LAYERS
+    if name in WIDE_LAYERS:
+        wide = config["num_hidden_layers"] == WIDE_LAYERS[name]
         config["query_pre_attn_scalar"] = hidden // heads if wide else head
-        config["sliding_window"] = integer("attention.sliding_window", 4096)
+        window = 4096 if name == "gemma2" else None  # which Gemma 3's files say
+        config["sliding_window"] = integer("attention.sliding_window", window)
+    if name == "gemma3":
+        config["rope_local_base_freq"] = metadata.number(f"{name}.rope.freq_base_swa", 10_000.0)
+        config["sliding_window_pattern"] = integer("attention.sliding_window_pattern", 6)
     config |= gguf_experts.settings(metadata, name, tensors, config["num_hidden_layers"])
     if "num_local_experts" in config:
         config |= {"model_type": "mixtral", "architectures": [CLASSES["mixtral"]]}
+    if row.partial_rope:
+        config["partial_rotary_factor"] = integer("rope.dimension_count", head) / head
+        config["use_qkv_bias"] = config["attention_bias"]
     if name == "qwen2moe":
         config["qkv_bias"] = config["attention_bias"]
     for token in ("bos", "eos", "padding"):
@@ -160,12 +190,13 @@ def _rows_of_tokens(metadata: Metadata, tensors: Mapping[str, Stored]) -> int:
     return embedding.shape[0]
 
 
-def _refuse_unknown(metadata: Metadata, name: str, known: set[str]) -> None:
-    """Raise UnsupportedError for what would change the function, and is not among the `known`."""
-    for short in sorted(NEUTRAL.keys() - known):
+def _refuse_unknown(metadata: Metadata, name: str, row: Architecture) -> None:
+    """Raise UnsupportedError for what would change the function, and the row does not know."""
+    neutral = {**NEUTRAL, **row.neutral}
+    for short in sorted(neutral.keys() - {key for key, _ in row.caps.values()}):
         key = f"{name}.{short}"
-        found = metadata.values.get(key, NEUTRAL[short])
-        if isinstance(found, np.ndarray | list) or found != NEUTRAL[short]:
+        found = metadata.values.get(key, neutral[short])
+        if isinstance(found, np.ndarray | list) or found != neutral[short]:
             raise UnsupportedError(
                 f"{metadata.where}: metadata {key} is {quoted_value(found)}; chalot runs {name} "
                 "models without it"

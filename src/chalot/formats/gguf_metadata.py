@@ -48,7 +48,7 @@ def written(config: Mapping[str, Any]) -> Written:
     row = FAMILIES.get(config["family"])
     if row is None:
         raise UnsupportedError(
-            f"family {config['family']}: llama.cpp has no architecture that computes it; "
+            f"family {config['family']}: no GGUF is written of it; "
             f"GGUF is written of: {', '.join(FAMILIES)}"
         )
     asked = {

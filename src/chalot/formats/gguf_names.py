@@ -38,17 +38,16 @@ LAYER = MappingProxyType(  # blk.N.* -> model.layers.N.*
         "ffn_down_shexp": "mlp.shared_expert.down_proj",
     }
 )
+NORMS_BEHIND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 CHANGED = MappingProxyType(  # architecture -> rows that replace those of LAYER
-    {
-        "gemma2": {
-            "post_attention_norm": "post_attention_layernorm",
-            "ffn_norm": "pre_feedforward_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
-        },
-    }
+    dict.fromkeys(("gemma2", "gemma3", "olmo2"), NORMS_BEHIND)
 )
-PERMUTED = frozenset({"llama"})  # architectures whose q and k rows are in interleaved order
-SHIFTED = frozenset({"gemma", "gemma2"})  # whose norms are stored as 1 + w
+PERMUTED = frozenset({"llama", "smollm3"})  # whose q and k rows are in interleaved order
+SHIFTED = frozenset({"gemma", "gemma2", "gemma3"})  # whose norms are stored as 1 + w
 COMPUTED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 _SUFFIX = re.compile(r"(.*)\.(weight|bias|scale)")

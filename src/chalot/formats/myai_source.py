@@ -44,7 +44,7 @@ FOLLOWS = {"family", "activation", "rope_scaling"} | {  # said otherwise, or by 
     "named_regions",  # carried by whoever converts (chalot.storing)
 }
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
-SHIFTED = ("gemma", "gemma2")  # families whose checkpoints hold norm weights less 1
+SHIFTED = ("gemma", "gemma2", "gemma3_text")  # families whose checkpoints hold norm weights less 1
 
 
 def open_myai(path: Path) -> Checkpoint:

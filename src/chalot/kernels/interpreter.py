@@ -16,6 +16,7 @@ from chalot.kernels.reference import (
     dense,
     embedding,
     gate,
+    layer_norm,
     merge,
     pad,
     product,
@@ -116,7 +117,10 @@ class ReferenceProgram:
         x = slots[op.source]
         if op.kind == "norm":
             assert op.weight is not None
-            y = rms_norm(x, op.weight, op.number)
+            if op.bias is None:
+                y = rms_norm(x, op.weight, op.number)
+            else:
+                y = layer_norm(x, op.weight, op.bias, op.number)
             return slots[op.target] + y if op.add else y
         if op.kind == "gate":
             half = x.shape[1] // 2
@@ -177,8 +181,6 @@ class ReferenceProgram:
         """[q | k | v] with q rotated; keys, rotated, and values are stored."""
         shape, heads = self.program.cache, self.program.heads
         parts = x.reshape(len(x), -1, shape.head_dim).copy()  # (tokens, heads, head_dim)
-        angle = batch.positions.astype(F32)[:, None] * self.program.inverse_frequency
-        sine, cosine = sine_cosine(angle)
         turned = heads + shape.kv_heads
         queries = heads * shape.head_dim
         if op.weight is not None and len(op.weight) != 2 * shape.stride:  # of all heads together
@@ -192,10 +194,9 @@ class ReferenceProgram:
             parts[:, heads:turned] = rms_norm(parts[:, heads:turned], of_key, op.number)
         for_sinks = parts[:, :0]
         if op.sinks:
-            angle = np.full((len(x), 1), op.sinks + op.window - 1, F32)
-            turns = sine_cosine(angle * self.program.inverse_frequency)
-            for_sinks = rotate(parts[:, :heads], turns[0][:, None], turns[1][:, None])
-        parts[:, :turned] = rotate(parts[:, :turned], sine[:, None], cosine[:, None])
+            at = np.full(len(x), op.sinks + op.window - 1)
+            for_sinks = self.turned(op, parts[:, :heads], at)
+        parts[:, :turned] = self.turned(op, parts[:, :turned], batch.positions)
         stored = parts[:, heads : turned + shape.kv_heads].copy()
         if shape.kind == "int8":
             parts[:, :heads] = spread(parts[:, :heads], shape.rotation)
@@ -223,6 +224,15 @@ class ReferenceProgram:
         first, last = heads * shape.head_dim, (turned + shape.kv_heads) * shape.head_dim
         both = parts[:, :heads].reshape(len(x), -1), for_sinks.reshape(len(x), -1)
         return np.concatenate([both[0], x[:, first:last], both[1]], axis=1)
+
+    def turned(self, op: Op, x: Floats, positions: NDArray[np.integer]) -> Floats:
+        """Heads (tokens, heads, head_dim) by the angles of their positions."""
+        frequency, factor = self.program.inverse_frequency[op.rope], F32(self.program.rope_factor)
+        sine, cosine = sine_cosine(positions.astype(F32)[:, None] * frequency)
+        out, width = x.copy(), 2 * len(frequency)
+        turns = (sine * factor)[:, None], (cosine * factor)[:, None]
+        out[..., :width] = rotate(x[..., :width], *turns)
+        return out
 
     def attend(self, op: Op, x: Floats, batch: Batch, arena: NDArray[np.uint8]) -> Floats:
         """(tokens, heads * head_dim): every query over what it sees of each page, then merged."""

@@ -33,7 +33,7 @@ def matrix_fields(m: Matrix) -> tuple[object, ...]:
 
 
 def op_fields(op: Op) -> tuple[object, ...]:
-    """The seventeen fields of an operation."""
+    """The nineteen fields of an operation."""
     parts = [(matrix_fields(p.matrix), p.bias, p.column) for p in op.parts]
     return (
         KINDS.index(op.kind),
@@ -53,18 +53,21 @@ def op_fields(op: Op) -> tuple[object, ...]:
         op.top,
         op.routes,
         op.planes,
+        op.rope,
+        op.bias,
     )
 
 
 def program_fields(program: Program) -> tuple[Any, ...]:
-    """(slots, operations, cache, heads, inverse frequencies) as the extension reads them."""
+    """(slots, operations, cache, heads, inverse frequencies, rope's factor), for the extension."""
     cache = program.cache
     return (
         [(s.width, s.planes) for s in program.slots],
         [op_fields(op) for op in program.ops],
         (CACHE_TYPES.index(cache.kind), cache.layers, cache.kv_heads, cache.head_dim),
         program.heads,
-        [float(f) for f in program.inverse_frequency],
+        [[float(f) for f in of_set] for of_set in program.inverse_frequency],
+        float(program.rope_factor),
     )
 
 

@@ -4,7 +4,7 @@ A slot holds one row a token: float32 numbers (planes = 0) or quantised activati
 one plane (8 bits) or two (16 bits: 128 * first + second) with a float32 scale a block of 128.
 
     embed     target <- rows of a matrix, by token id, times a number
-    norm      target (+)= source / rms(source) * weight
+    norm      target (+)= source / rms(source) * weight, or with a bias LayerNorm
     quantize  target <- codes of source
     linear    target[:, column:] (+)= source @ matrix.T + bias, for each of its parts; logits are
               capped where there is a cap
@@ -85,6 +85,8 @@ class Op:
     top: int = 0  # route, experts: experts that a token takes
     routes: int = LOGITS  # experts: the slot that route wrote
     planes: int = 0  # experts: of what down is multiplied with; 0: numbers
+    rope: int = 0  # rope_store: which of the program's sets of frequencies
+    bias: NDArray[np.float32] | None = None  # norm: padded to 16; the mean is then taken out first
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,10 @@ class Program:
     ops: tuple[Op, ...]
     cache: CacheShape
     heads: int
-    inverse_frequency: NDArray[np.float32]  # (head_dim / 2,)
+    # (sets, pairs): of a head's first numbers i and i + pairs turn together, the rest stay
+    inverse_frequency: NDArray[np.float32]
     vocabulary: int
+    rope_factor: float = 1.0  # of sines and cosines
 
     def written(self) -> list[Slot]:
         """The slots that hold something: those between fused operations only do not."""

@@ -77,6 +77,17 @@ def rms_norm(x: Floats, weight: Floats, epsilon: float) -> Floats:
     return y
 
 
+def layer_norm(x: Floats, weight: Floats, bias: Floats, epsilon: float) -> Floats:
+    """(x - mean(x)) / deviation * weight + bias over the last axis; both are padded to 16."""
+    n = x.shape[-1]
+    chunks = pad(x, PANEL).reshape(*x.shape[:-1], -1, PANEL)
+    lanes = np.zeros((*x.shape[:-1], PANEL), F32)
+    for k in range(chunks.shape[-2]):
+        lanes = lanes + chunks[..., k, :]
+    mean = tree(lanes) / F32(n)
+    return rms_norm(x - mean[..., None], weight, epsilon) + bias[:n]
+
+
 def gate(kind: str, g: Floats, up: Floats) -> Floats:
     """activation(g) * up; silu and gelu's tanh form as g / (1 + e^-2u), relu2 as max(g, 0)^2."""
     if kind == "relu2":

@@ -22,11 +22,11 @@ from chalot.load.experts_memory import ExpertsMemory
 from chalot.load.reflexes import Margin, Reflexes
 from chalot.load.residence import Residence
 from chalot.model.cache import PageCache, Sequence
-from chalot.model.config import ModelConfig
+from chalot.model.config import ModelConfig, for_context
 from chalot.model.pieces import Maker, Pieces
 from chalot.model.transformer import build, cache_shape, head_input
 from chalot.model.window import LONGEST, SINKS, Window
-from chalot.reading import read_model_config, read_weights
+from chalot.reading import read_frequencies, read_model_config, read_weights
 from chalot.typed import COUNT, MAY_COUNT, PATH, check_types, token_ids
 
 
@@ -35,8 +35,8 @@ def default_context(config: ModelConfig, position_bytes: int, budget: int | None
     free = machine.memory_available()
     room = budget if budget is not None else None if free is None else free // 2
     if room is None:
-        return config.context
-    return min(config.context, max(PAGE, room // position_bytes // PAGE * PAGE))
+        return config.usual_context
+    return min(config.usual_context, max(PAGE, room // position_bytes // PAGE * PAGE))
 
 
 def remedy(config: ModelConfig, context: int, window: Window, by_budget: bool) -> str:
@@ -54,10 +54,11 @@ def cache_budget(texts: int, budget: int | None) -> int | None:
     return free // 2 if texts > 1 and budget is None and free is not None else budget
 
 
-def forced(activations: int | None, early_exit: Margin) -> str:
+def forced(activations: int | None, early_exit: Margin, long: bool) -> str:
     """What keys and values depend on besides the file, as saved sessions have it."""
     exits = "" if early_exit is None else f"early exit {early_exit}"
-    return ", ".join(filter(None, (str(activations or ""), exits)))
+    rope = "long factors of rope" if long else ""
+    return ", ".join(filter(None, (str(activations or ""), exits, rope)))
 
 
 def check_known(texts: int, kv: str, activations: int | None) -> None:
@@ -97,7 +98,8 @@ class Opened:
     ) -> None:
         """Map the file and check it; weights are read when they are needed.
 
-        `context` is in tokens (default: the model's own, or what half of the free memory holds),
+        `context` is in tokens (default: the model's own, or what half of the free memory holds;
+        with longrope what the short factors are for: more takes the long ones, of all positions),
         `kv` the type of cached keys and values, "int8", "f16" or "f32", `kv_budget` the most bytes
         they may take (a context that does not fit is then an error when it is reached, and the
         default context is what fits). `activations` (8 or 16 bits) overrides what the file asks
@@ -142,7 +144,8 @@ class Opened:
         by_budget = context is None and kv_budget is not None and not self.window.size
         self.cut = by_budget and self.context < self.config.context
         self.backend = backend or open_backend(isa, threads)
-        frequencies = self.file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
+        seen = self.window.size + self.window.sinks or self.context
+        frequencies = for_context(self.config, read_frequencies(self.file, self.config), seen)
         looked_at = self.residence.looked_at
         weights = read_weights(self.file, self.config, activations, looked_at)
         self.experts = ExpertsMemory(self.file, self.config, experts_resident)
@@ -162,7 +165,11 @@ class Opened:
             remedy=remedy(self.config, self.context, self.window, self.cut),
         )
         self.kept = sessions.Kept(
-            self.file.digest, forced(activations, early_exit), shape, self.window, self.context
+            self.file.digest,
+            forced(activations, early_exit, self.config.is_long(seen)),
+            shape,
+            self.window,
+            self.context,
         )
         self.lock = threading.RLock()
 

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import WeightError
-from chalot.kernels.backend import Backend
+from chalot.kernels.backend import Backend, Runnable
 from chalot.kernels.program import PAGE, Batch, padded_vector
-from chalot.kernels.reference import gate, rms_norm, route
+from chalot.kernels.reference import gate, layer_norm, rms_norm, route
 from chalot.model.cache import PageCache, Sequence
 from chalot.model.config import ModelConfig
 from chalot.model.layers import ffn_norm, layer_tensors
-from chalot.model.transformer import LAYER_INPUTS, ROTATED, Weights, build_layer
+from chalot.model.rope import turning_order
+from chalot.model.transformer import ATTENDED, LAYER_INPUTS, ROTATED, Weights, build_layer
 from chalot.quant import fold
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, pack_dense
@@ -156,8 +157,37 @@ def run_layer(
         tokens = np.arange(at, min(at + PAGE, len(hidden)), dtype=np.int32)
         batch = Batch(tokens, tokens - at, tokens * 0, cache.tables([sequence]))
         runnable.run(batch, cache.arena)
-        slots = (*LAYER_INPUTS, ROTATED, "hidden")
-        yield {n: runnable.slot(named[n], len(tokens)) for n in slots if n in named}
+        others = {n: runnable.slot(named[n], len(tokens)) for n in (ROTATED, "hidden")}
+        yield layer_inputs(config, weights, i, (runnable, named), hidden[tokens]) | others
+
+
+def layer_inputs(
+    config: ModelConfig,
+    weights: Weights,
+    i: int,
+    layer: tuple[Runnable, Mapping[str, int]],
+    states: Floats,
+) -> dict[str, Floats]:
+    """What layer i's matrices are multiplied with, by slot, where it began from these states.
+
+    `layer` is what `build_layer` gave, after its run. Where no norms stand before them, attention
+    reads the states themselves, and the feed-forward these with what attention made, normed.
+    """
+    runnable, named = layer
+    found = {n: runnable.slot(named[n], len(states)) for n in LAYER_INPUTS if n in named}
+    if not config.pre_norms:
+        weight = padded_vector(weights.vectors[f"layers.{i}.attention_post_norm"])
+        made = rms_norm(runnable.slot(named[ATTENDED], len(states)), weight, config.norm_epsilon)
+        found |= {"attention input": states, "feed-forward input": states + made}
+    return found
+
+
+def head_inputs(config: ModelConfig, read: Callable[[str], Floats], hidden: Floats) -> Floats:
+    """(tokens, hidden): the last hidden states, normed. `read` gives a tensor."""
+    weight = padded_vector(read("final_norm"))
+    if not config.centred_norms:
+        return rms_norm(hidden, weight, config.norm_epsilon)
+    return layer_norm(hidden, weight, padded_vector(read("final_norm.bias")), config.norm_epsilon)
 
 
 class Calibration:
@@ -294,11 +324,13 @@ class Calibration:
         gated = (one + "up", same, same)
         if self.config.inner_norms:
             attended, gated = ("attention_inner_norm", same, same), ("ffn_inner_norm", same, same)
+        normed = same if self.config.pre_norms else None  # else nothing makes it that could share
+        before = ffn_norm(self.config)
         # input, the matrices that read it, what produces it, how its factors are shared and seen
         for slot, readers, (producer, share, seen) in (
-            ("attention input", ("query", "key", "value"), ("attention_norm", same, same)),
+            ("attention input", ("query", "key", "value"), ("attention_norm", normed, same)),
             ("attention output", ("output",), attended),
-            ("feed-forward input", (one + "gate", one + "up"), (ffn_norm(self.config), same, same)),
+            ("feed-forward input", (one + "gate", one + "up"), (before, normed, same)),
             ("feed-forward inner", (one + "down",), gated),
         ):
             if slot not in inputs:  # experts are not folded, unless all are one
@@ -358,13 +390,14 @@ class Calibration:
         c, query, key = self.config, p + "query", p + "key"
         if c.whole_norms or not (self.schemes[query].is_coded and self.schemes[key].is_coded):
             return
+        order = turning_order(c.head_dim, c.turning or c.head_dim)
         heads = rotated.reshape(len(rotated), -1, c.head_dim)[:, : c.heads + c.kv_heads]
         if c.head_norms:  # which the slot's keys, unlike its queries, have not been through
             weight = padded_vector(vectors[p + "key_norm"])
             normed = rms_norm(heads[:, c.heads :], weight, c.norm_epsilon)
             heads = np.concatenate([heads[:, : c.heads], normed], axis=1)
         pairs = c.head_dim // 2
-        flat = heads.reshape(len(heads), -1).astype(np.float64)
+        flat = heads[:, :, order].reshape(len(heads), -1).astype(np.float64)
         square = fold.column_sums(flat**2).reshape(-1, 2, pairs)
         of_pairs = square[:, 0] + square[:, 1]  # (heads, pairs): queries, keys
         queries, keys = of_pairs[: c.heads].reshape(c.kv_heads, -1, pairs), of_pairs[c.heads :]
@@ -373,6 +406,7 @@ class Calibration:
             query, key = p + "query_norm", p + "key_norm"
             keys, shared = (fold.column_sums(x)[None] for x in (keys, shared))
         factor = np.tile(fold.pair_factors(keys, shared), (1, 2))  # (kv_heads or 1, head_dim)
+        factor = factor[:, np.argsort(order)]
         if (factor == 1).all():
             return
         group = 1 if c.head_norms else c.heads // c.kv_heads
@@ -381,14 +415,14 @@ class Calibration:
         for name, rows in ((query, by_query), (key, by_key)):
             self.plan.rows[name] = self.plan.rows[name + ".bias"] = rows
 
-    def head_inputs(self, norm: Floats) -> Floats:
+    def head_inputs(self, read: Callable[[str], Floats]) -> Floats:
         """(tokens, hidden): what the head is multiplied with, behind the last layer."""
-        return rms_norm(self.hidden, padded_vector(norm), self.config.norm_epsilon)
+        return head_inputs(self.config, read, self.hidden)
 
-    def head(self, name: str, norm: Floats, rows: Floats) -> None:
+    def head(self, name: str, read: Callable[[str], Floats], rows: Floats) -> None:
         """Plan the head's activations from the last hidden states and some of its rows."""
         if not self.schemes[name].is_coded:
             return
-        x = rms_norm(self.hidden[:PLANNED], padded_vector(norm), self.config.norm_epsilon)
+        x = head_inputs(self.config, read, self.hidden[:PLANNED])
         trial = Trial(self.backend, x, {name: (rows, self.schemes[name])})
         self.plan.planes[name] = trial.best(None)[1]

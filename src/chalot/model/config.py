@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError, one_line
 from chalot.model.experts import Experts, read_experts
-from chalot.model.families import FAMILIES, GATES, OPTIONAL, Family
+from chalot.model.families import FAMILIES, GATES, OPTIONAL, Family, unfamiliar
 from chalot.model.regions import Region, Regions, check_regions, default_regions
-from chalot.model.rope import RopeScaling, frequencies, read_rope
+from chalot.model.rope import Rope, RopeScaling, frequencies, read_rope
 from chalot.model.settings import (
     LARGEST,
     LEAST,
@@ -69,6 +69,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     whole_norms: bool = False  # of queries and keys, all heads of a token together, before rope
     experts: Experts | None = None
     logit_divisor: float = 1.0
+    pre_norms: bool = True  # of what attention and feed-forward read
+    centred_norms: bool = False  # LayerNorm, with biases, instead of norms by the mean square alone
+    turning: int = 0  # numbers of a head that rope turns, the first ones; 0: all
+    # bases of rope, unscaled, of layers that have their own; 0: no rope; None: the model's; (): all
+    rope_bases: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "layers", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary")
@@ -101,6 +106,12 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             raise ValueError("sinks: expected one number, fewer than its layers' one window")
         if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_theta is {self.rope_theta}; expected more than 1 with yarn")
+        self._check_rope()
+        if not (self.pre_norms or self.post_norms):
+            raise ValueError("expected norms before or behind attention and feed-forward")
+        others = self.head_norms or self.whole_norms or self.post_norms or self.inner_norms
+        if self.centred_norms and others:
+            raise ValueError("norms with biases go with no other norms")
         if self.experts is not None:
             self.experts.check(self.layers)
             if self.feed_forward_bias or self.post_norms or self.inner_norms:
@@ -111,6 +122,59 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             check_regions(self.named_regions, self.layers)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+
+    def _check_rope(self) -> None:
+        """Raise ValueError for a rope that does not fit heads and layers."""
+        if self.turning % 2 or not 0 <= self.turning <= self.head_dim:
+            raise ValueError(
+                f"rope turns {self.turning} of a head of {self.head_dim}; expected even"
+            )
+        if self.rope_bases and len(self.rope_bases) != self.layers:
+            raise ValueError(f"{len(self.rope_bases)} bases of rope for {self.layers} layers")
+        if any(base and not 1 <= base <= MOST for base in self.rope_bases):
+            raise ValueError(f"rope_bases: expected null, 0, or 1 to {MOST:g}")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            pairs = (self.turning or self.head_dim) // 2
+            if len(scaling.short_factor) != pairs:
+                raise ValueError(f"{len(scaling.short_factor)} factors of rope for {pairs} pairs")
+            if self.rope_bases:
+                raise ValueError("longrope goes with one base of rope for all layers")
+
+    @property
+    def usual_context(self) -> int:
+        """Positions of a text unless more are asked for: with longrope those of short factors."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return self.context
+        return min(self.context, scaling.original_context)
+
+    def is_long(self, positions: int) -> bool:
+        """Whether texts of up to so many positions need the long factors of longrope."""
+        return self.usual_context < positions and self.usual_context < self.context
+
+    @property
+    def own_bases(self) -> tuple[float, ...]:
+        """The different bases of layers that have their own."""
+        return tuple(dict.fromkeys(base for base in self.rope_bases if base is not None))
+
+    def rope_set(self, layer: int) -> int:
+        """Which of `inverse_frequencies` a layer has; 0: the model's."""
+        base = self.rope_bases[layer] if self.rope_bases else None
+        return 0 if base is None else 1 + self.own_bases.index(base)
+
+    @property
+    def rope_shape(self) -> tuple[int, int]:
+        """Sets of frequencies, and pairs that each turns."""
+        two = self.rope_scaling is not None and self.rope_scaling.kind == "longrope"
+        return 1 + two + len(self.own_bases), (self.turning or self.head_dim) // 2
+
+    @property
+    def rope_factor(self) -> float:
+        """What sines and cosines are multiplied with; yarn's, where all turns, is in `scale`."""
+        scaling = self.rope_scaling
+        apart = scaling is not None and (scaling.kind == "longrope" or self.turning > 0)
+        return scaling.attention_factor if scaling is not None and apart else 1.0
 
     @property
     def regions(self) -> Regions:
@@ -133,8 +197,9 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     @property
     def scale(self) -> float:
         """What scores are multiplied with."""
-        yarn = self.rope_scaling.attention_factor**2 if self.rope_scaling else 1.0
-        return (self.score_scale or 1 / math.sqrt(self.head_dim)) * yarn
+        sharper = self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+        both = 1.0 if self.rope_factor != 1 else sharper**2  # of queries and of keys
+        return (self.score_scale or 1 / math.sqrt(self.head_dim)) * both
 
 
 def from_hugging_face(config: Settings) -> ModelConfig:
@@ -146,8 +211,10 @@ def from_hugging_face(config: Settings) -> ModelConfig:
     family = config.get("model_type")
     row = FAMILIES.get(family) if isinstance(family, str) else None
     if row is None:
+        beyond = unfamiliar(config)
         raise UnsupportedError(
             f"config.json: unknown architecture {shown(family)}; chalot runs: {', '.join(FAMILIES)}"
+            + (f"; settings that none of them has: {shown(beyond)}" if beyond else "")
         )
     check_supported(config, row)
     config = {**row.defaults, **config}
@@ -159,7 +226,10 @@ def from_hugging_face(config: Settings) -> ModelConfig:
         heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
         if config.get("head_dim") is None and hidden % heads:
             raise wrong("hidden_size", hidden, f"a multiple of the {heads} heads, or a head_dim")
-        theta, scaling = read_rope(config)
+        head = whole(config, "head_dim", hidden // heads)
+        rope = read_rope(config, "rope_local_base_freq" in row.defaults)
+        sizes = windows(config, row)
+        epsilon = "layer_norm_eps" if row.centred_norms else "rms_norm_eps"
         scalar = positive(config, "query_pre_attn_scalar")
         fields = {
             "family": family,
@@ -167,19 +237,21 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "layers": whole(config, "num_hidden_layers", most=MOST_LAYERS),
             "heads": heads,
             "kv_heads": whole(config, "num_key_value_heads", heads),
-            "head_dim": whole(config, "head_dim", hidden // heads),
+            "head_dim": head,
             "feed_forward": whole(config, "intermediate_size"),
             "vocabulary": whole(config, "vocab_size"),
             "context": whole(config, "max_position_embeddings", 2048),
-            "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
-            "rope_theta": theta,
+            "norm_epsilon": number(config, epsilon, 1e-6),
+            "rope_theta": rope.theta,
             "tied": flag(config, "tie_word_embeddings"),
             "query_key_value_bias": bias(row.query_key_value_bias),
             "output_bias": bias(row.output_bias),
             "feed_forward_bias": bias(row.feed_forward_bias),
             "activation": activation(config, row),
-            "rope_scaling": scaling,
+            "rope_scaling": rope.scaling,
             "embedding_scale": embedding_scale(config) if row.embedding_scaled else 1.0,
+            "pre_norms": row.pre_norms,
+            "centred_norms": row.centred_norms,
             "head_norms": row.head_norms,
             "post_norms": row.post_norms,
             "inner_norms": row.inner_norms,
@@ -188,7 +260,9 @@ def from_hugging_face(config: Settings) -> ModelConfig:
             "score_scale": 1 / math.sqrt(scalar) if scalar else 0.0,
             "score_cap": positive(config, "attn_logit_softcapping"),
             "logit_cap": positive(config, "final_logit_softcapping"),
-            "windows": windows(config, row),
+            "windows": sizes,
+            "turning": turning(config, row, rope, head),
+            "rope_bases": rope_bases(config, row, rope, sizes),
         }
         if row.multiplied:
             fields |= multipliers(config, number(config, "rms_norm_eps", 1e-6))
@@ -274,6 +348,48 @@ def windows(config: Settings, row: Family) -> tuple[int, ...]:
     return tuple(size if windowed else 0 for windowed in chosen) if any(chosen) else ()
 
 
+def turning(config: Settings, row: Family, rope: Rope, head: int) -> int:
+    """How many of a head's numbers rope turns; 0: all. Raises UnsupportedError."""
+    if rope.part != 1 and not row.partial_rope:
+        raise UnsupportedError(
+            f"config.json: partial_rotary_factor {rope.part} is not known of the family "
+            f"{config['model_type']}; only 1"
+        )
+    found = int(head * rope.part)
+    if rope.part != 1 and (found % 2 or not found):
+        raise wrong("partial_rotary_factor", rope.part, f"one that turns pairs of a head of {head}")
+    return found if found < head else 0
+
+
+def rope_bases(
+    config: Settings, row: Family, rope: Rope, sizes: tuple[int, ...]
+) -> tuple[float | None, ...]:
+    """Each layer's own base of rope, 0 for none, None for the model's; () if no layer has one."""
+    turns = row.turned or (lambda config, layer: True)
+    layers = range(whole(config, "num_hidden_layers"))
+    own = [rope.local if sizes and sizes[i] else None for i in layers]
+    found = [base if turns(config, i) else 0.0 for i, base in zip(layers, own, strict=True)]
+    return tuple(found) if any(base is not None for base in found) else ()
+
+
 def inverse_frequencies(config: ModelConfig) -> NDArray[np.float32]:
-    """(head_dim / 2,) float32: by what a pair of a head turns from one position to the next."""
-    return frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    """(sets, pairs) float32: by what a pair of a head turns from one position to the next.
+
+    `ModelConfig.rope_set` says which set a layer has; `for_context` chooses between longrope's.
+    """
+    size = config.turning or config.head_dim
+    found = frequencies(size, config.rope_theta, config.rope_scaling)
+    own = [
+        frequencies(size, base, None) if base else np.zeros((1, size // 2), np.float32)
+        for base in config.own_bases
+    ]
+    return np.concatenate([found, *own])
+
+
+def for_context(
+    config: ModelConfig, frequencies: NDArray[np.float32], positions: int
+) -> NDArray[np.float32]:
+    """The frequencies for texts of up to so many positions: longrope has two sets, others one."""
+    if config.rope_scaling is None or config.rope_scaling.kind != "longrope":
+        return frequencies
+    return frequencies[1:] if config.is_long(positions) else frequencies[:1]

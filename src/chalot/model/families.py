@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from chalot.model.experts import ExpertKeys
-from chalot.model.settings import Settings, flag, wrong
+from chalot.model.settings import Settings, flag, whole, wrong
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -25,11 +25,15 @@ class Family(msgspec.Struct, frozen=True):
     norm_offset: float = 0.0  # checkpoints hold norm weights less this
     embedding_scaled: bool = False  # by sqrt(hidden), rounded to the checkpoint's type
     head_norms: bool = False
+    pre_norms: bool = True
+    centred_norms: bool = False
     post_norms: bool = False
     inner_norms: bool = False
     whole_norms: bool = False
     experts: ExpertKeys | None = None
     multiplied: bool = False  # embedding, scores, what is added, logits: see `multipliers`
+    partial_rope: bool = False  # `partial_rotary_factor` may be less than 1
+    turned: Callable[[Settings, int], bool] | None = None  # whether a layer has rope
 
 
 def switched_on(config: Settings, layer: int) -> bool:
@@ -53,6 +57,22 @@ def late_layers(config: Settings, layer: int) -> bool:
     return layer >= first
 
 
+def all_but_each_sixth(config: Settings, layer: int) -> bool:
+    """Gemma 3's rule, of which older configurations name the number."""
+    return (layer + 1) % whole(config, "sliding_window_pattern", 6) != 0
+
+
+def rope_by_list(config: Settings, layer: int) -> bool:
+    """SmolLM3's rule: 1 in `no_rope_layers` is a layer with rope; else each n-th goes without."""
+    listed = config["no_rope_layers"]
+    if listed is None:
+        return (layer + 1) % whole(config, "no_rope_layer_interval", 4) != 0
+    layers = whole(config, "num_hidden_layers")
+    if not isinstance(listed, list) or len(listed) < layers or not set(listed) <= {0, 1}:
+        raise wrong("no_rope_layers", listed, f"a list of 0 and 1 for {layers} layers")
+    return bool(listed[layer])
+
+
 QWEN = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28} | {
     "layer_types": None
 }
@@ -62,6 +82,17 @@ QWEN_EXPERTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
     "norm_topk_prob": False,
+}
+GEMMA2 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256} | {
+    "layer_types": None
+}
+GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208} | {
+    "max_position_embeddings": 131072,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0,
+    "sliding_window": 4096,
 }
 GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 FAMILIES = {
@@ -85,8 +116,7 @@ FAMILIES = {
     ),
     "gemma2": Family(
         GEMMA
-        | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
-        | {"layer_types": None}
+        | GEMMA2
         | {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         "attention_bias",
         "attention_bias",
@@ -96,8 +126,49 @@ FAMILIES = {
         embedding_scaled=True,
         post_norms=True,
     ),
+    "gemma3_text": Family(
+        GEMMA | GEMMA2 | GEMMA3,
+        "attention_bias",
+        "attention_bias",
+        windowed=all_but_each_sixth,
+        activations={"gelu": "gelu_tanh"},
+        norm_offset=1,
+        embedding_scaled=True,
+        head_norms=True,
+        post_norms=True,
+    ),
     "phi3": Family(
-        {"sliding_window": None, "rms_norm_eps": 1e-5}, windowed=lambda config, layer: True
+        {"sliding_window": None, "rms_norm_eps": 1e-5}
+        | {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        windowed=lambda config, layer: True,
+        partial_rope=True,
+    ),
+    "olmo2": Family(
+        {"rms_norm_eps": 1e-5},
+        "attention_bias",
+        "attention_bias",
+        whole_norms=True,
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "smollm3": Family(
+        {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
+        | {"no_rope_layers": None, "tie_word_embeddings": True}
+        | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6},
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        windowed=lambda config, layer: (
+            flag(config, "use_sliding_window") and not rope_by_list(config, layer)
+        ),
+        turned=rope_by_list,
+    ),
+    "stablelm": Family(
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "num_key_value_heads": 32}
+        | {"max_position_embeddings": 4096},
+        "use_qkv_bias",
+        centred_norms=True,
+        partial_rope=True,
     ),
     "granite": Family(
         {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0}
@@ -151,8 +222,29 @@ OPTIONAL = {  # settings of some families, refused in the others
     *("sliding_window", "query_pre_attn_scalar", "use_bidirectional_attention", "use_mrope"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
     *("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    *("rope_local_base_freq", "no_rope_layers", "qk_layernorm", "use_parallel_residual"),
     *("clip_qkv", "num_experts", "num_local_experts", "n_routed_experts"),
 }
+READ = {  # settings of every family
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "intermediate_size", "vocab_size", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *("hidden_act", "hidden_activation", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    *("layer_types", "torch_dtype", "dtype"),
+}
+BESIDE = {  # what does not change what a model computes
+    *("architectures", "auto_map", "transformers_version", "_name_or_path", "tokenizer_class"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "pretraining_tp"),
+    *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
+}
+
+
+def unfamiliar(config: Settings) -> list[str]:
+    """The settings of a configuration that no family has, and that say something."""
+    known = READ.union(BESIDE, OPTIONAL, *(row.defaults for row in FAMILIES.values()))
+    return sorted(key for key in config.keys() - known if config[key])
+
+
 GATES = {
     "silu": "silu",
     "swish": "silu",

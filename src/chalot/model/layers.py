@@ -46,7 +46,8 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
         if there:
             out.append(TensorSpec(f"{p}{name}.bias", (size,), "vector"))
 
-    norm("attention_norm", c.hidden)
+    norm("attention_norm", c.hidden, c.pre_norms)
+    bias("attention_norm", c.hidden, c.centred_norms)
     for name, size in rows.items():
         matrix(name, (size, c.hidden), "attention")
     for name, size in rows.items():
@@ -57,7 +58,8 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     matrix("output", (c.hidden, queries), "attention")
     bias("output", c.hidden, c.output_bias)
     norm("attention_post_norm", c.hidden, c.post_norms)
-    norm(ffn_norm(c), c.hidden)
+    norm(ffn_norm(c), c.hidden, c.pre_norms)
+    bias(ffn_norm(c), c.hidden, c.centred_norms)
     experts = c.experts_of(layer)
     if experts is not None:
         return out + [t._replace(name=p + t.name) for t in expert_tensors(c, experts)]
@@ -96,6 +98,8 @@ def model_tensors(config: ModelConfig) -> list[TensorSpec]:
     for layer in range(config.layers):
         out += layer_tensors(config, layer)
     out.append(TensorSpec("final_norm", (config.hidden,), "vector", norm_offset(config)))
+    if config.centred_norms:
+        out.append(TensorSpec("final_norm.bias", (config.hidden,), "vector"))
     if not config.tied:
         out.append(TensorSpec("head", (config.vocabulary, config.hidden), "head"))
     return out

@@ -6,8 +6,8 @@ h += down(activation(gate(n)) * up(n)), n = norm(h)
 logits = head(norm(h))
 
 Some families have more norms: of q and k before rope, of what output and down are multiplied with,
-or of what they give. In some a layer has many feed-forwards, experts, of which a router chooses a
-few for each token.
+or of what they give; one has these alone. In some a layer has many feed-forwards, experts, of which
+a router chooses a few for each token.
 """
 
 from collections.abc import Mapping
@@ -26,6 +26,8 @@ from chalot.quant.packing import Matrix
 
 FEED_FORWARD = ("gate", "up", "down")
 ROTATED = "queries, keys, values"  # the slot; rope turns what it holds
+MADE = "{} made"  # the slot of what a named matrix gives, where a norm stands behind it
+ATTENDED = MADE.format("output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,13 @@ class Builder:
     def norm(
         self, source: int, target: int, name: str, add: bool = False, divisor: float = 1.0
     ) -> None:
-        """target (+)= rms norm of source, divided."""
+        """target (+)= norm of source, divided."""
         weight = padded_vector(self.weights.vectors[name]) / np.float32(divisor)
-        epsilon = self.config.norm_epsilon
-        self.ops.append(Op("norm", source, target, weight=weight, number=epsilon, add=add))
+        bias = None
+        if self.config.centred_norms:
+            bias = padded_vector(self.weights.vectors[name + ".bias"]) / np.float32(divisor)
+        op = Op("norm", source, target, weight=weight, number=self.config.norm_epsilon, add=add)
+        self.ops.append(replace(op, bias=bias))
 
     def normed(self, there: bool, source: int, slot: str, name: str) -> int:
         """The slot with the norm of source; source itself where there is no such norm."""
@@ -77,7 +82,7 @@ class Builder:
         if not self.config.post_norms:
             self.linear(source, hidden, {name: 0}, add=True)
             return
-        made = self.slot("before the norm", self.slots[hidden].width)
+        made = self.slot(MADE.format(name.rpartition(".")[2]), self.slots[hidden].width)
         self.linear(source, made, {name: 0})
         self.norm(made, hidden, post_norm, add=True)
 
@@ -134,17 +139,18 @@ class Builder:
         """One layer on the slot "hidden"."""
         c, p = self.config, f"layers.{i}."
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        hidden, normed = self.slot("hidden", c.hidden), self.slot("attention input", c.hidden)
+        hidden = self.slot("hidden", c.hidden)
         both = self.slot(ROTATED, queries + 2 * keys)
         seen: dict[str, Any] = {"window": c.window(i), "sinks": c.sinks_of(i)}
         if seen["sinks"]:
             both = self.slot(f"{ROTATED}, queries for sinks", 2 * (queries + keys))
         if self.weights.paged and i and c.experts_of(i) is not None:
             self.foresee(i)  # of an embedding alone a router knows little
-        self.norm(hidden, normed, p + "attention_norm")
+        normed = self.normed(c.pre_norms, hidden, "attention input", p + "attention_norm")
         columns = {p + "query": 0, p + "key": queries, p + "value": queries + keys}
         self.linear(normed, both, columns)
-        rope = Op("rope_store", both, layer=cache_layer, **self.head_norms(p))
+        turns = self.head_norms(p) | {"rope": c.rope_set(i)}
+        rope = Op("rope_store", both, layer=cache_layer, **turns)
         self.ops.append(replace(rope, **seen) if seen["sinks"] else rope)
         attended = self.slot("attended" if c.inner_norms else "attention output", queries)
         attend = Op("attend", both, attended, number=c.scale, layer=cache_layer, cap=c.score_cap)
@@ -152,8 +158,7 @@ class Builder:
         inner = p + "attention_inner_norm"
         attended = self.normed(c.inner_norms, attended, "attention output", inner)
         self.add_product(attended, hidden, p + "output", p + "attention_post_norm")
-        fed = self.slot("feed-forward input", c.hidden)
-        self.norm(hidden, fed, p + ffn_norm(c))
+        fed = self.normed(c.pre_norms, hidden, "feed-forward input", p + ffn_norm(c))
         experts = c.experts_of(i)
         if experts is None:
             self.feed_forward(p, c.feed_forward, fed, hidden)
@@ -178,14 +183,12 @@ class Builder:
         """Layer i's keys and values of the slot "hidden", and nothing else of the layer."""
         c, p = self.config, f"layers.{i}."
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        normed, both = (
-            self.slot("attention input", c.hidden),
-            self.slot(ROTATED, queries + 2 * keys),
-        )
-        self.norm(self.slot("hidden", c.hidden), normed, p + "attention_norm")
+        hidden, both = self.slot("hidden", c.hidden), self.slot(ROTATED, queries + 2 * keys)
+        normed = self.normed(c.pre_norms, hidden, "attention input", p + "attention_norm")
         # queries stay as they are: rope turns what lies there, and nobody reads it
         self.linear(normed, both, {p + "key": queries, p + "value": queries + keys})
-        self.ops.append(Op("rope_store", both, layer=i, **self.head_norms(p)))
+        turns = self.head_norms(p) | {"rope": c.rope_set(i)}
+        self.ops.append(Op("rope_store", both, layer=i, **turns))
 
     def head(self, name: str) -> None:
         """Logits by the named matrix, of the tokens that want them."""
@@ -285,6 +288,7 @@ class Builder:
             self.config.heads,
             inverse_frequency,
             vocabulary or self.config.vocabulary,
+            self.config.rope_factor,
         )
 
 

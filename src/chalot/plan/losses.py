@@ -23,9 +23,7 @@ import numpy as np
 from chalot import __version__
 from chalot.errors import WeightError
 from chalot.home import home
-from chalot.kernels.program import padded_vector
-from chalot.kernels.reference import rms_norm
-from chalot.model.calibration import ordered_sum, some_rows
+from chalot.model.calibration import head_inputs, ordered_sum, some_rows
 from chalot.model.transformer import INPUT_OF
 from chalot.plan.swap import Floats, Item, Swaps, stored
 from chalot.quant.scheme import SCHEMES, Scheme
@@ -47,8 +45,7 @@ def inputs_of(swaps: Swaps, item: Item, name: str) -> Floats:
     last = name.rsplit(".", 1)[-1]
     if last in INPUT_OF:
         return swaps.inputs[item.layer][INPUT_OF[last]]
-    norm = padded_vector(swaps.weights.vectors["final_norm"])
-    return rms_norm(swaps.hidden[-1], norm, swaps.config.norm_epsilon)
+    return head_inputs(swaps.config, swaps.weights.vectors.__getitem__, swaps.hidden[-1])
 
 
 def weight_error(swaps: Swaps, item: Item, scheme: Scheme) -> float:

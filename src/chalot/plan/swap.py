@@ -16,12 +16,13 @@ from chalot.kernels.backend import Backend
 from chalot.kernels.program import PAGE, Batch, Program
 from chalot.model.cache import PageCache
 from chalot.model.cache import Sequence as Place
+from chalot.model.calibration import layer_inputs
 from chalot.model.layers import TensorSpec, model_tensors
-from chalot.model.transformer import LAYER_INPUTS, Weights, build, build_from, build_layer
+from chalot.model.transformer import Weights, build, build_from, build_layer
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import Matrix, numbers, pack_dense
 from chalot.quant.scheme import SCHEMES, Scheme
-from chalot.reading import read_model_config, read_weights
+from chalot.reading import read_frequencies, read_model_config, read_weights
 
 Floats = NDArray[np.float32]
 MEMORY = 256 << 20  # bytes of the source's probabilities that are kept
@@ -91,7 +92,7 @@ class Swaps:
         self.file, self.backend = file, backend
         self.config = read_model_config(file)
         self.weights = read_weights(file, self.config, None)
-        self.frequencies = file.constant("rope.inverse_frequency", "<f4", self.config.head_dim // 2)
+        self.frequencies = read_frequencies(file, self.config)
         self.items = items_of(model_tensors(self.config), apart)
         room = min(MOST_TOKENS, max(PAGE, MEMORY // (4 * self.config.vocabulary)))
         count = max(1, min(len(ids), room) // PAGE)
@@ -115,9 +116,9 @@ class Swaps:
             runnable = self.backend.compile(program)
             batch, cache = self._batch(program, np.arange(len(states), dtype=np.int32), False)
             runnable.run(batch, cache.arena)
+            layer = runnable, slots
+            self.inputs.append(layer_inputs(self.config, self.weights, i, layer, states))
             states = runnable.slot(slots["hidden"], len(states))
-            there = [n for n in LAYER_INPUTS if n in slots]  # not all where a layer has experts
-            self.inputs.append({n: runnable.slot(slots[n], len(states)) for n in there})
         self.hidden.append(states)
 
     def _program(self, weights: Weights) -> Program:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from attacks.gguf import CASES
 from chalot import cli
 from gguf_cases import bundled_model
 from gguf_files import pack, write
-from test_gguf_attacks import FILES
 
 PROMPT = "Once upon a time"
 
@@ -76,7 +76,7 @@ def test_hostile_files_are_a_line_on_stderr(
     out = tmp_path / "out.myai"
     rest = {"convert": ["-o", str(out)], "run": ["Hello"], "describe": []}[verb]
     # without the magic number it is no GGUF file to a command
-    known = {case: file for case, file in FILES.items() if file[0].startswith(b"GGUF")}
+    known = {case: file for case, file in CASES.items() if file[0].startswith(b"GGUF")}
     for case, (content, message) in [*known.items()][::every]:
         path = write(tmp_path / "hostile.gguf", content)
         begin = time.process_time()

@@ -9,7 +9,6 @@ from random import Random
 from typing import Any
 
 import msgspec
-from chalot.drafts import costs_at, read_costs
 
 from attacks.changes import as_json, changed_bytes, changed_json
 from attacks.reader import Reader as Base
@@ -17,6 +16,7 @@ from chalot.errors import ChalotError
 from chalot.evaluate.quality import Window
 from chalot.evaluate.report import Unfinished
 from chalot.formats.myai import MyaiFile
+from chalot.load.drafts import costs_at, read_costs
 from chalot.model.config import from_hugging_face
 from chalot.plan.losses import Keeper, Kept, digest_of
 from myai_files import SMALL, random_file

@@ -17,7 +17,7 @@ from chalot.errors import KernelError
 from chalot.model import cache
 
 LOOK = 3e-6  # seconds that looking for a draft takes
-PART = 0.01  # of a pass: what looking in vain may take
+PART = 0.0025  # of a pass: what looking in vain may take
 IN_VAIN = 4  # looks in a row before there are fewer
 LOOKED_AT = 8  # earlier places with the same two tokens, latest first
 LONGEST = 32  # tokens of a match that are counted

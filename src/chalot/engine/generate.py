@@ -285,9 +285,9 @@ class Session:
         room = min(room, CHUNK - 1, room if most is None else most - 1)
         if room <= 0:
             return []
-        start = time.thread_time()
+        start = time.perf_counter()
         draft = self.drafter.propose(self, room)
-        self.stats.cost += (time.thread_time() - start) / (self.engine.costs.one or 1.0)
+        self.stats.cost += (time.perf_counter() - start) / (self.engine.costs.one or 1.0)
         return draft
 
     def _verify(self, draft: list[int]) -> list[int]:

@@ -118,7 +118,7 @@ def measure_ours(kind: str, tokens: int, rounds: int, threads: int) -> dict[str,
         Op("attend", 0, 1, number=DIM**-0.5),
     )
     # frequencies of 0: rope is computed and turns nothing, so naive needs none for the same result
-    frequencies = np.zeros(DIM // 2, np.float32)
+    frequencies = np.zeros((1, DIM // 2), np.float32)
     slots = (Slot(x.shape[1]), Slot(HEADS * DIM))
     backend = open_backend(threads=threads)
 

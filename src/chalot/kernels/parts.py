@@ -101,7 +101,7 @@ def attention(
             continue
         embed = Op("embed", target=0, parts=(ProgramPart(held),), number=1.0)
         slots = (Slot(held.shape[1]), Slot(heads * size))[: 1 + len(ops) // 2]
-        still = np.zeros(size // 2, np.float32)  # rope turns by nothing
+        still = np.zeros((1, size // 2), np.float32)  # rope turns by nothing
         program = Program(slots, (embed, *ops), shape, heads, still, 1)
         runnable = kernels.compile(program)
         runnable.run(_batch(first, last), arena)

@@ -157,6 +157,8 @@ Op read_op(Input& f) {
   op.top = f.whole();
   op.routes = f.whole();
   op.planes = f.whole();
+  op.rope = f.whole();
+  std::tie(op.bias, op.bias_size) = f.floats(size_t(f.below(kMostSide)));
   return op;
 }
 
@@ -176,11 +178,14 @@ Program read_program(Input& f) {
   cache.kv_heads = f.whole();
   cache.head_dim = f.whole();
   const int heads = f.whole();
-  std::vector<float> inverse_frequency(std::min<size_t>(kMaxHead, size_t(std::max(0, cache.head_dim)) / 2));
-  const int more = f.below(8);
-  for (size_t i = 0; i < inverse_frequency.size(); i++) inverse_frequency[i] = 1.0f / float(i + 1);
-  if (more == 7) inverse_frequency.assign(inverse_frequency.size() / 2, f.number());
-  Program program(slots, ops, cache, heads, inverse_frequency);  // checks
+  std::vector<std::vector<float>> inverse_frequency(f.count());
+  const int pairs = std::clamp(cache.head_dim / 2, 0, kMaxHead);
+  for (std::vector<float>& set : inverse_frequency) {
+    set.resize(size_t(std::max(0, pairs - f.below(16))));
+    for (size_t i = 0; i < set.size(); i++) set[i] = 1.0f / float(i + 1);
+  }
+  if (f.below(8) == 7 && !inverse_frequency.empty()) inverse_frequency[0].assign(size_t(pairs) / 2, f.number());
+  Program program(slots, ops, cache, heads, inverse_frequency, f.number());  // checks
   if (widths > kMostWidths || cache.page_bytes() > kMostPage || size_t(heads) * cache.head_dim > kMostWidths)
     throw TooMuch();
   return program;

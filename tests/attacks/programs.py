@@ -23,12 +23,12 @@ TEXT = (7, 300, 3, 97, 98, 0, 256, 256, 99, 1, 257, 98, 99, 2, 258, 1, 0, 1, 1, 
 
 def numbers(program: Program, kernels: int) -> Iterator[int]:
     """What fuzz.cpp reads, in its order."""
-    slots, ops, cache, heads, _ = program_fields(program)
+    slots, ops, cache, heads, sets, factor = program_fields(program)
     yield from (0, kernels, kernels % 2, len(slots))
     for slot in slots:
         yield from slot
     yield len(ops)
-    for kind, source, target, parts, weight, number, *rest in ops:
+    for kind, source, target, parts, weight, number, *rest, added in ops:
         yield from (kind, source, target, len(parts))
         for (scheme, rows, columns, segment, *_), bias, column in parts:
             yield from (scheme, rows, columns, segment, FINITE, EXACT, EXACT)
@@ -37,7 +37,11 @@ def numbers(program: Program, kernels: int) -> Iterator[int]:
         yield from (0, NOTHING) if weight is None else (len(weight), FINITE, EXACT)
         yield nearest(number)
         yield from (nearest(n) if isinstance(n, float) else int(n) for n in rest)
-    yield from (*cache, heads, EXACT)
+        yield from (0, NOTHING) if added is None else (len(added), FINITE, EXACT)
+    yield from (*cache, heads, len(sets))
+    for of_set in sets:
+        yield program.cache.head_dim // 2 - len(of_set)
+    yield from (EXACT, nearest(factor))
     for batch in BATCHES:
         yield from batch
 
@@ -51,7 +55,8 @@ def programs() -> Iterator[tuple[str, Program]]:
     """Small models of every family, in many schemes and caches."""
     schemes = ("nl4", "int8", "ternary", "row4", "nl3", "int6", "row8", "nl2", "sign", "row1")
     for n, (name, said) in enumerate(CONFIGS.items()):
-        config = from_hugging_face(said | SMALL | HEADS | {"num_hidden_layers": 1})
+        layers = len(said.get("layer_types") or "1")
+        config = from_hugging_face(said | SMALL | HEADS | {"num_hidden_layers": layers})
         cache = ("int8", "f16", "f32")[n % 3]
         yield name, tiny.program(config, schemes[n % len(schemes)], planes=1 + n % 2, cache=cache)
     yield "every", tiny.program(tiny.config(layers=1, vocabulary=33), "every")

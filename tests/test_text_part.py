@@ -1,6 +1,7 @@
 """The language model in a checkpoint of text and images; of Gemma 3, test_parity.py."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import chalot
 from chalot.describe import describe
+from chalot.errors import FormatError
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.folders import as_computed
@@ -78,3 +80,11 @@ def test_one_text_part_by_two_names_is_refused(tmp_path: Path) -> None:
     shard.write(folder / "model.safetensors")
     with pytest.raises(chalot.ChalotError, match="twice, by two names"):
         open_checkpoint(folder)
+
+
+def test_what_is_not_there_is_a_typed_error(tmp_path: Path) -> None:
+    folder = gemma3_with_images(tmp_path / "images", "language_model.model.")
+    with closing(open_checkpoint(folder)) as opened:
+        for read in (opened.raw, opened.float32):
+            with pytest.raises(FormatError, match="has no tensor"):
+                read("vision_tower.vision_model.post_layernorm.weight")

@@ -108,7 +108,8 @@ class TextPart(CheckpointView):
 
     def float32(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """See Checkpoint."""
-        return self.held.float32(self._places[name], first, self.end(name, first, last))
+        last = self.end(name, first, last)
+        return self.held.float32(self._places[name], first, last)
 
     def document(self, name: str) -> bytes | None:
         """See Checkpoint."""

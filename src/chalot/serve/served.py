@@ -70,10 +70,7 @@ class Served:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker computes, and the file is whole.
-
-        It ends for good if something is wrong with chalot.
-        """
+        """Whether the worker computes, which ends if chalot has a bug, and the file is whole."""
         try:
             self.model.file.check_length()
         except ChalotError:

@@ -25,6 +25,7 @@ class Reader:
     """Opens a file and gives every tensor as float32."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.data = path.read_bytes()
         assert len(self.data) >= 256
         magic, version = struct.unpack_from("<2I", self.data, 0)
@@ -56,9 +57,13 @@ class Reader:
         shared: dict[tuple, tuple] = {}  # extent -> scheme and shape of all tensors in it
         for t in m["tensors"].values():
             what = (t["scheme"], tuple(t["shape"]))
-            assert shared.setdefault(tuple(t["extent"].values()), what) == what
-        extents = [dict(zip(("offset", "bytes", "sha256"), e, strict=True)) for e in shared]
+            assert shared.setdefault(tuple(t["extent"].items()), what) == what
+        extents = [dict(e) for e in shared]
         extents += [*m["documents"].values(), *m["constants"].values()]
+        elsewhere = [e for e in extents if e.get("elsewhere", False)]
+        extents = [e for e in extents if e not in elsewhere]
+        for e in elsewhere:
+            assert e["offset"] == 0 and hashlib.sha256(self.extent(e)).hexdigest() == e["sha256"]
         reached = 256
         for e in sorted(extents, key=lambda e: e["offset"]):
             assert e["offset"] % 64 == 0 and reached <= e["offset"] < reached + 64
@@ -68,6 +73,14 @@ class Reader:
             assert hashlib.sha256(self.extent(e)).hexdigest() == e["sha256"]
 
     def extent(self, e: dict[str, Any]) -> bytes:
+        if e.get("elsewhere", False):
+            other = Reader(self.path.parent / self.manifest["other"])
+            m = other.manifest
+            all_of_it = [t["extent"] for t in m["tensors"].values()]
+            all_of_it += [*m["documents"].values(), *m["constants"].values()]
+            held = (x for x in all_of_it if not x.get("elsewhere", False))
+            same = (x for x in held if (x["sha256"], x["bytes"]) == (e["sha256"], e["bytes"]))
+            return other.extent(next(same))
         return self.data[e["offset"] : e["offset"] + e["bytes"]]
 
     def tensor(self, name: str) -> np.ndarray:
@@ -263,6 +276,21 @@ def test_a_second_reader_finds_the_same_floats(scheme: str, tmp_path: Path) -> N
     file.close()
 
 
+def test_a_second_reader_finds_what_is_elsewhere(tmp_path: Path) -> None:
+    import chalot
+
+    source = write_checkpoint(tmp_path / "source")
+    chalot.convert(source, tmp_path / "base.myai", "int8")
+    chalot.convert(source, tmp_path / "whole.myai", "attention=nl4,ffn=int8,embedding=int8")
+    part = tmp_path / "part.myai"
+    scheme = "attention=nl4,ffn=int8,embedding=int8"
+    chalot.convert(source, part, scheme, share=tmp_path / "base.myai")
+    reader, whole = Reader(part), Reader(tmp_path / "whole.myai")
+    assert len(reader.data) < len(whole.data)
+    for name in whole.manifest["tensors"]:
+        np.testing.assert_array_equal(reader.tensor(name), whole.tensor(name), err_msg=name)
+
+
 # ---- the page's example
 
 
@@ -273,7 +301,7 @@ def block(name: str) -> str:
 
 
 def test_the_headers_bytes_are_what_the_page_shows() -> None:
-    from chalot.formats.myai import header_bytes
+    from chalot.formats.myai_manifest import header_bytes
 
     sizes = {"hidden": 160, "feed_forward": 1100, "layers": 2, "heads": 6, "kv_heads": 2}
     config = {**sizes, "head_dim": 24, "vocabulary": 301, "context": 1024, "rope_theta": 10000.0}

@@ -309,7 +309,7 @@ def bench(
             model.backend.name,
             model.backend.threads,
             model.engine.cache.shape.kind,
-            model.file.size,
+            model.file.all_bytes,
             weight_bytes(model),
             Figure.of(loads),
             resident,

@@ -19,6 +19,7 @@ from chalot.checking import RUN, check_shapes, read_config
 from chalot.errors import WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.journal import Finished
+from chalot.formats.myai_source import MyaiSource
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
 from chalot.keeping import keeps
@@ -92,9 +93,17 @@ class Conversion:
         self.shared: set[str] = set()  # tensors that lie in another one's extent
         ours = {hugging_face(s.name): s.name for s in self.specs}
         same = getattr(checkpoint, "aliases", {})  # of a Checkpoint that knows such
+        self.copied = self._is_copied(how)
         self.same = {ours[n]: ours[of] for n, of in same.items() if n in ours and of in ours}
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
+
+    def _is_copied(self, how: Storing) -> bool:
+        """Whether all stays in the form in which the source, a `.myai` file, has it."""
+        if not isinstance(self.checkpoint, MyaiSource) or how.refine or how.balance or self.absmean:
+            return False
+        entries = self.checkpoint.file.manifest.tensors
+        return all(entries[name].scheme == str(scheme) for name, scheme in self.schemes.items())
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """Rows of a tensor as it is computed with. Raises WeightError for NaN or Inf."""
@@ -165,7 +174,7 @@ class Conversion:
                 writer.documents[TABLES] = writer.extent([tables])
 
     def _calibration(self, frequencies: Floats) -> Calibration | None:
-        if not any(s.is_coded for s in self.balanced.values()):
+        if self.copied or not any(s.is_coded for s in self.balanced.values()):
             return None
         ids = few_ids(self.checkpoint, self.config)
         if self.refining is not None:
@@ -257,7 +266,27 @@ class Conversion:
         found.update(bytes([self.plan.planes.get(spec.name, 1)]))
         return found.hexdigest()
 
+    def _copy(self, writer: MyaiWriter, spec: TensorSpec) -> None:
+        """A tensor as the source has it, byte for byte."""
+        assert isinstance(self.checkpoint, MyaiSource)
+        file = self.checkpoint.file
+        entry = file.manifest.tensors[spec.name]
+        self._digest(spec)
+        pieces = file.pieces(entry.extent)
+        writer.tensor(spec.name, entry.scheme, entry.shape, pieces, entry.activation)
+        if spec.kind != "vector":
+            writer.tensors[spec.name] = msgspec.structs.replace(
+                writer.tensors[spec.name], error=entry.error
+            )
+            sample = self.read(spec.name, 0, min(PANEL, spec.shape[0]))
+            self.errors[spec.name] = 0.0, ordered_sum(sample)
+            self.taken.add(spec.name)
+        self._advance(spec, int(np.prod(spec.shape)))
+
     def _make(self, writer: MyaiWriter, spec: TensorSpec) -> None:
+        if self.copied:
+            self._copy(writer, spec)
+            return
         self.digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "vector":
             values = self.read(spec.name)

@@ -18,7 +18,8 @@ from chalot.checking import read_config
 from chalot.conversion import Conversion, KindReport, Progress
 from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
-from chalot.formats.myai import MyaiFile, Source
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import Source
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.new_file import partial_of
 from chalot.keeping import coarse_note, notes
@@ -68,6 +69,7 @@ def convert(
     refine: Refine | None = None,
     experts: int | None = None,
     regions: str | None = None,
+    share: str | Path | None = None,
 ) -> ConvertReport:
     """Convert a Hugging Face folder, a hub id or a model's file to `out`, a `.myai` file.
 
@@ -79,7 +81,9 @@ def convert(
     would have it. `ternary` is where the scale of ternary weights comes from: "least-error", or
     BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
     the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
-    stay, those that chalot's text takes most. Peak memory is that of a layer and its largest tensor
+    stay, those that chalot's text takes most. What `share` holds already, another `.myai` file in
+    the folder of `out`, is not written again, but read there (docs/format.md). A `.myai` source
+    whose schemes stay is copied as it is. Peak memory is that of a layer and its largest tensor
     (chalot.fitting). The file appears whole or not at all; what an interrupted call finished stays
     beside it, and the same call goes on from there (docs/reliability.md).
     Raises a ChalotError for anything wrong with source or target.
@@ -93,9 +97,13 @@ def convert(
         threads=(threads, MAY_COUNT),
         plan=(plan, MAY_PATH),
         experts=(experts, MAY_COUNT),
+        share=(share, MAY_PATH),
         refine=(refine, ("a chalot.refining.Refine or None", (Refine, type(None)))),
     )
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
+    other = None if share is None else Path(share).expanduser()
+    with sharing(other, Path(out)):
+        pass
     asked = [] if scheme is None else ["--scheme", scheme]
     asked += [] if plan is None else ["--plan", str(plan)]
     asked += [] if experts is None else ["--experts", str(experts)]
@@ -111,7 +119,7 @@ def convert(
             scheme, some, None if plan is None else Path(plan), notes.append, regions
         )
         balanced = parse_schemes(balance) if balance else None
-        how = Storing(schemes, balanced, ternary, refine, notes, regions)
+        how = Storing(schemes, balanced, ternary, refine, notes, other, regions)
         watch = progress or (lambda *_: None)
         return write_myai(some, Path(out), how, name, said, threads, watch)
     finally:
@@ -158,7 +166,11 @@ def write_myai(
     documents = sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS)
     check_space(out, planned_bytes(work.config, schemes, work.same) + documents)
     said = command if refine is None else f"{command}  # {refine}"
-    with MyaiWriter(out, making(how, checkpoint, work.config)) as writer, memory_for(out):
+    with (
+        sharing(how.share, out) as other,
+        MyaiWriter(out, making(how, checkpoint, work.config, other), other) as writer,
+        memory_for(out),
+    ):
         work.progress("", 0, work.total)  # the source is good, and there is a place for it
         work.write(writer)
         writer.finish(
@@ -179,6 +191,25 @@ def write_myai(
     return ConvertReport(
         str(out), out.stat().st_size, work.total, stored * 8 / held, kinds, tuple(noted)
     )
+
+
+@contextmanager
+def sharing(other: Path | None, out: Path) -> Iterator[MyaiFile | None]:
+    """The file whose bytes are not written again, opened. Raises FormatError or OutputError."""
+    if other is None:
+        yield None
+        return
+    here = Path(os.path.realpath(out))
+    if os.path.realpath(other) == str(here) or other.absolute().parent.resolve() != here.parent:
+        raise OutputError(
+            f"--share {other}: expected another file in {here.parent}, where {out.name} will lie; "
+            "the two stay together"
+        )
+    file = MyaiFile(other)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def check_place(out: Path, source: Path) -> None:

@@ -128,8 +128,10 @@ def _of_myai(path: Path) -> Description:
             digest=manifest.source.digest,
             command=manifest.source.command,
             version=manifest.source.version,
+            other=manifest.other,
+            elsewhere=file.all_bytes - file.size,
         )
-        return _description(str(path), origin, config, tensors, file.size)
+        return _description(str(path), origin, config, tensors, file.all_bytes)
     finally:
         file.close()
 

@@ -63,6 +63,8 @@ class Origin:
     digest: str | None = None
     command: str | None = None
     version: str | None = None
+    other: str = ""  # of a .myai file: the file beside it that holds so many bytes of it
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Description:
     parameters: int  # by name; tensors that share an extent count each
     stored_parameters: int  # those count once
     bytes: int
-    file_bytes: int  # of the .myai file, or of the one that a conversion would write
+    file_bytes: int  # of the .myai file with what is elsewhere, or of what would be written
     bits_per_weight: float
     kinds: tuple[KindReport, ...]
     tensors: tuple[TensorReport, ...]
@@ -159,6 +161,8 @@ def _facts(report: Description) -> str:
         ("context", f"{a['context']:,} tokens"),
         ("weights", f"{size(report.bytes)}, {report.bits_per_weight:.2f} bits each"),
     ]
+    if o.elsewhere:
+        facts.append(("elsewhere", f"{size(o.elsewhere)}, in {quoted(o.other)} beside it"))
     if o.form != ".myai":
         facts.append(("converted", f"about {size(report.file_bytes)} with these schemes"))
     if o.download_bytes is not None:

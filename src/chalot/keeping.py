@@ -55,15 +55,20 @@ def keeps(info: TensorInfo, scheme: Scheme) -> bool:
     return scheme.is_coarse and info.scheme == str(scheme)
 
 
-def kept(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> dict[str, Scheme]:
-    """The scheme of each matrix of a source in codes, by chalot's name; none of one in numbers."""
+def kept(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, ours: bool = False
+) -> dict[str, Scheme]:
+    """The scheme of each matrix of a source in codes, by chalot's name; none of one in numbers.
+
+    A file of `ours`, whose numbers were chosen, keeps them too.
+    """
     found: dict[str, Scheme] = {}
     if not in_codes(tensors):
         return found
     for spec in model_tensors(config):
         info = tensors.get(hugging_face(spec.name))
         if info is not None and spec.kind != "vector":
-            found[spec.name] = Scheme.parse(info.scheme or BESIDE)
+            found[spec.name] = Scheme.parse(info.scheme or (info.dtype if ours else BESIDE))
     if "embedding" in found:
         found.setdefault("head", found["embedding"])  # as without "keep"; a tied head has no other
     return found

@@ -38,6 +38,7 @@ class Kept:
     bytes: int
     made: str  # ISO 8601
     source: str  # what it was made from, or why it cannot be read
+    other: str = ""  # the file beside it that holds bytes of it
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,21 @@ def kept() -> list[Kept]:
             status = path.stat()
         except OSError:  # a link to nowhere, or just removed
             continue
-        scheme, source = _contents(path)
+        scheme, source, other = _contents(path)
         made = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds")
-        found.append(Kept(path.stem, str(path), scheme, status.st_size, made, source))
+        found.append(Kept(path.stem, str(path), scheme, status.st_size, made, source, other))
     return found
 
 
-def _contents(path: Path) -> tuple[str, str]:
-    """(schemes, source) of a file."""
+def _contents(path: Path) -> tuple[str, str, str]:
+    """(schemes, source, the other file) of a file."""
     try:
         file = MyaiFile(path)
     except (ChalotError, OSError) as error:
-        return "", f"cannot be read: {error}"
+        return "", f"cannot be read: {error}", ""
     try:
         found = {t.scheme for t in file.manifest.tensors.values() if len(t.shape) == 2}
-        return ", ".join(sorted(found)), file.manifest.source.name
+        return ", ".join(sorted(found)), file.manifest.source.name, file.manifest.other
     finally:
         file.close()
 
@@ -126,9 +127,15 @@ def remove(names: Iterable[str], dry_run: bool = False) -> list[Kept]:
     """Remove converted models by their names or sources, a source in each scheme that it has.
 
     Returns what was, or with `dry_run` would be, removed. Raises FormatError for a name that is not
-    there, before anything is removed; OutputError.
+    there, before anything is removed; OutputError, also where another model has bytes in one.
     """
     found = list(dict.fromkeys(kept for name in names for kept in find(name)))
+    going = {Path(model.path).name for model in found}
+    for model in kept():
+        if model not in found and model.other in going:
+            raise OutputError(
+                f"{model.other}: {model.name} has bytes in it; remove {model.name} too"
+            )
     for model in [] if dry_run else found:
         try:
             Path(model.path).unlink()

@@ -11,7 +11,8 @@ from chalot import __version__
 from chalot.checking import read_config
 from chalot.errors import FormatError, RegionError, SchemeError, one_line
 from chalot.formats.checkpoint import Checkpoint
-from chalot.formats.myai import HEADER
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import HEADER
 from chalot.formats.myai_source import MyaiSource
 from chalot.keeping import KEEP, kept, usual_of
 from chalot.model.config import ModelConfig
@@ -50,6 +51,7 @@ class Storing:
     ternary: str = TERNARY[0]
     refine: Refine | None = None
     notes: Sequence[str] = ()  # what a user should know of the schemes, a line each
+    share: Path | None = None  # a file beside it, whose bytes are not written again
     regions: str | None = None  # "shallow=0-5,deep=6-17,...": see chalot.model.regions
 
 
@@ -117,7 +119,7 @@ def schemes_for(
     schemes = parse_schemes(text)
     config = read_config(checkpoint)
     if text.strip().lower() == KEEP:
-        schemes |= kept(checkpoint.tensors, config)
+        schemes |= kept(checkpoint.tensors, config, isinstance(checkpoint, MyaiSource))
     if plan is not None:
         config = with_regions(config, regions, checkpoint)
         planned = planned_schemes(read_plan(plan, config), checkpoint, config)
@@ -153,12 +155,15 @@ def planned_bytes(
     return total
 
 
-def making(how: Storing, checkpoint: Checkpoint, config: ModelConfig) -> str:
+def making(
+    how: Storing, checkpoint: Checkpoint, config: ModelConfig, share: MyaiFile | None = None
+) -> str:
     """A digest of all that decides a file's bytes but for the weights themselves."""
     schemes = [{n: str(s) for n, s in (of or {}).items()} for of in (how.schemes, how.balance)]
     refine = how.refine and (how.refine.method, how.refine.text.digest)
     documents = [checkpoint.document(name) for name in DOCUMENTS]
-    said = (__version__, config, schemes, how.ternary, refine, documents)
+    other = share and (share.path.name, share.digest)
+    said = (__version__, config, schemes, how.ternary, refine, documents, other)
     raw = msgspec.json.encode((*said, dict(checkpoint.tensors)), order="sorted")
     return hashlib.sha256(raw).hexdigest()
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from chalot.errors import ChalotError
 from chalot.formats.files import quoted
-from chalot.formats.myai import MyaiFile, TensorEntry
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import TensorEntry
 from chalot.quant.scheme import SCHEMES
 from chalot.reading import read_frequencies, read_model_config
 from chalot.table import size
@@ -72,7 +73,9 @@ def _checksums(file: MyaiFile, progress: Progress) -> Iterator[Damage]:
             progress(name, done, total)
 
         if not file.is_whole(extent, advance):
-            at = f"{extent.bytes:,} bytes at {extent.offset:,}"
+            home, start_at = file.home(extent)
+            at = f"{extent.bytes:,} bytes at {start_at:,}"
+            at += f" of {home.path.name}" if extent.elsewhere else ""
             yield Damage(quoted(name), f"wrong checksum ({at})")
         done = start + extent.bytes
 

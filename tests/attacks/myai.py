@@ -12,7 +12,7 @@ import chalot
 import vocabularies
 from attacks.changes import BOMBS, as_json, changed_bytes, changed_json, changed_text
 from attacks.reader import Reader as Base
-from chalot.formats.myai import HEADER, WHERE
+from chalot.formats.myai_manifest import HEADER, WHERE
 from chalot.model.config import from_hugging_face
 from golden.cases import mixtral
 from myai_files import SMALL, edited, manifest_of, random_file, set_at, with_manifest
@@ -36,6 +36,16 @@ MODELS = ((SMALL, "nl4"), (SMALL | {"tie_word_embeddings": True}, "row4"), (EXPE
 
 QUERY = ("tensors", "layers.0.query")
 NORM = ("tensors", "final_norm")
+
+ELSEWHERE = {"offset": 0, "bytes": 1, "sha256": "0" * 64, "elsewhere": True}
+OTHERS = {
+    "itself": FILE,
+    "a path": "../x.myai",
+    "a folder": ".",
+    "a root": "/x",
+    "nobody": "a.myai",
+}
+OTHERS |= {"a device": "/dev/zero", "no name": "", "a long name": "x" * 300, "a zero byte": "a\0"}
 
 HEADERS: dict[str, Callable[[bytearray], Any]] = {
     "magic": lambda h: struct.pack_into("<I", h, 0, 0x46554747),
@@ -113,6 +123,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "bytes one less": (*NORM, "extent", "bytes", 255),
     "checksum a number": (*QUERY, "extent", "sha256", 5),
     "tensor missing": (*QUERY, ...),
+    "elsewhere, nowhere": (*QUERY, "extent", ELSEWHERE),
+    "another file for nothing": ("other", FILE),
     "constant missing": ("constants", "rope.inverse_frequency", ...),
     "tables missing": ("constants", "tables.nl4", ...),
     "document past the end": ("documents", "tokenizer.json", {"offset": 1 << 40, "bytes": 9,
@@ -161,10 +173,20 @@ def in_header(edit: Callable[[bytearray], Any], whole: bytes) -> bytes:
     return bytes(out)
 
 
+def in_other(name: str, manifest: Any) -> None:
+    """A query that is said to be in another file, with its own numbers."""
+    manifest["other"] = name
+    manifest["tensors"]["layers.0.query"]["extent"] |= {"offset": 0, "elsewhere": True}
+
+
 CASES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     **{f"header: {name}": (partial(in_header, edit), "") for name, edit in HEADERS.items()},
     **{f"text: {n}": (partial(with_manifest, manifest=text), "") for n, text in TEXTS.items()},
     **{f"manifest: {n}": (partial(edited, edit=set_at(*said)), "") for n, said in WRONG.items()},
+    **{
+        f"other: {n}": (partial(edited, edit=partial(in_other, name)), "")
+        for n, name in OTHERS.items()
+    },
     **{
         f"config: {n}": (partial(edited, edit=set_at("config", *said)), "")
         for n, said in CONFIG.items()

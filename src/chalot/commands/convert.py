@@ -65,6 +65,11 @@ def arguments(parser: ArgumentParser) -> None:
     )
     text = "of each layer's experts, those that a text takes most: another model, smaller"
     parser.add_argument("--experts", type=int, metavar="K", help=text)
+    parser.add_argument(
+        "--share",
+        metavar="FILE",
+        help="a .myai file in the same folder: what it holds is not stored again, and read there",
+    )
     parser.add_argument("--refine", help="better codes at the same bytes: gptq or hqq")
     parser.add_argument(
         "--calibration", metavar="FILE", help="text for --refine (default: chalot's own)"
@@ -101,6 +106,8 @@ def main(arguments: Arguments) -> int:
         arguments.parser.error("--dry-run judges schemes; the plan itself says what it takes")
     if arguments.experts is not None and (arguments.fit or arguments.dry_run):
         arguments.parser.error("--fit and --dry-run judge all experts; leave --experts out")
+    if arguments.share is not None and (arguments.fit or arguments.dry_run):
+        arguments.parser.error("--fit and --dry-run judge whole files; leave --share out")
     named = batch.sources(arguments.source, arguments.all)
     if len(named) == 1 and not arguments.all:
         report = one(named[0], arguments)
@@ -184,6 +191,7 @@ def one(source: str, arguments: Arguments) -> Any:
             refine=refine,
             experts=arguments.experts,
             regions=arguments.regions,
+            share=arguments.share,
         )
     if not arguments.json:
         tell(report, arguments)

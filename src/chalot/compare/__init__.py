@@ -253,7 +253,7 @@ def compare(
             models.append(opened.enter_context(Model(path, threads=threads)))
             check_same(base, models[-1], words)
         measured = [
-            Form(name, str(m.file.path), m.file.size, m.file.bits_per_weight)
+            Form(name, str(m.file.path), m.file.all_bytes, m.file.bits_per_weight)
             for name, m in zip([SOURCE, *forms], models, strict=True)
         ]
         measure(measured, models, ids, prompts, max_tokens, progress)

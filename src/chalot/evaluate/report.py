@@ -123,7 +123,7 @@ def evaluate(
     with Model(path, threads=threads) as model:
         ids = model.tokenizer.encode(written)[:tokens]
         said_of = str(way.within(model.context, len(ids)))
-        size = model.file.size
+        size = model.file.all_bytes
         bits = model.file.bits_per_weight
         begin = model.tokenizer.bos_id
         said = hashlib.sha256(msgspec.json.encode(ids)).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chalot.conversion import Progress
-from chalot.convert import ConvertReport, check_place, with_experts, write_myai
+from chalot.convert import ConvertReport, check_place, sharing, with_experts, write_myai
 from chalot.errors import SchemeError
 from chalot.export import gguf, safetensors
 from chalot.export.npz import write_npz
@@ -37,6 +37,7 @@ class Options:
     ternary: str = TERNARY[0]  # of myai: where the scale of ternary weights comes from
     refine: Refine | None = None  # of myai
     regions: str | None = None  # of myai: its layers by name
+    share: Path | None = None  # of myai: a file beside it, whose bytes are not written again
 
 
 def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertReport:
@@ -45,7 +46,9 @@ def to_myai(checkpoint: Checkpoint, out: Path, options: Options) -> ConvertRepor
 
     notes: list[str] = []
     schemes = schemes_for(options.scheme, checkpoint, options.plan, notes.append, options.regions)
-    how = Storing(schemes, None, options.ternary, options.refine, notes, options.regions)
+    how = Storing(
+        schemes, None, options.ternary, options.refine, notes, options.share, options.regions
+    )
     name, threads = called(options.source), options.threads
     return write_myai(checkpoint, out, how, name, options.command, threads, options.progress)
 
@@ -88,7 +91,7 @@ TARGETS = {
         ".myai",
         (
             *("scheme", "bits", "plan", "ternary", "fit", "dry_run", "refine", "regions"),
-            "experts",
+            *("experts", "share"),
         ),
     ),
     "gguf": Target(to_gguf, ".gguf", ("type", "tokenizer"), type=gguf.DEFAULT_TYPE),
@@ -158,6 +161,7 @@ def export(
     refine: Refine | None = None,
     experts: int | None = None,
     regions: str | None = None,
+    share: str | Path | None = None,
 ) -> ConvertReport:
     """Write `source`, a path or a hub id, as `out` in the format `to` (one of TARGETS).
 
@@ -179,11 +183,13 @@ def export(
         bits=(bits, MAY_TEXT),
         threads=(threads, MAY_COUNT),
         experts=(experts, MAY_COUNT),
+        share=(share, MAY_PATH),
     )
     to = target_of(to, out)
     given: dict[str, Any] = {"type": type, "scheme": scheme, "plan": plan, "bits": bits}
     given |= {"tokenizer": not tokenizer, "ternary": ternary != TERNARY[0]}
     given |= {"refine": refine is not None, "regions": regions, "experts": experts is not None}
+    given |= {"share": share is not None}
     refuse_useless(to, lambda setting: bool(given.get(setting)))
     options = Options(
         str(source),
@@ -198,7 +204,10 @@ def export(
         ternary,
         refine,
         regions,
+        None if share is None else Path(share).expanduser(),
     )
+    with sharing(options.share, Path(out)):  # before anything is downloaded
+        pass
     found = resolve(source, progress)
     check_place(Path(out), found)
     checkpoint = open_checkpoint(found)

@@ -71,6 +71,7 @@ class ExpertPages:
             )
         if not file.mapped:
             raise LimitError(f"{OPTION} needs the file mapped; leave out --no-mmap")
+        file.refuse_elsewhere(OPTION)
         if not hasattr(mmap, "MADV_DONTNEED"):
             raise UnsupportedError(f"{OPTION} is not known on this system; leave it out")
         for layer in self.runs:  # opening the file has read of all of them
@@ -117,4 +118,4 @@ class ExpertPages:
 def expert_runs(file: MyaiFile, names: Sequence[str]) -> list[Run]:
     """The bytes of an expert's tensors, each by itself: an equal one may belong to others."""
     extents = (file.manifest.tensors[name].extent for name in names)
-    return sorted({(e.offset, e.offset + e.bytes) for e in extents})
+    return sorted({(e.offset, e.offset + e.bytes) for e in extents if not e.elsewhere})

@@ -2,8 +2,7 @@
 
     header (256 bytes) | extents, each at a multiple of 64 bytes | manifest (JSON)
 
-The manifest is authoritative; the header, whose first fields lie where version 2 had them, must
-agree with it. An extent is touched only after it was checked against the file's length. If the file
+An extent is touched only after it was checked against the file's length. If the file
 is cut while it is mapped, the next read past its end kills the process: `check_length` is asked
 before each step, and the race that remains is documented.
 """
@@ -15,6 +14,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,88 +36,43 @@ from chalot.errors import (
     out_of_memory,
 )
 from chalot.formats.documents import parse_json
-from chalot.formats.files import quoted
+from chalot.formats.files import check_plain_name, quoted
+from chalot.formats.myai_manifest import (
+    HEADER,
+    MAGIC,
+    MAX_MANIFEST,
+    VERSION,
+    WHERE,
+    Extent,
+    Manifest,
+    TensorEntry,
+    header_bytes,
+)
 from chalot.quant.packing import ALIGNMENT, Layout, Matrix, stored_bytes
 from chalot.quant.scheme import SCHEMES
 
-MAGIC, VERSION, HEADER = 0x4D594149, 3, 256
-MAX_MANIFEST = 64_000_000  # bytes
 READ = 1 << 26  # bytes at once
 PRIVATE: dict[str, int] = (  # Windows has no flags, and all anonymous memory is private there
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 )
-FIELDS = struct.Struct(
-    "<8I"
-)  # magic, version, hidden, feed-forward, layers, heads, vocabulary, flags
-MORE = struct.Struct("<2I")  # at 32: key/value heads, head size
-WHERE = struct.Struct("<3Q32s")  # at 64: manifest offset, manifest bytes, file bytes, sha256
-OLDER = struct.Struct("<5IfI")  # at 128: experts, experts used, group, 0, context, -, theta x 100
-
-
-class Extent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A run of bytes of the file."""
-
-    offset: int
-    bytes: int
-    sha256: str
-
-
-class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor: how it is stored, and the bits its activations are quantised to."""
-
-    scheme: str
-    shape: tuple[int, ...]
-    extent: Extent
-    activation: int = 8
-    error: float | None = None  # relative squared error against the source
-
-
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a file was made from."""
-
-    name: str
-    digest: str
-    command: str
-    version: str  # of chalot
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that is known of a file besides its extents."""
-
-    format: int
-    config: dict[str, Any]
-    source: Source
-    tensors: dict[str, TensorEntry]
-    documents: dict[str, Extent]
-    constants: dict[str, Extent]  # "tables.nl4", "rope.inverse_frequency"
-
-
-def header_bytes(config: dict[str, Any], where: tuple[int, int, int, bytes]) -> bytes:
-    """The 256 bytes in front. `where`: manifest offset, manifest bytes, file bytes, sha256."""
-    out = bytearray(HEADER)
-    sizes = ("hidden", "feed_forward", "layers", "heads", "vocabulary")
-    FIELDS.pack_into(out, 0, MAGIC, VERSION, *(config[s] for s in sizes), 1)
-    MORE.pack_into(out, 32, config["kv_heads"], config["head_dim"])
-    WHERE.pack_into(out, 64, *where)
-    if not isinstance(config["rope_theta"], (int, float)):  # a long text x 100 fills the memory
-        raise TypeError("rope_theta is no number")
-    theta = int(min(config["rope_theta"] * 100, 2**32 - 1))
-    struct.pack_into("<3I", out, 128, 0, 0, 32)
-    struct.pack_into("<2I", out, 144, config["context"], theta)
-    return bytes(out)
 
 
 class MyaiFile:
     """An opened file: its manifest, and its tensors as views of the mapping.
 
     If it is not `mapped`, of a copy in memory of its own, in huge pages where the system has them.
+    What is elsewhere is read from the `other` file, which is opened with it and closed with it.
     """
 
-    def __init__(self, path: Path, mapped: bool = True) -> None:
-        """Raises FormatError for anything that is not a whole, consistent file."""
+    def __init__(self, path: Path, mapped: bool = True, follow: bool = True) -> None:
+        """Raises FormatError for anything that is not a whole, consistent file.
+
+        If it is not to `follow`, what is elsewhere cannot be read.
+        """
         self.path = path
         self.mapped = mapped
         self.size = 0
+        self.other: MyaiFile | None = None
         try:
             # without O_NONBLOCK, opening a named pipe would wait for its writer for ever
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -139,6 +94,8 @@ class MyaiFile:
             self.data: NDArray[np.uint8] = np.frombuffer(self.map, np.uint8)
             self.manifest, self.digest = self._manifest()
             self._check_extents()
+            if follow:
+                self.other = self._open_other()
         except BaseException as error:
             self.close()
             if isinstance(error, ChalotError) or not isinstance(error, (OSError, ValueError)):
@@ -226,6 +183,53 @@ class MyaiFile:
         yield from self.manifest.documents.items()
         yield from self.manifest.constants.items()
 
+    @cached_property
+    def held(self) -> dict[tuple[str, int], int]:
+        """Checksum and length of each extent in the file itself, and where it lies."""
+        return {(e.sha256, e.bytes): e.offset for _, e in self.extents() if not e.elsewhere}
+
+    @property
+    def all_bytes(self) -> int:
+        """Of the file, and of what it has elsewhere."""
+        elsewhere = {e for _, e in self.extents() if e.elsewhere}
+        return self.size + sum(e.bytes for e in elsewhere)
+
+    def refuse_elsewhere(self, option: str) -> None:
+        """Raise FormatError if not all bytes are in the file itself, as an option needs them."""
+        if self.other is not None:
+            raise FormatError(
+                f"{self.path}: has bytes in {self.other.path.name}, {option} needs all in one "
+                f"file; chalot convert {self.path} -o OUT makes such a file"
+            )
+
+    def _open_other(self) -> "MyaiFile | None":
+        wanted = {e: name for name, e in self.extents() if e.elsewhere}
+        name = self.manifest.other
+        if any(e.offset for e in wanted):
+            raise FormatError(f"{self.path}: extents elsewhere have offsets; damaged file?")
+        if not wanted and not name:
+            return None
+        if not wanted:
+            raise FormatError(f"{self.path}: has nothing in {quoted(name)}; damaged file?")
+        check_plain_name(name, self.path)
+        here = (self.path.parent, Path(os.path.realpath(self.path)).parent)  # it may be a link
+        place = next((folder for folder in here if (folder / name).exists()), here[0]) / name
+        try:
+            other = MyaiFile(place, self.mapped, follow=False)
+        except ChalotError as error:
+            count = sum(e.bytes for e in wanted)
+            raise type(error)(
+                f"{self.path}: has {count:,} bytes in {name}, which must lie beside it: {error}"
+            ) from None
+        lost = [what for e, what in wanted.items() if (e.sha256, e.bytes) not in other.held]
+        if lost:
+            other.close()
+            raise FormatError(
+                f"{self.path}: {quoted(lost[0])} is not in {place} any more; bring back the file "
+                "that was there, or convert again"
+            )
+        return other
+
     @property
     def aliases(self) -> dict[str, str]:
         """The tensors that lie in another one's extent -> the first name of that extent."""
@@ -243,7 +247,7 @@ class MyaiFile:
     def _check_extents(self) -> None:
         end_of_last = HEADER
         manifest_at = WHERE.unpack_from(self.map, 64)[0]
-        for name, e in sorted(self.extents(), key=lambda item: item[1].offset):
+        for name, e in self._in_order():
             if e.bytes < 0 or e.offset < end_of_last or e.offset % ALIGNMENT:
                 raise FormatError(
                     f"{self.path}: extent of {quoted(name)} overlaps or is misaligned"
@@ -292,9 +296,21 @@ class MyaiFile:
                 f"for {entry.scheme} of shape {entry.shape}"
             )
 
+    def _in_order(self) -> list[tuple[str, Extent]]:
+        here = (item for item in self.extents() if not item[1].elsewhere)
+        return sorted(here, key=lambda item: item[1].offset)
+
+    def home(self, extent: Extent) -> tuple["MyaiFile", int]:
+        """The file that holds an extent, and where it begins there."""
+        if not extent.elsewhere:
+            return self, extent.offset
+        assert self.other is not None
+        return self.other, self.other.held[extent.sha256, extent.bytes]
+
     def view(self, extent: Extent) -> NDArray[np.uint8]:
         """The bytes of an extent, mapped."""
-        return self.data[extent.offset : extent.offset + extent.bytes]
+        file, at = self.home(extent)
+        return file.data[at : at + extent.bytes]
 
     def document(self, name: str) -> bytes | None:
         """A document ("tokenizer.json", ...) as it came with the source."""
@@ -344,6 +360,8 @@ class MyaiFile:
             raise FormatError(
                 f"{self.path}: was cut from {self.size} to {size} bytes while in use; restore it"
             )
+        if self.other is not None:
+            self.other.check_length()
 
     def pieces(self, extent: Extent, size: int = 1 << 24) -> Iterator[NDArray[np.uint8]]:
         """An extent, `size` bytes at a time; before each, the file's length is looked at."""
@@ -363,13 +381,15 @@ class MyaiFile:
         """(what follows, the fill before it) wherever there is fill; its bytes should be zero."""
         end = HEADER
         last = ("the manifest", Extent(WHERE.unpack_from(self.map, 64)[0], 0, ""))
-        for name, e in [*sorted(self.extents(), key=lambda item: item[1].offset), last]:
+        for name, e in [*self._in_order(), last]:
             if e.offset > end:
                 yield name, self.data[end : e.offset]
             end = e.offset + e.bytes
 
     def close(self) -> None:
         """Give back the file. The mapping goes when nothing reads it any more."""
+        if self.other is not None:
+            self.other.close()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

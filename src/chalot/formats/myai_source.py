@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import quoted
-from chalot.formats.myai import Extent, MyaiFile
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import Extent
 from chalot.formats.names import hugging_face
 from chalot.quant import codes, packing
 from chalot.quant.scheme import PANEL

@@ -7,6 +7,7 @@ makes the same again is given those, each after its bytes were compared with the
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from chalot.errors import LimitError, OutputError
 from chalot.formats.journal import Finished, Journal
-from chalot.formats.myai import (
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import (
     HEADER,
     MAGIC,
     VERSION,
@@ -31,6 +33,7 @@ from chalot.quant.packing import ALIGNMENT
 
 WORTH = 1 << 24  # bytes: fewer are made again in a second or two
 PIECE = 1 << 22  # bytes of one read
+SHARED = 1 << 12  # bytes: fewer are not worth another file
 KEPT_AFTER = (KeyboardInterrupt, OutputError, LimitError)  # none says that the source is bad
 
 
@@ -41,9 +44,10 @@ class MyaiWriter(NewFile):
     WORTH bytes for who goes on, and the error has a note that says so. So does a kill, any number.
     """
 
-    def __init__(self, path: Path, making: str = "") -> None:
+    def __init__(self, path: Path, making: str = "", share: MyaiFile | None = None) -> None:
         """`making` says all but the weights that decides the file's bytes; "" keeps nothing.
 
+        What the file `share` holds, which is to lie beside this one, is not written again.
         Raises OutputError if the place cannot be written or another process is writing it.
         """
         self.tensors: dict[str, TensorEntry] = {}
@@ -51,6 +55,7 @@ class MyaiWriter(NewFile):
         self.constants: dict[str, Extent] = {}
         self.journal: Journal | None = None
         self.kept = 0  # tensors that were there
+        self.share = share
         magic = MAGIC.to_bytes(4, "little")
         super().__init__(path, magic, ".myai", HEADER, anew=not making)
         if making:
@@ -72,20 +77,33 @@ class MyaiWriter(NewFile):
             return None
         assert self.journal is not None
         extent = found.entry.extent
-        start, digest = self.at + -self.at % ALIGNMENT, hashlib.sha256()
-        for at in range(start, start + extent.bytes, PIECE):
-            piece = os.pread(self.descriptor, min(PIECE, start + extent.bytes - at), at)
-            if not piece:  # the file ends before, however much the journal says
+        if not extent.elsewhere:
+            start = self.at + -self.at % ALIGNMENT
+            if extent != Extent(start, extent.bytes, self._digest(start, extent.bytes)):
                 return None
-            digest.update(piece)
-        if extent != Extent(start, extent.bytes, digest.hexdigest()):
+            self.align(ALIGNMENT)
+            self.at = start + extent.bytes
+        elif not self._is_elsewhere(extent):
             return None
-        self.align(ALIGNMENT)
-        self.at = start + extent.bytes
         self.tensors[name] = found.entry
         self.journal.take()
         self.kept += 1
         return found
+
+    def _digest(self, start: int, count: int) -> str:
+        """The SHA-256 of bytes that are there, "" if they are not."""
+        digest = hashlib.sha256()
+        for at in range(start, start + count, PIECE):
+            piece = os.pread(self.descriptor, min(PIECE, start + count - at), at)
+            if not piece:  # the file ends before, however much the journal says
+                return ""
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _is_elsewhere(self, extent: Extent) -> bool:
+        """Whether the other file has it."""
+        is_there = self.share is not None and (extent.sha256, extent.bytes) in self.share.held
+        return is_there and extent.bytes >= SHARED
 
     def finished(self, finished: Finished) -> None:
         """Note that a tensor is whole."""
@@ -96,11 +114,16 @@ class MyaiWriter(NewFile):
                 raise self.failed(error) from None
 
     def notes(self) -> list[str]:
-        """A line on what was there, if anything was."""
+        """A line on what was there, if anything was; another on what is elsewhere."""
         found = self.journal.found if self.journal else 0
         others = "; the others are damaged, or of another source, setting or version"
         said = f"{self.kept} of {found} tensors that an interrupted conversion finished were kept"
-        return [said + others * (self.kept < found)] if found else []
+        out = [said + others * (self.kept < found)] if found else []
+        if self.share is not None:
+            name, count = self.share.path.name, self.elsewhere
+            taken = f"{count:,} bytes are in {name}, which has to stay beside it"
+            out.append(taken if count else f"{name} has nothing of it; it stands alone")
+        return out
 
     def extent(self, pieces: Iterable[bytes | NDArray[Any]]) -> Extent:
         """Append an aligned extent from its pieces in order."""
@@ -110,7 +133,18 @@ class MyaiWriter(NewFile):
             contiguous = piece if isinstance(piece, bytes) else np.ascontiguousarray(piece).data
             digest.update(contiguous)
             self.write(contiguous)
-        return Extent(start, self.at - start, digest.hexdigest())
+        extent = Extent(start, self.at - start, digest.hexdigest())
+        if not self._is_elsewhere(extent):
+            return extent
+        self.at = start  # what comes next is written over it
+        return Extent(0, extent.bytes, extent.sha256, elsewhere=True)
+
+    @property
+    def elsewhere(self) -> int:
+        """Bytes that the other file has, each once."""
+        parts = (self.documents.values(), self.constants.values())
+        extents = chain((entry.extent for entry in self.tensors.values()), *parts)
+        return sum(e.bytes for e in {e for e in extents if e.elsewhere})
 
     def tensor(
         self,
@@ -136,8 +170,9 @@ class MyaiWriter(NewFile):
         self, config: Mapping[str, Any], source: Source, check: Callable[[Path], None]
     ) -> None:
         """Write manifest and header, sync, let `check` look at the partial file, and rename."""
+        other = self.share.path.name if self.share is not None and self.elsewhere else ""
         manifest = Manifest(
-            VERSION, dict(config), source, self.tensors, self.documents, self.constants
+            VERSION, dict(config), source, self.tensors, self.documents, self.constants, other
         )
         raw = msgspec.json.encode(manifest)
         self.align(ALIGNMENT)

@@ -19,7 +19,8 @@ from collections.abc import Iterable
 
 from chalot import machine
 from chalot.errors import LimitError, UnsupportedError
-from chalot.formats.myai import Extent, MyaiFile
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import Extent
 from chalot.quant.packing import ALIGNMENT
 
 Run = tuple[int, int]  # first byte, and the one behind the last
@@ -38,22 +39,25 @@ def is_in_memory(descriptor: int, offset: int) -> bool:
 def read_ahead(file: MyaiFile) -> threading.Thread | None:
     """Start to read a mapped file that is not in memory; None where there is no use or way."""
     free = machine.memory_available()
-    if not hasattr(os, "posix_fadvise") or (free is not None and file.size > free):
+    if not hasattr(os, "posix_fadvise") or (free is not None and file.all_bytes > free):
         return None
-    descriptor = os.dup(file.descriptor)  # the file may be closed meanwhile
+    files = [f for f in (file, file.other) if f is not None]
+    descriptors = {f: os.dup(f.descriptor) for f in files}  # they may be closed meanwhile
     extents = [entry.extent for entry in file.manifest.tensors.values()]
+    places = [(*file.home(extent), extent.bytes) for extent in extents]
 
     def ask() -> None:
         try:
-            for extent in extents:
-                for at in range(extent.offset, extent.offset + extent.bytes, PIECE):
-                    size = min(PIECE, extent.offset + extent.bytes - at)
-                    if not is_in_memory(descriptor, at + size // 2):
-                        os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
+            for home, start, count in places:
+                for at in range(start, start + count, PIECE):
+                    size = min(PIECE, start + count - at)
+                    if not is_in_memory(descriptors[home], at + size // 2):
+                        os.posix_fadvise(descriptors[home], at, size, os.POSIX_FADV_WILLNEED)
         except OSError:  # a hint: page faults read what this does not
             pass
         finally:
-            os.close(descriptor)
+            for descriptor in descriptors.values():
+                os.close(descriptor)
 
     thread = threading.Thread(target=ask, name="read ahead", daemon=True)
     thread.start()
@@ -71,13 +75,17 @@ def lock(file: MyaiFile, runs: Iterable[Run] | None = None, option: str = "--mlo
 
     library = ctypes.CDLL(None, use_errno=True)
     wanted = [(0, file.size)] if runs is None else list(runs)
-    for start, end in wanted:
+    spans = [(address(file, start), end - start) for start, end in wanted]
+    if runs is None:
+        elsewhere = (file.view(e) for _, e in file.extents() if e.elsewhere)
+        spans += [(int(view.ctypes.data), view.size) for view in elsewhere]
+    for start, count in spans:
         begin = start // PAGE_SIZE * PAGE_SIZE
-        if library.mlock(ctypes.c_void_p(address(file, begin)), ctypes.c_size_t(end - begin)):
+        if library.mlock(ctypes.c_void_p(begin), ctypes.c_size_t(start + count - begin)):
             reason = os.strerror(ctypes.get_errno())
             allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             limit = "any number" if allowed == resource.RLIM_INFINITY else f"{allowed:,}"
-            count = sum(end - start for start, end in wanted)
+            count = sum(count for _, count in spans)
             raise LimitError(
                 f"{file.path}: {count:,} bytes cannot be locked in memory ({reason}); the system "
                 f"lets this process lock {limit}: raise that (ulimit -l), or leave out {option}"
@@ -92,7 +100,7 @@ def address(file: MyaiFile, offset: int) -> int:
 def runs_of(extents: Iterable[Extent]) -> list[Run]:
     """The bytes of extents, (start, end), in order; those that all but touch are one."""
     out: list[Run] = []
-    for start, end in sorted((e.offset, e.offset + e.bytes) for e in extents):
+    for start, end in sorted((e.offset, e.offset + e.bytes) for e in extents if not e.elsewhere):
         if out and start - out[-1][1] < ALIGNMENT:
             out[-1] = out[-1][0], max(out[-1][1], end)  # one extent may be two tensors
         else:

@@ -33,7 +33,7 @@ class ExpertsMemory:
     def paged(self) -> bool:
         """Whether experts are read when they are used: asking ahead for them helps."""
         free = machine.memory_available()
-        large = self.file.mapped and free is not None and self.file.size > free
+        large = self.file.mapped and free is not None and self.file.all_bytes > free
         return bool(self.pages.runs) and (self.pages.resident is not None or large)
 
     def with_paging(self, weights: Weights) -> Weights:

@@ -62,6 +62,8 @@ class Residence:
         """Lock what is kept. Raises RegionError, LimitError, FormatError, UnsupportedError."""
         self.file, self.config, self.budget = file, config, budget
         self.kept = tuple(dict.fromkeys(keep))
+        if budget is not None or self.kept:
+            file.refuse_elsewhere("--keep" if budget is None else "--budget")
         if budget is not None and not file.mapped:
             raise FormatError("--budget is for a mapped file; leave out --no-mmap")
         try:

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from chalot.conversion import Conversion
+from chalot.convert.conversion import Conversion
+from chalot.convert.storing import Storing, parse_schemes
 from chalot.demo import FOLDER, write_twin
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.kernels.backend import open_backend
@@ -29,7 +30,6 @@ from chalot.plan import ewq
 from chalot.plan.fast_ewq import FEATURES, Branch, Fitted, Leaf, Tree, commonest, features, leaf
 from chalot.quant.entropy import LEVELS
 from chalot.quant.scheme import SCHEMES
-from chalot.storing import Storing, parse_schemes
 from machine import HERE, provenance
 
 RESULTS = HERE / "results" / "fast_ewq.jsonl"

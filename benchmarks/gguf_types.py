@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from chalot.convert import ConvertReport, convert
+from chalot.convert.keeping import KEEP
 from chalot.demo import FOLDER
 from chalot.evaluate import PROTOCOL, Quality, compare
 from chalot.formats.gguf import GgufFile
-from chalot.keeping import KEEP
 from chalot.load import Model
 from machine import HERE, provenance
 from quality import Peer

@@ -22,13 +22,13 @@ from unittest import mock
 
 import numpy as np
 
-from chalot.conversion import Conversion
 from chalot.convert import convert
+from chalot.convert.conversion import Conversion
+from chalot.convert.refining import Refine
 from chalot.demo import FOLDER, write_twin
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
 from chalot.plan import plan
-from chalot.refining import Refine
 from machine import HERE, provenance
 from worker import Worker
 

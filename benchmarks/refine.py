@@ -18,11 +18,11 @@ from typing import Any
 
 from chalot.calibration_text import CalibrationText
 from chalot.convert import convert
+from chalot.convert.refining import Refine
 from chalot.demo import FOLDER, write_twin
 from chalot.errors import SchemeError
 from chalot.evaluate import PROTOCOL, compare
 from chalot.load import Model
-from chalot.refining import Refine
 from machine import OthersWork, provenance
 
 METHODS = ("plain", "gptq", "hqq")

@@ -12,11 +12,11 @@ import pytest
 
 import chalot
 from chalot import cli, library
+from chalot.convert.keeping import KEEP, usual
 from chalot.describe import describe
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, usual
 from chalot.model import calibration
 from chalot.quant import codes, packing
 from golden.cases import CASES, write_folder

@@ -13,11 +13,11 @@ import pytest
 import chalot
 from chalot import cli, machine
 from chalot.describe import describe
-from chalot.description import render
+from chalot.describe.description import render
+from chalot.describe.memory import cache_bytes
 from chalot.errors import ChalotError, ContextError, FormatError, SchemeError, UnsupportedError
 from chalot.formats import safetensors
 from chalot.kernels.program import PAGE
-from chalot.memory import cache_bytes
 from chalot.model.config import from_hugging_face
 from hub_server import HubServer
 from myai_files import SMALL, checkpoint, random_file

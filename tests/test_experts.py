@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import chalot
 import tiny
 from chalot.cli import main
+from chalot.convert.pruning import most_used
 from chalot.errors import FormatError, KernelError, SchemeError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile
@@ -28,7 +29,6 @@ from chalot.kernels.reference import exp, route
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import model_tensors
 from chalot.model.transformer import Weights, build
-from chalot.pruning import most_used
 from chalot.upcycle import Settings, upcycle
 from golden import cases
 from golden.cases import CASES, Shard, mixtral, olmoe, qwen2_moe, qwen3_moe

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import chalot
-from chalot import cli, fitting, machine
-from chalot.describe import describe
+from chalot import cli, machine
+from chalot.describe import describe, fitting
 from chalot.errors import ContextError, HubAccessError, HubNotFoundError, LimitError
 from chalot.quant.scheme import SCHEMES
 from chalot.short_names import NAMES

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chalot import batch, cli, shelf, sources
+from chalot import cli, shelf, sources
+from chalot.convert import batch
 from chalot.demo import FOLDER
 from chalot.describe import describe
 from chalot.errors import FormatError, HubNotFoundError, HubOfflineError

@@ -126,7 +126,7 @@ def test_imports_go_downward_only() -> None:
         ("formats/myai.py", "from chalot.model.config import ModelConfig"),
         ("kernels/native.py", "from chalot import load"),
         ("cli.py", "from chalot.quant.scheme import Scheme"),
-        ("convert.py", "from chalot import cli"),
+        ("merge.py", "from chalot import cli"),
         ("errors.py", "import chalot.machine\nimport chalot.load"),
     ],
 )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chalot import batch, cli, library, shelf, sources
+from chalot import cli, library, shelf, sources
+from chalot.convert import batch
 from chalot.demo import FOLDER
 from chalot.describe import describe
 from chalot.errors import ChalotError, FormatError, HubOfflineError, OutputError, TokenizerError

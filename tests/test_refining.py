@@ -12,6 +12,7 @@ import pytest
 from chalot import cli
 from chalot.checking import read_config
 from chalot.convert import ConvertReport, convert
+from chalot.convert.refining import WINDOWS, Inputs, Refine
 from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, SchemeError, TokenizerError, WeightError
 from chalot.formats.checkpoint import open_checkpoint
@@ -19,7 +20,6 @@ from chalot.formats.myai import MyaiFile
 from chalot.quant import hqq
 from chalot.quant.codes import dequantize, quantize
 from chalot.quant.scheme import SCHEMES
-from chalot.refining import WINDOWS, Inputs, Refine
 
 TEXT = (FOLDER / "calibration.txt").read_text("utf-8")
 RNG = np.random.default_rng(0)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from chalot import cli
 from chalot.convert import convert
 from chalot.describe import describe
+from chalot.describe.region_bytes import OUTSIDE
 from chalot.errors import FormatError, RegionError
 from chalot.formats.myai import MyaiFile
 from chalot.model.config import ModelConfig
 from chalot.model.regions import Region, check_regions, default_regions, parse_regions
 from chalot.reading import read_model_config
-from chalot.region_bytes import OUTSIDE
 from myai_files import checkpoint, random_file
 from tiny import config
 

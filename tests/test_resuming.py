@@ -10,14 +10,14 @@ import pytest
 import chalot
 from chalot import machine
 from chalot.cli import main
-from chalot.conversion import Conversion
 from chalot.convert import ConvertReport
+from chalot.convert.conversion import Conversion
+from chalot.convert.refining import Refine
 from chalot.errors import LimitError, OutputError, WeightError, out_of_memory, told
 from chalot.formats import myai_writer, safetensors
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.formats.scratch import scratch
 from chalot.model.layers import TensorSpec
-from chalot.refining import Refine
 from myai_files import checkpoint
 
 DEMO = Path(chalot.__file__).parent / "demo" / "model"

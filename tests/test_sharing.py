@@ -12,7 +12,7 @@ import chalot
 from chalot import shelf
 from chalot.cli import main
 from chalot.describe import describe
-from chalot.description import render
+from chalot.describe.description import render
 from chalot.errors import ChalotError, FormatError, OutputError
 from chalot.formats.myai import MyaiFile
 from chalot.verify import verify

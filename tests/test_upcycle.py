@@ -12,7 +12,7 @@ from chalot.bench import weight_bytes
 from chalot.calibration_text import CalibrationText
 from chalot.checking import check_shapes, read_config
 from chalot.describe import describe
-from chalot.description import render
+from chalot.describe.description import render
 from chalot.errors import ChalotError, FormatError, SchemeError, TokenizerError, UnsupportedError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.floats import float32_to_bf16

@@ -9,7 +9,7 @@ import pytest
 
 import chalot
 from chalot.cli import main
-from chalot.conversion import Conversion
+from chalot.convert.conversion import Conversion
 from chalot.demo import FOLDER, write_twin
 from chalot.errors import FormatError, SchemeError
 from chalot.export import export

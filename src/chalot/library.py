@@ -11,9 +11,9 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from chalot.convert.keeping import KEEP, usual
 from chalot.errors import FormatError, OutputError
 from chalot.home import home
-from chalot.keeping import KEEP, usual
 from chalot.sources import as_path, called, hub_id, resolve
 
 SCHEME = "nl4"  # of what is converted without being asked how

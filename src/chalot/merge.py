@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.checking import RUN, check_shapes, read_config
-from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_place
+from chalot.convert.conversion import Progress
 from chalot.errors import ChalotError, UnsupportedError
 from chalot.export import TARGETS, Options, refuse_useless, target_of
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint

@@ -89,7 +89,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot import batch
+    from chalot.convert import batch
 
     if arguments.out and (len(arguments.source) > 1 or arguments.all):
         arguments.parser.error("-o names one file; expected --output-dir DIR for several")
@@ -147,10 +147,11 @@ def check_settings(arguments: Arguments) -> None:
 
 def one(source: str, arguments: Arguments) -> Any:
     """Convert one source, say what that cost or would cost, and return the report."""
-    from chalot import batch, fitting
+    from chalot.convert import batch
+    from chalot.convert.refining import Refine
+    from chalot.convert.storing import TERNARY
+    from chalot.describe import fitting
     from chalot.export import TARGETS, export, target_of
-    from chalot.refining import Refine
-    from chalot.storing import TERNARY
 
     out = arguments.out or ""
     to = target_of(arguments.to, out)
@@ -202,9 +203,9 @@ def one(source: str, arguments: Arguments) -> Any:
 
 def usual_scheme(source: str, arguments: Arguments) -> str:
     """The scheme when none is asked for; what is on the hub is downloaded to know."""
-    from chalot.keeping import usual
+    from chalot.convert.keeping import usual
+    from chalot.convert.storing import DEFAULT_SCHEME
     from chalot.sources import resolve
-    from chalot.storing import DEFAULT_SCHEME
 
     with progress(arguments, f"opening {source}") as advance:
         return usual(resolve(source, advance), DEFAULT_SCHEME)

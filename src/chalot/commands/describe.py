@@ -16,7 +16,7 @@ def arguments(parser: ArgumentParser) -> None:
 def main(arguments: Arguments) -> int:
     """The exit code."""
     from chalot.describe import describe as run_it
-    from chalot.description import render
+    from chalot.describe.description import render
 
     report = run_it(arguments.model, scheme=arguments.scheme, context=arguments.context)
     show(as_json(report) if arguments.json else render(report, verbose=arguments.verbose))

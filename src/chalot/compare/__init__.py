@@ -17,6 +17,7 @@ from typing import Any
 
 from chalot import __version__
 from chalot.convert import convert
+from chalot.convert.storing import parse_schemes
 from chalot.errors import FormatError, LimitError, OutputError
 from chalot.evaluate.protocols import PROTOCOL, check_count, windows
 from chalot.evaluate.quality import Quality
@@ -30,7 +31,6 @@ from chalot.model.layers import layer_tensors
 from chalot.plan.swap import Swaps
 from chalot.quant.packing import DENSE
 from chalot.sources import called
-from chalot.storing import parse_schemes
 
 ROUNDS = 5
 PREFILL, DECODED = 256, 32  # tokens of a round

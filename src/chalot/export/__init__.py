@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_place, sharing, with_experts, write_myai
+from chalot.convert.conversion import Progress
+from chalot.convert.refining import Refine
+from chalot.convert.storing import TERNARY, Storing, schemes_for
 from chalot.errors import SchemeError
 from chalot.export import gguf, safetensors
 from chalot.export.npz import write_npz
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
-from chalot.refining import Refine
-from chalot.storing import TERNARY, Storing, schemes_for
 from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
 
@@ -167,7 +167,7 @@ def export(
 
     Without `to`, the ending of `out` says it. `type` is of gguf and safetensors, `scheme` of myai,
     `bits` of npz ("4"), and `tokenizer` of gguf; of a mixture so many `experts` of each layer stay
-    (chalot.pruning). The file or folder appears whole or not at all.
+    (chalot.convert.pruning). The file or folder appears whole or not at all.
     Raises SchemeError for a target, type or setting that is not known or has no use, and any other
     ChalotError for what is wrong with source or place.
     """

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot import machine
-from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
+from chalot.convert.conversion import Progress
 from chalot.errors import SchemeError, WeightError
 from chalot.export.reading import DENSE, Export
 from chalot.formats.checkpoint import Checkpoint

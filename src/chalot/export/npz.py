@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from chalot import __version__
-from chalot.batch import name_of
-from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
+from chalot.convert.batch import name_of
+from chalot.convert.conversion import Progress
 from chalot.errors import SchemeError
 from chalot.export.reading import Export
 from chalot.formats.checkpoint import Checkpoint

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.checking import RUN, check_shapes, read_config
-from chalot.conversion import KindReport, Progress, source_error
 from chalot.convert import ConvertReport
+from chalot.convert.conversion import KindReport, Progress, source_error
+from chalot.convert.keeping import notes
 from chalot.errors import UnsupportedError, WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.names import hugging_face
-from chalot.keeping import notes
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 
 Floats = NDArray[np.float32]

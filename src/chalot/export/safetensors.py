@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_space
+from chalot.convert.conversion import Progress
 from chalot.errors import SchemeError, WeightError
 from chalot.export.reading import Export
 from chalot.formats.checkpoint import Checkpoint

@@ -42,7 +42,7 @@ CONFIG = {  # of the manifest -> of config.json
 }
 FOLLOWS = {"family", "activation", "rope_scaling"} | {  # said otherwise, or by the family's name
     *("output_bias", "head_norms", "post_norms", "inner_norms"),
-    "named_regions",  # carried by whoever converts (chalot.storing)
+    "named_regions",  # carried by whoever converts (chalot.convert.storing)
 }
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 SHIFTED = ("gemma", "gemma2", "gemma3_text")  # families whose checkpoints hold norm weights less 1

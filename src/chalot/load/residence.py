@@ -2,7 +2,7 @@
 
 `keep` locks the pages of regions (chalot.model.regions). `budget` is the most bytes of weights in
 memory: what does not fit passes through, a layer at a time (formats/streaming.py). The file's other
-parts, the cache and the process itself come on top; chalot.memory says how much.
+parts, the cache and the process itself come on top; chalot.describe.memory says how much.
 """
 
 from collections.abc import Callable, Iterable

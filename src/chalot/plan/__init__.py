@@ -16,7 +16,8 @@ from contextlib import closing
 from pathlib import Path
 
 from chalot.calibration_text import CalibrationText
-from chalot.conversion import Conversion
+from chalot.convert.conversion import Conversion
+from chalot.convert.storing import DEFAULT_SCHEME, Storing, parse_schemes
 from chalot.errors import FormatError, SchemeError
 from chalot.evaluate.report import uncut
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
@@ -40,7 +41,6 @@ from chalot.quant.entropy import fit
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
 from chalot.sources import resolve
-from chalot.storing import DEFAULT_SCHEME, Storing, parse_schemes
 from chalot.typed import MAY_COUNT, MAY_PATH, PATH, check_types
 
 BY_BLOCK = ("ewq", "fast-ewq")

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from chalot.conversion import Conversion
+from chalot.convert.conversion import Conversion
+from chalot.convert.storing import DOCUMENTS, parse_schemes, planned_bytes
 from chalot.describe import describe
 from chalot.errors import LimitError
 from chalot.formats.checkpoint import Checkpoint
@@ -12,7 +13,6 @@ from chalot.plan.swap import items_of
 from chalot.quant.grids import tables_of
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES, Scheme
-from chalot.storing import DOCUMENTS, parse_schemes, planned_bytes
 
 
 def matrices_of(work: Conversion) -> list[tuple[str, tuple[int, int]]]:

@@ -7,8 +7,8 @@ any other checkpoint. What is made is not trained: docs/upcycling.md says what t
 import shlex
 from pathlib import Path
 
-from chalot.conversion import Progress
 from chalot.convert import ConvertReport, check_place
+from chalot.convert.conversion import Progress
 from chalot.errors import SchemeError
 from chalot.export import TARGETS, Options, refuse_useless, target_of
 from chalot.formats.checkpoint import open_checkpoint

@@ -15,18 +15,10 @@ import numpy as np
 from chalot import __version__, machine
 from chalot.calibration_text import few_ids
 from chalot.checking import read_config
-from chalot.conversion import Conversion, KindReport, Progress
-from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
-from chalot.formats.checkpoint import Checkpoint, open_checkpoint
-from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import Source
-from chalot.formats.myai_writer import MyaiWriter
-from chalot.formats.new_file import partial_of
-from chalot.keeping import coarse_note, notes
-from chalot.kernels.backend import open_backend
-from chalot.model.layers import KINDS
-from chalot.refining import Refine
-from chalot.storing import (
+from chalot.convert.conversion import Conversion, KindReport, Progress
+from chalot.convert.keeping import coarse_note, notes
+from chalot.convert.refining import Refine
+from chalot.convert.storing import (
     DEFAULT_SCHEME,
     DOCUMENTS,
     TERNARY,
@@ -38,6 +30,14 @@ from chalot.storing import (
     schemes_for,
     with_regions,
 )
+from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
+from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.formats.myai import MyaiFile
+from chalot.formats.myai_manifest import Source
+from chalot.formats.myai_writer import MyaiWriter
+from chalot.formats.new_file import partial_of
+from chalot.kernels.backend import open_backend
+from chalot.model.layers import KINDS
 from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 
 
@@ -84,8 +84,8 @@ def convert(
     stay, those that chalot's text takes most. What `share` holds already, another `.myai` file in
     the folder of `out`, is not written again, but read there (docs/format.md). A `.myai` source
     whose schemes stay is copied as it is. Peak memory is that of a layer and its largest tensor
-    (chalot.fitting). The file appears whole or not at all; what an interrupted call finished stays
-    beside it, and the same call goes on from there (docs/reliability.md).
+    (chalot.describe.fitting). The file appears whole or not at all; what an interrupted call
+    finished stays beside it, and the same call goes on from there (docs/reliability.md).
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve
@@ -98,7 +98,7 @@ def convert(
         plan=(plan, MAY_PATH),
         experts=(experts, MAY_COUNT),
         share=(share, MAY_PATH),
-        refine=(refine, ("a chalot.refining.Refine or None", (Refine, type(None)))),
+        refine=(refine, ("a chalot.convert.refining.Refine or None", (Refine, type(None)))),
     )
     parse_schemes(scheme or DEFAULT_SCHEME)  # before anything is downloaded
     other = None if share is None else Path(share).expanduser()
@@ -137,7 +137,7 @@ def with_experts(
         return checkpoint
     if planned:
         raise SchemeError(f"--experts {experts}: a plan names all experts; leave one of them out")
-    from chalot.pruning import pruned
+    from chalot.convert.pruning import pruned
 
     config = read_config(checkpoint)
     ids = few_ids(checkpoint, config)

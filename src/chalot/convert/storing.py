@@ -9,19 +9,19 @@ import msgspec
 
 from chalot import __version__
 from chalot.checking import read_config
+from chalot.convert.keeping import KEEP, kept, usual_of
+from chalot.convert.refining import Refine
 from chalot.errors import FormatError, RegionError, SchemeError, one_line
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.myai import MyaiFile
 from chalot.formats.myai_manifest import HEADER
 from chalot.formats.myai_source import MyaiSource
-from chalot.keeping import KEEP, kept, usual_of
 from chalot.model.config import ModelConfig
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.model.regions import Regions, check_regions, parse_regions
 from chalot.planfile import planned_schemes, read_plan
 from chalot.quant import packing
 from chalot.quant.scheme import SCHEMES, Scheme
-from chalot.refining import Refine
 
 DEFAULT_SCHEME = "nl4"
 ROUTER_SCHEME = "f32"  # small, and a wrong choice of experts is a large error

@@ -1,6 +1,7 @@
 """What a model would take in each scheme, before it is downloaded or converted, and which fits.
 
-All of it follows from shapes. Running is chalot.memory's estimate. Converting holds, at its worst,
+All of it follows from shapes. Running is chalot.describe.memory's estimate. Converting holds, at
+its worst,
 
     baseline + max(a run of rows, a layer, the tokenizer twice)
 
@@ -17,21 +18,22 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from chalot import machine, memory
+from chalot import machine
 from chalot.calibration_text import FEW
 from chalot.checking import RUN
+from chalot.convert.keeping import KEEP, in_codes, kept
+from chalot.convert.storing import parse_schemes, planned_bytes, scheme_of
+from chalot.describe import memory
+from chalot.describe.memory import Stored
 from chalot.errors import LimitError
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.hub_cache import cache_folder
 from chalot.formats.names import hugging_face
-from chalot.keeping import KEEP, in_codes, kept
-from chalot.memory import Stored
 from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import PANEL, SCHEMES
-from chalot.storing import parse_schemes, planned_bytes, scheme_of
 from chalot.table import rows, size
 
 CONTEXT = 4096  # tokens to judge at, unless others are asked for or the model has fewer

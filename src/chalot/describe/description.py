@@ -5,16 +5,16 @@ from typing import Any
 
 import msgspec
 
-from chalot import memory
-from chalot.fitting import Fit
-from chalot.fitting import render as render_fit
+from chalot.describe import memory
+from chalot.describe.fitting import Fit
+from chalot.describe.fitting import render as render_fit
+from chalot.describe.memory import Memory, Stored
+from chalot.describe.region_bytes import RegionReport, region_table
 from chalot.formats.files import quoted
 from chalot.kernels.program import CACHE
-from chalot.memory import Memory, Stored
 from chalot.mixture import MixtureReport
 from chalot.model.config import ModelConfig
 from chalot.quant.scheme import SCHEMES
-from chalot.region_bytes import RegionReport, region_table
 from chalot.table import pairs, rows, size
 from chalot.typed import COUNT, check_types
 

@@ -13,9 +13,12 @@ from pathlib import Path
 import msgspec
 
 from chalot import machine
-from chalot.description import Description, Kernels, KindReport, Origin, TensorReport
+from chalot.convert.keeping import KEEP, kept, usual_of
+from chalot.convert.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
+from chalot.describe.description import Description, Kernels, KindReport, Origin, TensorReport
+from chalot.describe.fitting import fit
+from chalot.describe.region_bytes import region_reports
 from chalot.errors import FormatError, HubBusyError, HubOfflineError, SchemeError, UnsupportedError
-from chalot.fitting import fit
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo, open_checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
@@ -23,7 +26,6 @@ from chalot.formats.folders import as_computed
 from chalot.formats.myai import MyaiFile
 from chalot.formats.names import hugging_face
 from chalot.formats.text_part import documents
-from chalot.keeping import KEEP, kept, usual_of
 from chalot.kernels.backend import instruction_sets, open_backend
 from chalot.library import is_ready
 from chalot.mixture import mixture_report
@@ -32,9 +34,7 @@ from chalot.model.layers import KINDS, model_tensors
 from chalot.quant.packing import stored_bytes
 from chalot.quant.scheme import SCHEMES
 from chalot.reading import read_model_config
-from chalot.region_bytes import region_reports
 from chalot.sources import as_path, hub_id, on_hub, resolve
-from chalot.storing import DEFAULT_SCHEME, parse_schemes, planned_bytes, scheme_of
 from chalot.text.byte_pairs import TABLES
 from chalot.typed import MAY_COUNT, MAY_PATH, MAY_TEXT, PATH, check_types
 

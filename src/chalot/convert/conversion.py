@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from chalot.calibration_text import few_ids
 from chalot.checking import RUN, check_shapes, read_config
+from chalot.convert.keeping import keeps
+from chalot.convert.refining import Refining
+from chalot.convert.storing import DOCUMENTS, Storing, scheme_of
 from chalot.errors import WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.journal import Finished
 from chalot.formats.myai_source import MyaiSource
 from chalot.formats.myai_writer import MyaiWriter
 from chalot.formats.names import hugging_face
-from chalot.keeping import keeps
 from chalot.kernels.backend import Backend
 from chalot.mixture import check_alike, refuse_mixture
 from chalot.model.calibration import Calibration, Plan, ordered_sum, some_rows
@@ -32,8 +34,6 @@ from chalot.quant import coarse, codes, packing
 from chalot.quant.carried import carried
 from chalot.quant.grids import tables_of
 from chalot.quant.scheme import PANEL, SCHEMES, Scheme
-from chalot.refining import Refining
-from chalot.storing import DOCUMENTS, Storing, scheme_of
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what, done, of

@@ -4,10 +4,12 @@ Weights are wide, norms and biases vary and are large, so that an error in any s
 """
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
 
+from chalot.formats.gguf_names import PERMUTED
 from gguf_files import interleaved, pack
 
 LAYERS, HEADS, KV_HEADS, HEAD = 2, 4, 2, 32
@@ -91,14 +93,37 @@ def olmo2_norms(draw: np.random.Generator) -> Tensors:
     return post_norms(draw) | vectors(draw, 1, whole) | untied(draw)
 
 
+def fused(draw: np.random.Generator) -> Tensors:
+    """Phi-3's: q, k and v in one matrix, gate and up in another; factors of rope."""
+    query, key = HEADS * HEAD, KV_HEADS * HEAD
+    shapes = {"attn_qkv": (query + 2 * key, HIDDEN), "ffn_up": (2 * FEED, HIDDEN)}
+    out = {
+        f"blk.{n}.{k}.weight": draw.normal(0, 0.3, shape).astype(np.float32)
+        for n in range(LAYERS)
+        for k, shape in shapes.items()
+    }
+    for name in ("short", "long"):
+        factors = draw.uniform(1, 8, PHI3["rope.dimension_count"] // 2).astype(np.float32)
+        out[f"rope_factors_{name}.weight"] = factors
+    return out | untied(draw)
+
+
 NOTHING: Callable[[np.random.Generator], Tensors] = lambda _: {}  # noqa: E731
 THETA = {"rope.freq_base": 500_000.0}
 STABLELM = {"attention.layer_norm_epsilon": 1e-5, "rope.dimension_count": 8} | {
-    "use_parallel_residual": False
+    "use_parallel_residual": True  # what files say of StableLM that has no such thing
 }
 GEMMA3 = {"block_count": 7, "attention.sliding_window": 16, "rope.freq_base": 200_000.0} | {
     "rope.scaling.type": "linear",
     "rope.scaling.factor": 4.0,
+}
+PHI3 = {"context_length": 1024, "rope.scaling.original_context_length": 512} | {
+    "rope.dimension_count": 24,
+    "rope.scaling.attn_factor": 1.19,
+    "attention.sliding_window": 1024,
+}
+GRANITE = {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0} | {
+    "attention.scale": 0.125
 }
 CAPS = {
     "attn_logit_softcapping": 20.0,
@@ -118,6 +143,8 @@ CASES = {  # name -> (architecture, further tensors, further metadata)
     "olmo2": ("olmo2", olmo2_norms, {}),
     "stablelm": ("stablelm", layer_norms, STABLELM),
     "smollm3": ("smollm3", NOTHING, {"block_count": 5, **THETA}),
+    "phi3": ("phi3", fused, PHI3),
+    "granite": ("granite", NOTHING, GRANITE),
 }
 
 
@@ -132,9 +159,12 @@ def model_file(name: str) -> bytes:
         before = {"attn_norm.weight": HIDDEN, "ffn_norm.weight": HIDDEN}
         tensors |= vectors(draw, 1, before, layers)
     tensors |= further(draw)
+    if architecture == "phi3":
+        apart = re.compile(r"blk\.\d+\.(attn_[qkv]|ffn_gate)\.weight")
+        tensors = {k: v for k, v in tensors.items() if not apart.fullmatch(k)}
     stored = []
     for tensor, values in tensors.items():
-        turned = architecture in ("llama", "smollm3") and ("attn_q" in tensor or "attn_k" in tensor)
+        turned = architecture in PERMUTED and ("attn_q" in tensor or "attn_k" in tensor)
         written = interleaved(values, HEAD) if turned else values
         stored.append((tensor, written, 0, tuple(reversed(values.shape))))
     found = {

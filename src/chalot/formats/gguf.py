@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.formats import gguf_config, gguf_experts, gguf_tokenizer
-from chalot.formats.checkpoint import TensorInfo
+from chalot.formats import gguf_config, gguf_experts, gguf_tokenizer, one_by_one
+from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import open_inside, open_regular, quoted, read_at
 from chalot.formats.gguf_blocks import READABLE, decode
 from chalot.formats.gguf_header import Metadata, Stored, parse_header
@@ -65,6 +65,16 @@ class _Place(NamedTuple):
     head: int = 0  # rows of a head that are in interleaved order; 0: none are
     shifted: bool = False  # stored as 1 + w
     factor: str = ""  # GGUF's name of a number that all weights are multiplied with
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """The file with its matrices one by one. Raises as GgufFile."""
+    file = GgufFile(path)
+    try:
+        return one_by_one.apart(file)
+    except BaseException:
+        file.close()
+        raise
 
 
 class GgufFile:

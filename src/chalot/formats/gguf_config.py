@@ -19,6 +19,10 @@ Config = dict[str, Any]
 Values = Callable[[str], NDArray[np.float32]]  # a tensor by GGUF's name
 
 ROPE_DIVISORS = "rope_freqs.weight"
+ROPE_FACTORS = {
+    "short_factor": "rope_factors_short.weight",
+    "long_factor": "rope_factors_long.weight",
+}
 
 
 class Architecture(NamedTuple):
@@ -60,6 +64,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rope=True,
         epsilon=("layer_norm_eps", "layer_norm_epsilon"),
     ),
+    "phi3": Architecture({"model_type": "phi3", "hidden_act": "silu"}, partial_rope=True),
+    "granite": Architecture(
+        {"model_type": "granite", "hidden_act": "silu"},
+        {
+            "embedding_multiplier": ("embedding_scale", 1.0),
+            "residual_multiplier": ("residual_scale", 1.0),
+            "attention_multiplier": ("attention.scale", 0.0),
+            "logits_scaling": ("logit_scale", 1.0),
+        },
+    ),
     "qwen2moe": Architecture({"model_type": "qwen2_moe", "hidden_act": "silu"}),
     "qwen3moe": Architecture({"model_type": "qwen3_moe", "hidden_act": "silu"}),
     "olmoe": Architecture({"model_type": "olmoe", "hidden_act": "silu"}),
@@ -73,6 +87,7 @@ CLASSES = {
     "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "bitnet": "BitNetForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM", "olmo2": "Olmo2ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM", "stablelm": "StableLmForCausalLM",
+    "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM",
 }  # fmt: skip
 NEUTRAL: Config = {  # what changes a model's function -> the value that does not
     "use_parallel_residual": False, "attention.causal": True, "attention.clamp_kqv": 0,
@@ -110,7 +125,7 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
     def integer(key: str, default: int | None = None) -> int:
         return metadata.integer(f"{name}.{key}", default)
 
-    _refuse_unknown(metadata, name, row)
+    _refuse_unknown(metadata, name, row, tensors)
     hidden, heads = integer("embedding_length"), integer("attention.head_count")
     theta = metadata.number(f"{name}.rope.freq_base", 10_000.0)
     if hidden < 1 or heads < 1 or theta <= 0:
@@ -161,7 +176,16 @@ def make_config(metadata: Metadata, tensors: Mapping[str, Stored], read: Values)
         config |= {"model_type": "mixtral", "architectures": [CLASSES["mixtral"]]}
     if row.partial_rope:
         config["partial_rotary_factor"] = integer("rope.dimension_count", head) / head
+    if name == "stablelm":
         config["use_qkv_bias"] = config["attention_bias"]
+    if name == "phi3":
+        original = integer(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        )
+        config["original_max_position_embeddings"] = original
+        config["sliding_window"] = integer("attention.sliding_window", 0) or None
+    if name == "granite":
+        config["attention_multiplier"] = config["attention_multiplier"] or head**-0.5
     if name == "qwen2moe":
         config["qkv_bias"] = config["attention_bias"]
     for token in ("bos", "eos", "padding"):
@@ -190,9 +214,13 @@ def _rows_of_tokens(metadata: Metadata, tensors: Mapping[str, Stored]) -> int:
     return embedding.shape[0]
 
 
-def _refuse_unknown(metadata: Metadata, name: str, row: Architecture) -> None:
+def _refuse_unknown(
+    metadata: Metadata, name: str, row: Architecture, tensors: Mapping[str, Stored]
+) -> None:
     """Raise UnsupportedError for what would change the function, and the row does not know."""
     neutral = {**NEUTRAL, **row.neutral}
+    if "blk.0.ffn_norm.weight" in tensors:  # by which llama.cpp goes, whatever the file says
+        del neutral["use_parallel_residual"]
     for short in sorted(neutral.keys() - {key for key, _ in row.caps.values()}):
         key = f"{name}.{short}"
         found = metadata.values.get(key, neutral[short])
@@ -218,6 +246,10 @@ def _scaling(
     key = f"{name}.rope.scaling"
     kind = metadata.text(f"{key}.type", "none")
     factor = metadata.number(f"{key}.factor", metadata.number(f"{name}.rope.scale_linear", 1.0))
+    if not ROPE_FACTORS.keys() - {f for f, of in ROPE_FACTORS.items() if of in tensors}:
+        lists = {field: [float(d) for d in read(of)] for field, of in ROPE_FACTORS.items()}
+        sharper = metadata.number(f"{key}.attn_factor", 1.0)
+        return {"rope_type": "longrope", "attention_factor": sharper, **lists}
     if ROPE_DIVISORS in tensors:
         if tensors[ROPE_DIVISORS].shape != (head // 2,):
             raise FormatError(

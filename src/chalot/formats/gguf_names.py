@@ -45,8 +45,9 @@ NORMS_BEHIND = {
 }
 CHANGED = MappingProxyType(  # architecture -> rows that replace those of LAYER
     dict.fromkeys(("gemma2", "gemma3", "olmo2"), NORMS_BEHIND)
+    | {"phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}}
 )
-PERMUTED = frozenset({"llama", "smollm3"})  # whose q and k rows are in interleaved order
+PERMUTED = frozenset({"llama", "smollm3", "granite"})  # whose q and k rows are in interleaved order
 SHIFTED = frozenset({"gemma", "gemma2", "gemma3"})  # whose norms are stored as 1 + w
 COMPUTED = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 

@@ -66,6 +66,7 @@ def header(
     Raises HubError, FormatError, UnsupportedError.
     """
     from chalot.formats.gguf import GgufFile
+    from chalot.formats.one_by_one import listed
 
     with TemporaryDirectory(prefix="chalot-") as folder:
         paths = [Path(folder) / Path(file.name).name for file in files]
@@ -74,7 +75,7 @@ def header(
                 _copy_header(path, file.size, source(file.name))
             with GgufFile(paths[0]) as opened:
                 documents = {n: d for n in DOCUMENTS if (d := opened.document(n)) is not None}
-                return dict(opened.tensors), documents
+                return dict(listed(opened.tensors, paths[0])), documents
         except ChalotError as error:
             place = str(source(files[0].name)).removesuffix(paths[0].name)
             raise type(error)(str(error).replace(f"{folder}/", place)) from error

@@ -45,7 +45,7 @@ TYPES = {  # chalot's name -> llama.cpp's, every tensor of that type
 }  # fmt: skip
 TINY = (
     *("qwen2", "qwen2-odd", "qwen2-yarn", "llama", "llama3", "llama-biases", "llama-linear"),
-    *("tinyllama", "mistral-full", "qwen3", "gemma-f32"),
+    *("tinyllama", "mistral-full", "qwen3", "gemma-f32", "olmo2", "smollm3", "stablelm"),
 )
 TEXTS = (
     "def read_lines(path):\n",
@@ -70,7 +70,7 @@ def serve(file: Path, options: argparse.Namespace, *settings: str) -> Peer:
 def usual(case: Case) -> Case:
     """A case without what llama.cpp has no place for: other scales of scores, bounds of yarn."""
     changes: dict[str, Any] = {}
-    if case.name == "gemma2":
+    if case.name in ("gemma2", "gemma3"):
         changes = {"query_pre_attn_scalar": case.config["head_dim"]}
     if case.name == "qwen2-yarn":
         changes = {"rope_scaling": case.config["rope_scaling"] | {"beta_fast": 32.0}}
@@ -79,7 +79,7 @@ def usual(case: Case) -> Case:
 
 def families(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Greatest difference of logits, as a share of their spread, and of choices."""
-    for name in (*TINY, "gemma2"):
+    for name in (*TINY, "gemma2", "gemma3"):
         case = usual(CASES[name])
         source = folder / name
         source.mkdir()

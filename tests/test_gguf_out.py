@@ -117,17 +117,18 @@ def test_a_file_of_each_type_comes_back(kind: str, tmp_path: Path) -> None:
 FAMILIES = (
     *("qwen2", "qwen2-odd", "llama", "llama3", "llama3-older", "llama-biases", "llama-linear"),
     *("llama-tied", "tinyllama", "mistral-full", "qwen3", "gemma-f32"),
+    *("olmo2", "smollm3", "stablelm"),
 )
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "qwen2-yarn", "gemma2"])
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen2-yarn", "gemma2", "gemma3"])
 def test_a_family_goes_out_and_comes_back(name: str, tmp_path: Path) -> None:
     """As transformers computes it, where llama.cpp's architecture is all of the family."""
     case = CASES[name]
     if name == "qwen2-yarn":
         scaling = case.config["rope_scaling"] | {"beta_fast": 32.0}
         case = replace(case, config=case.config | {"rope_scaling": scaling})
-    if name == "gemma2":
+    if name in ("gemma2", "gemma3"):
         scale = {"query_pre_attn_scalar": case.config["head_dim"], "torch_dtype": "float32"}
         case = replace(case, config=case.config | scale)
     folder = write_folder(case, 0, tmp_path / "in")
@@ -148,6 +149,15 @@ def test_a_family_goes_out_and_comes_back(name: str, tmp_path: Path) -> None:
             assert getattr(found, field) == pytest.approx(expected)
         else:
             assert getattr(found, field) == expected, field
+    for there, made in ((folder, "before"), (tmp_path / "m.gguf", "after")):
+        chalot.convert(there, tmp_path / f"{made}.myai", "f32", threads=1)
+    with (
+        chalot.load(tmp_path / "before.myai", kv="f32", threads=1) as a,
+        chalot.load(tmp_path / "after.myai", kv="f32", threads=1) as b,
+    ):
+        wanted_logits, found_logits = (m.logits(list(range(3, 40))) for m in (a, b))
+        spread = wanted_logits.max() - wanted_logits.min()
+        assert np.abs(wanted_logits - found_logits).max() < 1e-5 * spread
     if name in FAMILIES:
         chalot.convert(tmp_path / "m.gguf", tmp_path / "m.myai", "f32", threads=1)
         with (
@@ -168,6 +178,10 @@ def test_a_family_goes_out_and_comes_back(name: str, tmp_path: Path) -> None:
         ("llama-gelu", "activation is 'gelu_tanh'"),
         ("qwen3-new", "query_key_value_bias is True"),
         ("qwen2-odd-48", "head_dim is 48"),
+        ("gemma3", "score_scale is"),
+        ("phi3", "family phi3: no GGUF is written of it"),
+        ("granite", "family granite: no GGUF is written of it"),
+        ("olmo2-groups", "query_key_value_bias is True"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from chalot.errors import UnsupportedError
+from chalot.formats.gguf_config import WIDE_LAYERS
 from chalot.formats.gguf_writer import Value
 
 BIASES = ("query_key_value_bias", "output_bias", "feed_forward_bias")
@@ -23,7 +24,11 @@ class Written(NamedTuple):
     activation: str = "silu"
     biases: tuple[str, ...] = ()  # that it can have
     caps: bool = False
-    windows: bool = False  # every other layer has one; the others ignore windows
+    every: int = 0  # all layers but each n-th have a window; 0: windows are ignored
+    local_rope: bool = False  # whether rope has a base of its own in layers with a window
+    no_rope: int = 0  # each n-th layer has none
+    partial_rope: bool = False
+    epsilon: str = "layer_norm_rms_epsilon"
     divisors: bool = False  # whether it reads the tensor of rope's divisors
     square: bool = False  # heads together are as wide as the hidden state
 
@@ -34,10 +39,16 @@ FAMILIES = {
     "qwen2": Written("qwen2", biases=BIASES[:1], square=True),
     "qwen3": Written("qwen3"),
     "gemma": Written("gemma", "gelu_tanh"),
-    "gemma2": Written("gemma2", "gelu_tanh", caps=True, windows=True),
+    "gemma2": Written("gemma2", "gelu_tanh", caps=True, every=2),
+    "gemma3_text": Written("gemma3", "gelu_tanh", every=6, local_rope=True),
+    "olmo2": Written("olmo2"),
+    "smollm3": Written("smollm3", no_rope=4),
+    "stablelm": Written(
+        "stablelm", biases=BIASES[:1], partial_rope=True, epsilon="layer_norm_epsilon"
+    ),
 }
+LOCAL_BASE = 10_000.0  # which Gemma 3 of llama.cpp has for layers with a window
 YARN_BETAS = (1.0, 32.0)  # slow and fast
-GEMMA2_27B_LAYERS = 46  # whose scores llama.cpp scales by hidden / heads instead of the head's size
 
 
 def written(config: Mapping[str, Any]) -> Written:
@@ -60,7 +71,9 @@ def written(config: Mapping[str, Any]) -> Written:
         "inner_norms": config["inner_norms"],
         "rope_scaling": not _scaling_is_known(config, row),
         "head_dim": row.square and config["heads"] * config["head_dim"] != config["hidden"],
-        "windows": row.windows and not _alternating(config["windows"]),
+        "windows": row.every and not _windows_are_usual(config, row.every),
+        "rope_bases": not _bases_are_usual(config, row),
+        "turning": config["turning"] and not row.partial_rope,
     }
     for what, wrong in asked.items():
         if wrong:
@@ -73,16 +86,28 @@ def written(config: Mapping[str, Any]) -> Written:
 
 def _scale_is_usual(config: Mapping[str, Any], row: Written) -> bool:
     usual = config["head_dim"]
-    if row.name == "gemma2" and config["layers"] == GEMMA2_27B_LAYERS:
+    if config["layers"] == WIDE_LAYERS.get(row.name):
         usual = config["hidden"] // config["heads"]
     scale = config["score_scale"] or 1 / math.sqrt(config["head_dim"])
     return bool(abs(scale * math.sqrt(usual) - 1) < 1e-6)
 
 
-def _alternating(windows: Any) -> bool:
-    """Whether every other layer, from the first, has one and the same window."""
-    whole, others = set(windows[0::2]), set(windows[1::2])
-    return len(whole) == 1 and 0 not in whole and not any(others)
+def _windows_are_usual(config: Mapping[str, Any], every: int) -> bool:
+    """Whether all layers but each n-th have one and the same window."""
+    windows = config["windows"] or (0,) * config["layers"]
+    largest = max(windows)
+    expected = [0 if (i + 1) % every == 0 else largest for i in range(config["layers"])]
+    return largest > 0 and list(windows) == expected
+
+
+def _bases_are_usual(config: Mapping[str, Any], row: Written) -> bool:
+    """Whether each layer has the rope that the architecture gives it."""
+    layers = range(config["layers"])
+    found = config["rope_bases"] or (None,) * config["layers"]
+    local = {i for i in layers if row.local_rope and (i + 1) % row.every}
+    none = {i for i in layers if row.no_rope and (i + 1) % row.no_rope == 0}
+    expected = [0.0 if i in none else LOCAL_BASE if i in local else None for i in layers]
+    return list(found) == expected
 
 
 def _scaling_is_known(config: Mapping[str, Any], row: Written) -> bool:
@@ -99,7 +124,7 @@ def _scaling(config: Mapping[str, Any]) -> str:
 def lost(config: Mapping[str, Any], row: Written) -> list[str]:
     """A line for what llama.cpp computes otherwise without refusing."""
     windows = [w for w in config["windows"] if 0 < w < config["context"]]
-    if row.windows or not windows:
+    if row.every or not windows:
         return []
     return [
         f"llama.cpp's {row.name} has no sliding window: past {min(windows):,} tokens it attends "
@@ -120,12 +145,13 @@ def architecture_metadata(config: Mapping[str, Any], row: Written) -> dict[str, 
         "attention.head_count_kv": config["kv_heads"],
         "attention.key_length": head,
         "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": float(config["norm_epsilon"]),
-        "rope.dimension_count": head,
+        f"attention.{row.epsilon}": float(config["norm_epsilon"]),
+        "rope.dimension_count": config["turning"] or head,
         "rope.freq_base": float(config["rope_theta"]),
-        "attention.sliding_window": max(config["windows"]) if row.windows else None,
+        "attention.sliding_window": max(config["windows"]) if row.every else None,
         "attn_logit_softcapping": float(config["score_cap"]) if row.caps else None,
         "final_logit_softcapping": float(config["logit_cap"]) if row.caps else None,
+        "use_parallel_residual": False if config["centred_norms"] else None,
         **_rope_scaling(config),
     }
     return {f"{row.name}.{key}": value for key, value in found.items() if value is not None}

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from chalot.demo import FOLDER
-from chalot.formats.gguf_blocks import BY_NAME, BlockType
-from chalot.formats.gguf_names import to_gguf
+from chalot.formats.gguf.blocks import BY_NAME, BlockType
+from chalot.formats.gguf.names import to_gguf
 from chalot.formats.safetensors import SafetensorsFolder
 from gguf_files import model_metadata
 

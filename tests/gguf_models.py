@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from chalot.formats.gguf_names import PERMUTED
+from chalot.formats.gguf.names import PERMUTED
 from gguf_files import interleaved, pack
 
 LAYERS, HEADS, KV_HEADS, HEAD = 2, 4, 2, 32

@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from chalot.formats import safetensors
-from chalot.formats.myai_manifest import HEADER, WHERE, Source, header_bytes
-from chalot.formats.myai_writer import MyaiWriter
+from chalot.formats.myai.manifest import HEADER, WHERE, Source, header_bytes
+from chalot.formats.myai.writer import MyaiWriter
 from chalot.formats.names import hugging_face
 from chalot.model.config import ModelConfig, from_hugging_face, inverse_frequencies
 from chalot.model.layers import model_tensors

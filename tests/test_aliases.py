@@ -11,7 +11,7 @@ import chalot
 from chalot.describe import describe
 from chalot.errors import FormatError
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_source import MyaiSource
+from chalot.formats.myai.source import MyaiSource
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.verify import verify
 from myai_files import checkpoint, edited, manifest_of

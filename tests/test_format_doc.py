@@ -301,7 +301,7 @@ def block(name: str) -> str:
 
 
 def test_the_headers_bytes_are_what_the_page_shows() -> None:
-    from chalot.formats.myai_manifest import header_bytes
+    from chalot.formats.myai.manifest import header_bytes
 
     sizes = {"hidden": 160, "feed_forward": 1100, "layers": 2, "heads": 6, "kv_heads": 2}
     config = {**sizes, "head_dim": 24, "vocabulary": 301, "context": 1024, "rope_theta": 10000.0}

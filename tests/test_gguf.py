@@ -12,9 +12,9 @@ from chalot.describe import describe
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.gguf import GgufFile
-from chalot.formats.gguf_blocks import TYPES, decode
-from chalot.formats.gguf_config import llama3_scaling
-from chalot.formats.gguf_names import LAYER, MODEL, from_gguf, stored_rows, to_gguf
+from chalot.formats.gguf.blocks import TYPES, decode
+from chalot.formats.gguf.config import llama3_scaling
+from chalot.formats.gguf.names import LAYER, MODEL, from_gguf, stored_rows, to_gguf
 from chalot.load import load
 from chalot.model.config import from_hugging_face, inverse_frequencies
 from chalot.model.families import FAMILIES

@@ -13,7 +13,7 @@ from attacks.gguf import SMALL, array
 from chalot.convert import convert
 from chalot.errors import ChalotError, FormatError, UnsupportedError
 from chalot.formats.gguf import GgufFile
-from chalot.formats.gguf_header import MAX_ALIGNMENT, MAX_VALUES, parse_header
+from chalot.formats.gguf.header import MAX_ALIGNMENT, MAX_VALUES, parse_header
 from gguf_files import ARRAY, STRING, entries, model_metadata, model_tensors, pack
 
 

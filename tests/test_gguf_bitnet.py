@@ -10,8 +10,8 @@ from chalot.describe import describe
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.folders import open_folder
 from chalot.formats.gguf import GgufFile
-from chalot.formats.gguf_blocks import BY_NAME
-from chalot.formats.gguf_names import to_gguf
+from chalot.formats.gguf.blocks import BY_NAME
+from chalot.formats.gguf.names import to_gguf
 from chalot.load import load
 from gguf_files import pack, write
 from golden.cases import CASES, Case, bitnet, golden, prompt, write_folder

@@ -12,7 +12,7 @@ import pytest
 
 import chalot
 from chalot.formats.checkpoint import open_checkpoint
-from chalot.formats.gguf_names import LAYER, MODEL
+from chalot.formats.gguf.names import LAYER, MODEL
 from gguf_files import interleaved, pack
 from golden import cases
 from golden.cases import CASES, Case

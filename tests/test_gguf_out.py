@@ -22,9 +22,9 @@ from chalot.export.gguf import parse_types, type_of
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.gguf import GgufFile
-from chalot.formats.gguf_blocks import decode
-from chalot.formats.gguf_encode import WRITABLE, encode
-from chalot.formats.gguf_writer import TensorPlan, header
+from chalot.formats.gguf.blocks import decode
+from chalot.formats.gguf.encode import WRITABLE, encode
+from chalot.formats.gguf.writer import TensorPlan, header
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.model.layers import TensorSpec
 from chalot.text.tokenizer import check_same, from_source

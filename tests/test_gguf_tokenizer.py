@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Library
 
 from chalot.demo import FOLDER
 from chalot.errors import FormatError, TokenizerError, UnsupportedError
-from chalot.formats import gguf_tokenizer
-from chalot.formats.gguf_header import Metadata
-from chalot.formats.gguf_splits import SPLITS
+from chalot.formats.gguf import tokenizer as gguf_tokenizer
+from chalot.formats.gguf.header import Metadata
+from chalot.formats.gguf.splits import SPLITS
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.text.tokenizer import Tokenizer, check_same, from_source
 from gguf_cases import TEXTS, bundled, bundled_vocabulary

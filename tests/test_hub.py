@@ -19,8 +19,8 @@ from chalot.errors import (
     OutputError,
     UnsupportedError,
 )
-from chalot.formats import hub_requests
 from chalot.formats.hub import fetch, headers
+from chalot.formats.hub import requests as hub_requests
 from chalot.formats.safetensors import SafetensorsFolder
 from hub_server import COMMIT, HubServer
 from safetensors_files import entry, pack

@@ -12,8 +12,9 @@ from chalot.demo import FOLDER
 from chalot.describe import describe
 from chalot.errors import FormatError, HubNotFoundError, HubOfflineError
 from chalot.export import export
-from chalot.formats import hub, hub_gguf
+from chalot.formats import hub
 from chalot.formats.checkpoint import open_checkpoint
+from chalot.formats.hub import gguf as hub_gguf
 from chalot.tokenizer import tokenizer
 from hub_server import HubServer
 from test_gguf import split

@@ -123,7 +123,7 @@ def test_imports_go_downward_only() -> None:
         ("model/cache.py", "import pathlib"),
         ("model/cache.py", "def f():\n    from chalot.formats.myai import MyaiFile"),
         ("engine/generate.py", "from chalot.text.tokenizer import Tokenizer"),
-        ("formats/myai.py", "from chalot.model.config import ModelConfig"),
+        ("formats/files.py", "from chalot.model.config import ModelConfig"),
         ("kernels/native.py", "from chalot import load"),
         ("cli.py", "from chalot.quant.scheme import Scheme"),
         ("merge.py", "from chalot import cli"),

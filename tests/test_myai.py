@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import chalot
 from chalot.errors import ChalotError, FormatError, SchemeError, UnsupportedError, WeightError
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import HEADER, WHERE
+from chalot.formats.myai.manifest import HEADER, WHERE
 from chalot.model.config import from_hugging_face
 from chalot.verify import verify
 from myai_files import SMALL, edited, manifest_of, random_file, set_at, with_manifest

@@ -12,7 +12,7 @@ from chalot.demo import FOLDER
 from chalot.errors import ChalotError, FormatError, UnsupportedError
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
-from chalot.formats.myai_v2 import MyaiV2
+from chalot.formats.myai.v2 import MyaiV2
 from myai_v2_files import header, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*version 2 has no place for")

@@ -20,7 +20,7 @@ from chalot.export import export
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.npz import NpzModel
-from chalot.formats.npz_writer import NpzWriter
+from chalot.formats.npz.writer import NpzWriter
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.formats.zip_members import ZipMembers
 from chalot.quant.rows import BITS, Rows, dequantize_rows, pack_bits, quantize_rows, unpack_bits

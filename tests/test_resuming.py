@@ -14,7 +14,8 @@ from chalot.convert import ConvertReport
 from chalot.convert.conversion import Conversion
 from chalot.convert.refining import Refine
 from chalot.errors import LimitError, OutputError, WeightError, out_of_memory, told
-from chalot.formats import myai_writer, safetensors
+from chalot.formats import safetensors
+from chalot.formats.myai import writer as myai_writer
 from chalot.formats.safetensors import SafetensorsFolder
 from chalot.formats.scratch import scratch
 from chalot.model.layers import TensorSpec

@@ -8,7 +8,7 @@ from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.documents import DOCUMENTS
 from chalot.formats.safetensors import SafetensorsFolder
-from chalot.formats.safetensors_header import MAX_HEADER
+from chalot.formats.safetensors.header import MAX_HEADER
 from safetensors_files import INDEX, entry, folder_with, pack, refuse, two_shards, with_index
 
 GOOD = {"a": entry(0, 8), "b": entry(8, 16)}

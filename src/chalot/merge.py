@@ -27,7 +27,7 @@ from chalot.convert.conversion import Progress
 from chalot.errors import ChalotError, UnsupportedError
 from chalot.export import TARGETS, Options, refuse_useless, target_of
 from chalot.formats.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from chalot.formats.myai_source import MyaiSource
+from chalot.formats.myai.source import MyaiSource
 from chalot.formats.names import hugging_face
 from chalot.formats.view import CheckpointView
 from chalot.model.config import ModelConfig

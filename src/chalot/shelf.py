@@ -11,7 +11,7 @@ from pathlib import Path
 
 from chalot.calibrated import beside
 from chalot.errors import ChalotError, FormatError, OutputError
-from chalot.formats.hub_cache import downloaded, part_names
+from chalot.formats.hub.cache import downloaded, part_names
 from chalot.formats.myai import MyaiFile
 from chalot.library import SUFFIX, folder, place
 from chalot.short_names import NAMES, short_name

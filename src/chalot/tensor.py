@@ -16,7 +16,7 @@ from chalot.errors import FormatError, WeightError
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import MAGIC, VERSION
+from chalot.formats.myai.manifest import MAGIC, VERSION
 from chalot.formats.names import hugging_face
 from chalot.formats.npy import read_array, write_array
 from chalot.kernels.backend import Backend, open_backend

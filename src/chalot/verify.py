@@ -14,7 +14,7 @@ import numpy as np
 from chalot.errors import ChalotError
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import TensorEntry
+from chalot.formats.myai.manifest import TensorEntry
 from chalot.quant.scheme import SCHEMES
 from chalot.reading import read_frequencies, read_model_config
 from chalot.table import size

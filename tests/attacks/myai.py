@@ -12,7 +12,7 @@ import chalot
 import vocabularies
 from attacks.changes import BOMBS, as_json, changed_bytes, changed_json, changed_text
 from attacks.reader import Reader as Base
-from chalot.formats.myai_manifest import HEADER, WHERE
+from chalot.formats.myai.manifest import HEADER, WHERE
 from chalot.model.config import from_hugging_face
 from golden.cases import mixtral
 from myai_files import SMALL, edited, manifest_of, random_file, set_at, with_manifest

@@ -25,8 +25,8 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
 
 from chalot.demo import FOLDER  # noqa: E402
-from chalot.formats.gguf_blocks import TYPES  # noqa: E402
-from chalot.formats.gguf_splits import SPLITS  # noqa: E402
+from chalot.formats.gguf.blocks import TYPES  # noqa: E402
+from chalot.formats.gguf.splits import SPLITS  # noqa: E402
 from gguf_cases import TEXTS, bundled_vocabulary, decoded_hash, random_blocks  # noqa: E402
 from gguf_files import model_metadata, pack  # noqa: E402
 from gguf_models import CASES, IDS, WORDS, model_file  # noqa: E402

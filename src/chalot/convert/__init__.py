@@ -33,8 +33,8 @@ from chalot.convert.storing import (
 from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import Source
-from chalot.formats.myai_writer import MyaiWriter
+from chalot.formats.myai.manifest import Source
+from chalot.formats.myai.writer import MyaiWriter
 from chalot.formats.new_file import partial_of
 from chalot.kernels.backend import open_backend
 from chalot.model.layers import KINDS

@@ -8,7 +8,7 @@ from pathlib import Path
 from chalot.convert import ConvertReport
 from chalot.errors import ChalotError, FormatError, OutputError, told
 from chalot.formats.files import boundary
-from chalot.formats.hub_cache import downloaded
+from chalot.formats.hub.cache import downloaded
 from chalot.sources import as_path
 
 FILES = ("myai", "gguf")  # targets that are one file; others are folders

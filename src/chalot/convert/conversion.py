@@ -22,8 +22,8 @@ from chalot.convert.storing import DOCUMENTS, Storing, scheme_of
 from chalot.errors import WeightError
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.journal import Finished
-from chalot.formats.myai_source import MyaiSource
-from chalot.formats.myai_writer import MyaiWriter
+from chalot.formats.myai.source import MyaiSource
+from chalot.formats.myai.writer import MyaiWriter
 from chalot.formats.names import hugging_face
 from chalot.kernels.backend import Backend
 from chalot.mixture import check_alike, refuse_mixture

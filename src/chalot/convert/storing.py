@@ -14,8 +14,8 @@ from chalot.convert.refining import Refine
 from chalot.errors import FormatError, RegionError, SchemeError, one_line
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import HEADER
-from chalot.formats.myai_source import MyaiSource
+from chalot.formats.myai.manifest import HEADER
+from chalot.formats.myai.source import MyaiSource
 from chalot.model.config import ModelConfig
 from chalot.model.layers import KINDS, TensorSpec, model_tensors
 from chalot.model.regions import Regions, check_regions, parse_regions

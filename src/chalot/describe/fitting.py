@@ -28,7 +28,7 @@ from chalot.describe.memory import Stored
 from chalot.errors import LimitError
 from chalot.formats import hub
 from chalot.formats.checkpoint import TensorInfo
-from chalot.formats.hub_cache import cache_folder
+from chalot.formats.hub.cache import cache_folder
 from chalot.formats.names import hugging_face
 from chalot.model.config import ModelConfig
 from chalot.model.layers import layer_tensors, model_tensors

@@ -20,12 +20,12 @@ from chalot.errors import SchemeError, WeightError
 from chalot.export.reading import DENSE, Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import parse_json
-from chalot.formats.gguf_blocks import decode
-from chalot.formats.gguf_encode import WRITABLE, Writable, encode
-from chalot.formats.gguf_metadata import architecture_metadata, lost, written
-from chalot.formats.gguf_names import PERMUTED, SHIFTED, to_gguf
-from chalot.formats.gguf_vocabulary import tokenizer_metadata
-from chalot.formats.gguf_writer import GgufWriter, TensorPlan, Value, header
+from chalot.formats.gguf.blocks import decode
+from chalot.formats.gguf.encode import WRITABLE, Writable, encode
+from chalot.formats.gguf.metadata import architecture_metadata, lost, written
+from chalot.formats.gguf.names import PERMUTED, SHIFTED, to_gguf
+from chalot.formats.gguf.vocabulary import tokenizer_metadata
+from chalot.formats.gguf.writer import GgufWriter, TensorPlan, Value, header
 from chalot.formats.names import hugging_face
 from chalot.mixture import refuse_mixture
 from chalot.model.config import ModelConfig

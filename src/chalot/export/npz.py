@@ -18,7 +18,7 @@ from chalot.export.reading import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.names import hugging_face
-from chalot.formats.npz_writer import NpzWriter
+from chalot.formats.npz.writer import NpzWriter
 from chalot.mixture import refuse_mixture
 from chalot.model.config import ModelConfig
 from chalot.model.layers import TensorSpec

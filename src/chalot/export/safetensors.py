@@ -23,11 +23,11 @@ from chalot.export.reading import Export
 from chalot.formats.checkpoint import Checkpoint
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.floats import narrowed, widened
-from chalot.formats.gguf_config import CLASSES
+from chalot.formats.gguf.config import CLASSES
 from chalot.formats.names import hugging_face
 from chalot.formats.one_by_one import name_of_family
-from chalot.formats.safetensors_header import INDEX
-from chalot.formats.safetensors_writer import FULL, SafetensorsWriter, TensorPlan, header
+from chalot.formats.safetensors.header import INDEX
+from chalot.formats.safetensors.writer import FULL, SafetensorsWriter, TensorPlan, header
 from chalot.model.config import from_hugging_face
 from chalot.model.layers import TensorSpec
 

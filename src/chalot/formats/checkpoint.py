@@ -57,7 +57,7 @@ class Checkpoint(Protocol):
 
 READERS = (  # how a file begins -> where its reader is
     (b"GGUF", "chalot.formats.gguf", "open_gguf"),
-    (b"IAYM", "chalot.formats.myai_source", "open_myai"),  # both versions
+    (b"IAYM", "chalot.formats.myai.source", "open_myai"),  # both versions
     (b"PK\x03\x04", "chalot.formats.npz", "NpzModel"),
     (b"{", "chalot.formats.npz", "NpzModel"),  # its manifest
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from chalot.formats.myai_manifest import TensorEntry
+from chalot.formats.myai.manifest import TensorEntry
 
 
 class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

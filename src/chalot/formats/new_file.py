@@ -2,7 +2,7 @@
 
 Bytes go to `.NAME.partial` beside the target, under an advisory lock that dies with its process; at
 the end they are synced and renamed. A killed process leaves the partial file or folder, which the
-next one writes over, or, a `.myai` file, goes on with (myai_writer.py).
+next one writes over, or, a `.myai` file, goes on with (myai/writer.py).
 """
 
 import os

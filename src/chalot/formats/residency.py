@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from chalot import machine
 from chalot.errors import LimitError, UnsupportedError
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import Extent
+from chalot.formats.myai.manifest import Extent
 from chalot.quant.packing import ALIGNMENT
 
 Run = tuple[int, int]  # first byte, and the one behind the last

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chalot.errors import FormatError
 from chalot.formats.files import quoted
-from chalot.formats.gguf_blocks import BlockType
+from chalot.formats.gguf.blocks import BlockType
 from chalot.formats.new_file import NewFile
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, TypeGuard
 from chalot.errors import ChalotError, HubError, LimitError, OutputError
 from chalot.formats.documents import read_document
 from chalot.formats.files import whole_file
-from chalot.formats.hub_requests import Source, stream
-from chalot.formats.safetensors_header import INDEX, parse_index, weight_files
+from chalot.formats.hub.requests import Source, stream
+from chalot.formats.safetensors.header import INDEX, parse_index, weight_files
 
 SPARE_DISK = 100_000_000  # bytes that a download leaves free
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.formats.gguf_blocks import IQ4_GRID
+from chalot.formats.gguf.blocks import IQ4_GRID
 
 Bytes = NDArray[Any]  # uint8
 Floats = NDArray[np.float32]

@@ -27,7 +27,7 @@ from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS, read_document
 from chalot.formats.files import open_inside, quoted, read_at, whole_file
 from chalot.formats.floats import STORED, bf16_to_float32, narrowed
-from chalot.formats.safetensors_header import (
+from chalot.formats.safetensors.header import (
     INDEX,
     MAX_SHARDS,
     Extent,
@@ -37,7 +37,7 @@ from chalot.formats.safetensors_header import (
     parse_index,
     weight_files,
 )
-from chalot.formats.safetensors_writer import TensorPlan, header
+from chalot.formats.safetensors.writer import TensorPlan, header
 
 PIECE = 1 << 20  # bytes read at a time while widening to float32
 

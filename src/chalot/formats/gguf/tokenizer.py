@@ -13,8 +13,8 @@ import numpy as np
 
 from chalot.errors import FormatError, TokenizerError, UnsupportedError
 from chalot.formats.files import quoted
-from chalot.formats.gguf_header import Metadata
-from chalot.formats.gguf_splits import SPLITS, Spec, byte_level
+from chalot.formats.gguf.header import Metadata
+from chalot.formats.gguf.splits import SPLITS, Spec, byte_level
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 KINDS = range(7)  # 0: not said, taken for NORMAL

@@ -3,7 +3,7 @@
 NAME_quantized_q4.npz holds the arrays, NAME_manifest_q4.json says what they are; either finds the
 other. Codes are packed (several a byte, quant/rows.py), row by row or all in a run, or stand in an
 int8 or uint8 each; the arrays' shapes say which. No array is unpickled, and none is read whole:
-rows are read as they are asked for. Written by formats/npz_writer.py, described in docs/npz.md.
+rows are read as they are asked for. Written by formats/npz/writer.py, described in docs/npz.md.
 """
 
 import json
@@ -22,7 +22,7 @@ from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS
 from chalot.formats.files import quoted
 from chalot.formats.npy import LONGEST, Array, parse_header
-from chalot.formats.npz_manifest import FLOATS, Entry, read_manifest
+from chalot.formats.npz.manifest import FLOATS, Entry, read_manifest
 from chalot.formats.zip_members import Member, ZipMembers
 from chalot.quant.rows import Rows, dequantize_rows, row_bytes, unpack_bits
 

@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.formats import gguf_config, gguf_experts, gguf_tokenizer, one_by_one
+from chalot.formats import one_by_one
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import open_inside, open_regular, quoted, read_at
-from chalot.formats.gguf_blocks import READABLE, decode
-from chalot.formats.gguf_header import Metadata, Stored, parse_header
-from chalot.formats.gguf_names import COMPUTED, PERMUTED, SHIFTED, from_gguf, stored_rows
+from chalot.formats.gguf import config as gguf_config
+from chalot.formats.gguf import experts as gguf_experts
+from chalot.formats.gguf import tokenizer as gguf_tokenizer
+from chalot.formats.gguf.blocks import READABLE, decode
+from chalot.formats.gguf.header import Metadata, Stored, parse_header
+from chalot.formats.gguf.names import COMPUTED, PERMUTED, SHIFTED, from_gguf, stored_rows
 
 PIECE = 1 << 18  # weights decoded at a time
 MAX_PARTS = 500  # each holds a file descriptor; 1,024 is a common limit

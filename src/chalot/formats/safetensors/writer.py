@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from chalot.formats.files import quoted
 from chalot.formats.floats import STORED
 from chalot.formats.new_file import NewFile, NewFolder
-from chalot.formats.safetensors_header import INDEX
+from chalot.formats.safetensors.header import INDEX
 
 FORMAT = MappingProxyType({"format": "pt"})  # transformers looks for it
 FULL = 5_000_000_000  # bytes of a file's tensors; one that is larger has a file of its own

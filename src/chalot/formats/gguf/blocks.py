@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.formats.floats import bf16_to_float32
-from chalot.formats.gguf_grids import grid, signs
+from chalot.formats.gguf.grids import grid, signs
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""float32 weights as the blocks of GGUF's types: the other direction of gguf_blocks.py.
+"""float32 weights as the blocks of GGUF's types: the other direction of blocks.py.
 
 Every encoder takes (blocks, weights) finite float32 and gives (blocks, bytes) uint8. Operations are
 single float32 ones in a written order, so that a file does not depend on the machine. Types that
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.formats.floats import float32_to_bf16
-from chalot.formats.gguf_blocks import BY_NAME, BlockType
-from chalot.formats.gguf_search import (
+from chalot.formats.gguf.blocks import BY_NAME, BlockType
+from chalot.formats.gguf.search import (
     grid_scales,
     nearest,
     over,
@@ -162,7 +162,7 @@ def _tq2_0(x: Floats) -> Bytes:
     return np.concatenate([_pairs_of_bits(codes), _half(scale)], axis=1)
 
 
-# ---- searched scales (gguf_search.py)
+# ---- searched scales (search.py)
 
 
 def _common(scales: Floats, most: int) -> tuple[Floats, Floats]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.files import quoted
-from chalot.formats.gguf_header import Metadata, Stored, quoted_value
+from chalot.formats.gguf.header import Metadata, Stored, quoted_value
 
 STACK = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)_exps\.weight")
 ONE = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)\.(\d{1,6})\.weight")

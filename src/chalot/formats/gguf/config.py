@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.formats import gguf_experts
-from chalot.formats.gguf_header import Metadata, Stored, quoted_value
+from chalot.formats.gguf import experts as gguf_experts
+from chalot.formats.gguf.header import Metadata, Stored, quoted_value
 
 Config = dict[str, Any]
 Values = Callable[[str], NDArray[np.float32]]  # a tensor by GGUF's name

@@ -17,7 +17,7 @@ import numpy as np
 
 from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.files import quoted
-from chalot.formats.gguf_blocks import REFUSED, TYPES, BlockType
+from chalot.formats.gguf.blocks import REFUSED, TYPES, BlockType
 
 MAGIC = b"GGUF"
 MAX_HEADER = 128 << 20  # bytes; a vocabulary of 256k tokens with merges takes 10 MB

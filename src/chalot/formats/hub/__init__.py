@@ -1,6 +1,6 @@
 """Models of the Hugging Face hub: what they hold, before any download; and their files.
 
-The download is chalot's own (hub_cache.py), not huggingface_hub's snapshot_download: that one
+The download is chalot's own (cache.py), not huggingface_hub's snapshot_download: that one
 throws a part away when it fails, so that the next run begins anew, ends at a reset connection, and
 waits as long as the hub says (429). Each file is checked against the hash that the hub lists, is
 asked for at one commit, and pickles are never fetched.
@@ -16,13 +16,13 @@ from typing import Any
 from urllib.parse import quote
 
 from chalot.errors import FormatError, HubBusyError, HubError, HubOfflineError
-from chalot.formats import hub_gguf
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS, parse_json
 from chalot.formats.files import check_plain_name, quoted
-from chalot.formats.hub_cache import Progress, RemoteFile, Repository, is_hash
-from chalot.formats.hub_requests import Source, read, read_range
-from chalot.formats.safetensors_header import (
+from chalot.formats.hub import gguf as hub_gguf
+from chalot.formats.hub.cache import Progress, RemoteFile, Repository, is_hash
+from chalot.formats.hub.requests import Source, read, read_range
+from chalot.formats.safetensors.header import (
     INDEX,
     Extent,
     header_length,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from chalot.errors import LimitError, OutputError
 from chalot.formats.journal import Finished, Journal
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import (
+from chalot.formats.myai.manifest import (
     HEADER,
     MAGIC,
     VERSION,

@@ -1,4 +1,4 @@
-"""A tokenizer's documents as the metadata of a GGUF file: the other direction of gguf_tokenizer.py.
+"""A tokenizer's documents as the metadata of a GGUF file: the other direction of tokenizer.py.
 
 llama.cpp has two models of tokens that chalot writes. "gpt2": byte-level BPE with merges, cut by a
 pre-tokenizer that goes by a name. "llama": SentencePiece's BPE, which merges the pair whose whole
@@ -14,8 +14,8 @@ import numpy as np
 
 from chalot.errors import TokenizerError, one_line
 from chalot.formats.files import quoted
-from chalot.formats.gguf_splits import SPLITS
-from chalot.formats.gguf_tokenizer import (
+from chalot.formats.gguf.splits import SPLITS
+from chalot.formats.gguf.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -24,7 +24,7 @@ from chalot.formats.gguf_tokenizer import (
     UNUSED,
     USER_DEFINED,
 )
-from chalot.formats.gguf_writer import Value
+from chalot.formats.gguf.writer import Value
 
 Document = Mapping[str, Any]
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding"}

@@ -1,4 +1,4 @@
-"""A model's configuration as the metadata of a GGUF file: the other direction of gguf_config.py.
+"""A model's configuration as the metadata of a GGUF file: the other direction of config.py.
 
 An architecture of llama.cpp computes one function. Where a model's departs from it, that is an
 error, or a line that says what is lost; never passed over.
@@ -11,8 +11,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from chalot.errors import UnsupportedError
-from chalot.formats.gguf_config import WIDE_LAYERS
-from chalot.formats.gguf_writer import Value
+from chalot.formats.gguf.config import WIDE_LAYERS
+from chalot.formats.gguf.writer import Value
 
 BIASES = ("query_key_value_bias", "output_bias", "feed_forward_bias")
 

@@ -37,7 +37,7 @@ from chalot.errors import (
 )
 from chalot.formats.documents import parse_json
 from chalot.formats.files import check_plain_name, quoted
-from chalot.formats.myai_manifest import (
+from chalot.formats.myai.manifest import (
     HEADER,
     MAGIC,
     MAX_MANIFEST,

@@ -19,7 +19,7 @@ from chalot.errors import FormatError, UnsupportedError
 from chalot.formats.checkpoint import Checkpoint, TensorInfo
 from chalot.formats.files import quoted
 from chalot.formats.myai import MyaiFile
-from chalot.formats.myai_manifest import Extent
+from chalot.formats.myai.manifest import Extent
 from chalot.formats.names import hugging_face
 from chalot.quant import codes, packing
 from chalot.quant.scheme import PANEL
@@ -56,7 +56,7 @@ def open_myai(path: Path) -> Checkpoint:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
     if len(begin) == 8 and struct.unpack("<2I", begin)[1] == 2:
-        opened: Checkpoint = import_module("chalot.formats.myai_v2").MyaiV2(path)
+        opened: Checkpoint = import_module("chalot.formats.myai.v2").MyaiV2(path)
         return opened
     return MyaiSource(path)
 

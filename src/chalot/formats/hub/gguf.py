@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from chalot.errors import ChalotError, HubNotFoundError, OutputError
 from chalot.formats.checkpoint import TensorInfo
 from chalot.formats.documents import DOCUMENTS
-from chalot.formats.hub_cache import PART, RemoteFile, part_names
-from chalot.formats.hub_requests import Source, read_range
+from chalot.formats.hub.cache import PART, RemoteFile, part_names
+from chalot.formats.hub.requests import Source, read_range
 
 SUFFIX = ".gguf"
 WORD = r"[A-Za-z0-9_][\w.+-]{0,200}"
@@ -87,8 +87,8 @@ def header(
 
 def _copy_header(path: Path, size: int, source: Source) -> None:
     """A file of `size` bytes, empty but for its header and what a configuration is made of."""
-    from chalot.formats.gguf_header import parse_header
-    from chalot.formats.gguf_names import COMPUTED
+    from chalot.formats.gguf.header import parse_header
+    from chalot.formats.gguf.names import COMPUTED
 
     with path.open("wb") as copy:
         copy.truncate(size)

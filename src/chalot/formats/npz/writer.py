@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from chalot.errors import OutputError
 from chalot.formats.files import whole_file
 from chalot.formats.npy import header_bytes
-from chalot.formats.npz_manifest import VERSION, encode
+from chalot.formats.npz.manifest import VERSION, encode
 from chalot.quant.rows import Rows, pack_bits, row_bytes
 
 METHODS = {1: "sign_mean_abs", 2: "affine_minmax", 4: "affine_minmax", 8: "affine_minmax"}

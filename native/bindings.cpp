@@ -366,6 +366,7 @@ class Words {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a daemon thread may hold a model when the interpreter ends: no leak
   m.doc() = "Compiled kernels of chalot. Use chalot.kernels.native.";
   m.def("instruction_sets", [] {
     std::vector<std::pair<std::string, bool>> out;

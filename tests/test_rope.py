@@ -61,7 +61,7 @@ def test_yarn_of_a_part_sharpens_what_turns() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}
     for part, factor, scale in ((1.0, 1.0, 1.5**2 / 16**0.5), (0.5, 1.5, 1 / 16**0.5)):
         found = from_hugging_face(phi3(rope_scaling=yarn, partial_rotary_factor=part))
-        assert (found.rope_factor, found.scale) == (factor, scale)
+        assert (found.rope_factor, found.scale(0)) == (factor, scale)
 
 
 def test_factors_of_longrope_are_of_longrope_alone() -> None:
@@ -74,7 +74,7 @@ def test_phi_4_mini_is_read() -> None:
     """Its sharpening and a part of a head at once; the newer spelling says the same."""
     older = longrope(6) | {"max_position_embeddings": 131072, "partial_rotary_factor": 0.75}
     found = from_hugging_face(phi3(**older, original_max_position_embeddings=4096))
-    assert found.rope_factor == pytest.approx(1.1902380714238083, abs=0) and found.scale == 0.25
+    assert found.rope_factor == pytest.approx(1.1902380714238083, abs=0) and found.scale(0) == 0.25
     assert (found.context, found.usual_context) == (131072, 4096)
     rope = older["rope_scaling"] | {"partial_rotary_factor": 0.75, "rope_theta": 10000.0}
     newer = cases.without(phi3(), "rope_scaling", "rope_theta", "original_max_position_embeddings")

@@ -52,7 +52,7 @@ class Reader(Base):
         source = open_checkpoint(self.folder)
         try:
             config = read_config(source)
-            assert math.isfinite(config.scale) and config.scale > 0
+            assert all(math.isfinite(s := config.scale(i)) and s > 0 for i in range(config.layers))
             assert all(n >= 1 for spec in model_tensors(config) for n in spec.shape)
             frequencies = inverse_frequencies(config)
             assert frequencies.shape == config.rope_shape

@@ -145,6 +145,15 @@ def olmo2(**changes: Any) -> dict[str, Any]:
     return without(llama(**usual, **heads), "mlp_bias", "pretraining_tp") | changes
 
 
+def olmo3(**changes: Any) -> dict[str, Any]:
+    """A config.json as OLMo 3 7B ships it: windows on three of four layers, yarn on the fourth."""
+    usual = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 20}
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    scaling = YARN | {"rope_type": "yarn", "attention_factor": 1.2, "beta_fast": 32.0}
+    layers = {"num_hidden_layers": 4, "layer_types": kinds, "rope_scaling": scaling}
+    return olmo2(**usual, **layers) | changes
+
+
 def smollm3(**changes: Any) -> dict[str, Any]:
     """A config.json as SmolLM3 ships it: each fourth layer has no rope."""
     usual = {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
@@ -367,7 +376,10 @@ CASES = {
         ),
         Case("olmo2", olmo2()),
         Case("olmo2-groups", olmo2(num_key_value_heads=2, attention_bias=True), "f32"),
+        Case("olmo3", olmo3()),
+        Case("olmo3-groups", olmo3(num_key_value_heads=2, rope_scaling=None), "f32", tokens=300),
         Case("smollm3", smollm3()),
+        Case("smollm3-yarn", smollm3(rope_scaling=YARN), "f32"),
         Case(
             "smollm3-window",
             without(
@@ -446,9 +458,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if family in ("gemma2", "gemma3_text"):
         norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if family == "olmo2":
+    if family in ("olmo2", "olmo3"):
         norms = {"post_attention_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    if family in ("olmo2", "olmoe"):
+    if family in ("olmo2", "olmo3", "olmoe"):
         norms |= {"self_attn.q_norm": heads * size, "self_attn.k_norm": keys}
     if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}

@@ -138,8 +138,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
             pairs = (self.turning or self.head_dim) // 2
             if len(scaling.short_factor) != pairs:
                 raise ValueError(f"{len(scaling.short_factor)} factors of rope for {pairs} pairs")
-            if self.rope_bases:
-                raise ValueError("longrope goes with one base of rope for all layers")
+        if self.rope_bases and self.rope_factor != 1:
+            raise ValueError("rope with a factor goes with one base for all layers")
 
     @property
     def usual_context(self) -> int:
@@ -194,10 +194,10 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
         found = self.experts
         return None if found is None or layer in found.dense_layers else found
 
-    @property
-    def scale(self) -> float:
-        """What scores are multiplied with."""
-        sharper = self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+    def scale(self, layer: int) -> float:
+        """What scores are multiplied with in that layer; a rope of its own has no factor."""
+        scaled = self.rope_scaling is not None and self.rope_set(layer) == 0
+        sharper = self.rope_scaling.attention_factor if self.rope_scaling and scaled else 1.0
         both = 1.0 if self.rope_factor != 1 else sharper**2  # of queries and of keys
         return (self.score_scale or 1 / math.sqrt(self.head_dim)) * both
 
@@ -227,7 +227,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
         if config.get("head_dim") is None and hidden % heads:
             raise wrong("hidden_size", hidden, f"a multiple of the {heads} heads, or a head_dim")
         head = whole(config, "head_dim", hidden // heads)
-        rope = read_rope(config, "rope_local_base_freq" in row.defaults)
+        rope = read_rope(config, row.local_rope)
         sizes = windows(config, row)
         epsilon = "layer_norm_eps" if row.centred_norms else "rms_norm_eps"
         scalar = positive(config, "query_pre_attn_scalar")
@@ -367,7 +367,8 @@ def rope_bases(
     """Each layer's own base of rope, 0 for none, None for the model's; () if no layer has one."""
     turns = row.turned or (lambda config, layer: True)
     layers = range(whole(config, "num_hidden_layers"))
-    own = [rope.local if sizes and sizes[i] else None for i in layers]
+    same = rope.scaling is None and rope.local == rope.theta
+    own = [rope.local if sizes and sizes[i] and not same else None for i in layers]
     found = [base if turns(config, i) else 0.0 for i, base in zip(layers, own, strict=True)]
     return tuple(found) if any(base is not None for base in found) else ()
 

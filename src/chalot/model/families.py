@@ -32,6 +32,7 @@ class Family(msgspec.Struct, frozen=True):
     whole_norms: bool = False
     experts: ExpertKeys | None = None
     multiplied: bool = False  # embedding, scores, what is added, logits: see `multipliers`
+    local_rope: bool = False  # layers with a window have a rope of their own, unscaled
     partial_rope: bool = False  # `partial_rotary_factor` may be less than 1
     turned: Callable[[Settings, int], bool] | None = None  # whether a layer has rope
 
@@ -131,6 +132,7 @@ FAMILIES = {
         "attention_bias",
         "attention_bias",
         windowed=all_but_each_sixth,
+        local_rope=True,
         activations={"gelu": "gelu_tanh"},
         norm_offset=1,
         embedding_scaled=True,
@@ -147,6 +149,16 @@ FAMILIES = {
         {"rms_norm_eps": 1e-5},
         "attention_bias",
         "attention_bias",
+        whole_norms=True,
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "olmo3": Family(
+        {"rms_norm_eps": 1e-5, "sliding_window": 4096, "layer_types": None, "rope_theta": 5e5},
+        "attention_bias",
+        "attention_bias",
+        windowed=lambda config, layer: (layer + 1) % 4 != 0,
+        local_rope=True,
         whole_norms=True,
         pre_norms=False,
         post_norms=True,

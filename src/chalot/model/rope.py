@@ -77,8 +77,8 @@ class Rope(NamedTuple):
 def read_rope(config: Mapping[str, Any], has_local: bool = False) -> Rope:
     """Rope of `rope_parameters` or the older `rope_theta`, `rope_scaling`.
 
-    `has_local`: the family's layers with a window have a base of their own. Where a configuration
-    has both spellings, the older one holds, as it does in transformers.
+    `has_local`: the family's layers with a window have a rope of their own, unscaled. Where a
+    configuration has both spellings, the older one holds, as it does in transformers.
     """
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
@@ -118,7 +118,8 @@ def read_local(config: Mapping[str, Any], found: Mapping[str, Any]) -> float:
     others = [key for key in own.keys() - {"rope_theta", "rope_type", "type"} if own[key]]
     if others or own.get("rope_type", own.get("type", "default")) != "default":
         raise UnsupportedError("config.json: rope of windows is scaled; known: default")
-    usual = number(config, "rope_local_base_freq", 10000.0, least=1)
+    key = "rope_local_base_freq" if "rope_local_base_freq" in config else "rope_theta"
+    usual = number(config, key, 10000.0, least=1)
     return number(own, "rope_theta", usual, least=1)
 
 

@@ -153,7 +153,7 @@ class Builder:
         rope = Op("rope_store", both, layer=cache_layer, **turns)
         self.ops.append(replace(rope, **seen) if seen["sinks"] else rope)
         attended = self.slot("attended" if c.inner_norms else "attention output", queries)
-        attend = Op("attend", both, attended, number=c.scale, layer=cache_layer, cap=c.score_cap)
+        attend = Op("attend", both, attended, number=c.scale(i), layer=cache_layer, cap=c.score_cap)
         self.ops.append(replace(attend, **seen))
         inner = p + "attention_inner_norm"
         attended = self.normed(c.inner_norms, attended, "attention output", inner)

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -62,17 +61,20 @@ void centre(const float* x, int n, float* out) {
 
 }  // namespace
 
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer() { release(); }
+
+void Buffer::release() {
+  ::operator delete(data_, std::align_val_t{64});
+  data_ = nullptr;
+  size_ = 0;
+}
 
 void Buffer::reserve(size_t bytes) {
   if (bytes <= size_) return;
-  std::free(data_);
-  size_ = (bytes + 63) / 64 * 64;
-  data_ = std::aligned_alloc(64, size_);
-  if (!data_) {
-    size_ = 0;
-    throw std::bad_alloc();
-  }
+  release();
+  const size_t size = (bytes + 63) / 64 * 64;
+  data_ = ::operator new(size, std::align_val_t{64});
+  size_ = size;
   std::memset(data_, 0, size_);
 }
 

@@ -114,6 +114,7 @@ class Buffer {  // 64-byte aligned, zeroed, grows only
   void reserve(size_t bytes);
 
  private:
+  void release();
   void* data_ = nullptr;
   size_t size_ = 0;
 };

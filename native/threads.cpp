@@ -12,7 +12,9 @@ constexpr int kSpins = 6000;  // 0.1 to 0.3 ms: longer than what lies between tw
 // At a barrier: 0.1 to 0.2 ms. Who gives a core away sooner gets it back only when another process has had its turn,
 // some 3 ms; but where two threads have to share a core, each barrier costs them this.
 constexpr int kPatience = 4000;
+#if defined(__x86_64__) || defined(_M_X64)
 constexpr uint32_t kMxcsr = 0x1f80;
+#endif
 
 inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)

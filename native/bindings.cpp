@@ -200,7 +200,16 @@ struct Model {
 
   void copy_slot(int slot, Out<float> out) {
     expect(out.ndim() == 2 && int64_t(out.shape(1)) == program.width(slot), "slot: width differs");
-    program.copy_slot(slot, int(out.shape(0)), out.data());
+    const int rows = int(out.shape(0));
+    float* to = out.data();
+    nb::gil_scoped_release release;
+    std::scoped_lock lock(busy);
+    program.copy_slot(slot, rows, to);
+  }
+  std::vector<std::vector<int64_t>> taken() {
+    nb::gil_scoped_release release;
+    std::scoped_lock lock(busy);
+    return program.taken();
   }
 
   nb::list keep;
@@ -340,9 +349,12 @@ class Words {
   }
   void set_alphabet(In<uint32_t> bytes, In<uint8_t> kinds) {
     expect(bytes.size() == 256 && kinds.size() == 0x110000, "alphabet: expected 256 ids and a kind of each character");
-    native_.set_alphabet(bytes.data(), kinds.data());
+    alone([&](auto&) { native_.set_alphabet(bytes.data(), kinds.data()); });
   }
-  void set_whole(nb::bytes word, uint32_t id) { native_.set_whole(std::string(word.c_str(), word.size()), id); }
+  void set_whole(nb::bytes word, uint32_t id) {
+    const std::string letters(word.c_str(), word.size());
+    alone([&](auto&) { native_.set_whole(letters, id); });
+  }
 
  private:
   static const uint64_t* check(const In<uint64_t>& pairs, const In<uint32_t>& merges) {
@@ -395,6 +407,6 @@ NB_MODULE(_native, m) {
                                     Out<uint8_t>, Out<float>>(&Model::run))
       .def("best", &Model::best)
       .def("copy_slot", &Model::copy_slot)
-      .def_prop_ro("taken", [](const Model& m) { return m.program.taken(); })
+      .def_prop_ro("taken", &Model::taken)
       .def_prop_ro("page_bytes", [](const Model& s) { return s.program.cache().page_bytes(); });
 }

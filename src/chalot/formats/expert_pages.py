@@ -101,7 +101,7 @@ class ExpertPages:
             first, last = -(-start // PAGE_SIZE) * PAGE_SIZE, end // PAGE_SIZE * PAGE_SIZE
             if last <= first:
                 continue
-            with suppress(OSError):  # a hint, as is the next
+            with suppress(OSError, AttributeError):  # hints; macOS has only the first
                 self.file.map.madvise(mmap.MADV_DONTNEED, first, last - first)
                 os.posix_fadvise(self.file.descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
 

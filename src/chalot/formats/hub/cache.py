@@ -10,7 +10,6 @@ Layout, shared with every other tool (https://huggingface.co/docs/huggingface_hu
 A hash is SHA-256 of the content for large files (64 digits), git's SHA-1 for small ones (40).
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -25,6 +24,11 @@ from chalot.formats.documents import read_document
 from chalot.formats.files import whole_file
 from chalot.formats.hub.requests import Source, stream
 from chalot.formats.safetensors.header import INDEX, parse_index, weight_files
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, a download that runs twice is checked at its end
+    fcntl = None  # type: ignore[assignment]
 
 SPARE_DISK = 100_000_000  # bytes that a download leaves free
 
@@ -188,7 +192,8 @@ class Repository:
             return
         with part.open("ab+") as output:
             try:
-                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise HubError(
                     f"{source}: another process is downloading it; wait for that one to end"

@@ -341,3 +341,16 @@ def test_more_words_than_a_verb_takes_are_named(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         cli.main(["run", "m", "a", "--", "--b"])
     assert "found argument '--b', which chalot run does not take" in capsys.readouterr().err
+
+
+def test_a_home_is_found_behind_an_equals_sign(tmp_path: Path) -> None:
+    done = chalot("convert", str(FOLDER), "--output-dir=~/models", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["model-nl4.myai"]
+
+
+def test_the_package_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "chalot", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.startswith("chalot ")

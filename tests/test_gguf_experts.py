@@ -161,3 +161,14 @@ def test_other_architectures_have_no_experts(tmp_path: Path) -> None:
     file = write(CASES["olmoe"], tmp_path / "m.gguf", values | change)
     with pytest.raises(chalot.ChalotError, match="qwen2 with 4 experts is not known"):
         open_checkpoint(file)
+
+
+def test_routers_stay_numbers_when_codes_are_kept(tmp_path: Path) -> None:
+    folder = cases.write_folder(CASES["mixtral"], 0, tmp_path / "in")
+    chalot.convert(folder, tmp_path / "a.myai", "int8", threads=1)
+    for name, more in (("b.myai", {}), ("c.myai", {"experts": 3})):
+        chalot.convert(tmp_path / "a.myai", tmp_path / name, threads=1, **more)
+        with chalot.load(tmp_path / name, threads=1) as model:
+            tensors = model.file.manifest.tensors
+            assert tensors["layers.0.router"].scheme == "f32"
+            assert tensors["layers.0.experts.0.gate"].scheme == "int8"

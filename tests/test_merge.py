@@ -162,5 +162,10 @@ def test_the_command(
     assert cli.main([*words, "--weight", "0.4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["path"] == str(out) and "the tokenizers of the two differ" in report["notes"][-1]
-    assert cli.main([*words, "--weight", "4", "-q"]) == 1
-    assert "takes 0 to 1" in capsys.readouterr().err
+    for more, message in (
+        (["--weight", "4"], "takes 0 to 1"),
+        (["--to", "gguf", "--scheme", "nl4"], "--to gguf"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, *more, "-q"])
+        assert ended.value.code == 2 and message in capsys.readouterr().err

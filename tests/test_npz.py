@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 import chalot
 from chalot.cli import main
 from chalot.demo import FOLDER
-from chalot.errors import FormatError, OutputError, SchemeError, WeightError
+from chalot.errors import FormatError, OutputError, SchemeError, UnsupportedError, WeightError
 from chalot.export import export
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
@@ -237,7 +237,7 @@ def test_weights_that_are_no_numbers_leave_nothing(tmp_path: Path) -> None:
     )
     with pytest.raises(WeightError, match=r"lm_head\.weight has NaN or Inf"):
         export(folder, tmp_path / "out", "npz")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_up_leaves_nothing(
@@ -253,10 +253,31 @@ def test_a_disk_that_fills_up_leaves_nothing(
             patch.setattr(NpzWriter, method, full)
             with pytest.raises(OutputError, match="No space left"):
                 export(folder, tmp_path / "out", "npz")
-        assert list((tmp_path / "out").iterdir()) == []
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(NpzWriter, "finish", full)
+        with pytest.raises(OutputError, match="No space left"):
+            export(folder, tmp_path / "out", "npz")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # ---- read
+
+
+def test_a_folder_with_one_manifest_is_a_source(tmp_path: Path) -> None:
+    report = export(checkpoint(tmp_path / "source"), tmp_path / "out", "npz")
+    chalot.convert(tmp_path / "out", tmp_path / "a.myai")
+    chalot.convert(report.path, tmp_path / "b.myai")
+    with chalot.load(tmp_path / "a.myai") as a, chalot.load(tmp_path / "b.myai") as b:
+        assert np.array_equal(a.logits([3, 1, 4]), b.logits([3, 1, 4]))
+
+
+def test_what_torch_saves_is_no_npz(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as file:
+        file.writestr("archive/data.pkl", b"evil")
+    with pytest.raises(UnsupportedError, match="weights are pickled .*pytorch_model.bin"):
+        chalot.convert(tmp_path / "pytorch_model.bin", tmp_path / "x.myai")
 
 
 def entry(name: str, shape: list[int], bits: int, **changes: object) -> dict[str, Any]:

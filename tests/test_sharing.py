@@ -13,7 +13,7 @@ from chalot import shelf
 from chalot.cli import main
 from chalot.describe import describe
 from chalot.describe.description import render
-from chalot.errors import ChalotError, FormatError, OutputError
+from chalot.errors import ChalotError, FormatError, LimitError, OutputError
 from chalot.formats.myai import MyaiFile
 from chalot.verify import verify
 from myai_files import checkpoint
@@ -228,3 +228,46 @@ def test_a_model_that_another_needs_is_not_removed(
     assert names(folder) == ["base.myai", "part.myai"]
     assert [model.name for model in shelf.remove(["base", "part"])] == ["base", "part"]
     assert not names(folder)
+
+
+def test_a_file_of_numbers_is_made_whole_as_it_is(
+    pair: tuple[Path, Path], source: Path, tmp_path: Path
+) -> None:
+    part = pair[0].with_name("numbers.myai")
+    chalot.convert(source, pair[0].with_name("f16.myai"), "f16")
+    chalot.convert(source, part, "f16", share=pair[0].with_name("f16.myai"))
+    report = chalot.convert(part, tmp_path / "whole.myai")
+    assert {kind.scheme for kind in report.kinds} == {"f16", "f32"}
+    assert np.array_equal(logits(part), logits(tmp_path / "whole.myai"))
+
+
+def test_bytes_that_the_other_file_lost_are_kept(pair: tuple[Path, Path], source: Path) -> None:
+    with closing(MyaiFile(pair[0])) as file:
+        at = file.manifest.tensors["embedding"].extent.offset
+    raw = bytearray(pair[0].read_bytes())
+    raw[at + 5] ^= 1
+    pair[0].write_bytes(raw)
+    chalot.convert(source, pair[1], MIXED, share=pair[0])
+    assert verify(pair[1]).ok
+    with closing(MyaiFile(pair[1])) as file:
+        assert not file.manifest.tensors["embedding"].extent.elsewhere
+        assert file.manifest.tensors["head"].extent.elsewhere
+
+
+def test_a_link_may_lie_beside_another_model(
+    pair: tuple[Path, Path], source: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "links"
+    folder.mkdir()
+    chalot.convert(checkpoint(tmp_path / "b", hidden_size=32), folder / "base.myai")
+    (folder / "link.myai").symlink_to(pair[1])
+    assert np.array_equal(logits(folder / "link.myai"), logits(pair[1]))
+
+
+def test_a_disk_that_holds_what_is_new_suffices(
+    pair: tuple[Path, Path], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chalot.machine.disk_free", lambda _: 0)
+    chalot.convert(source, pair[1], MIXED, share=pair[0])
+    with pytest.raises(LimitError, match="the disk has 0 free"):
+        chalot.convert(source, pair[1], MIXED)

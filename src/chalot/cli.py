@@ -1,4 +1,4 @@
-"""Arguments to verbs. A verb is imported when called; bad input ends in one line, exit code 1.
+"""Arguments to verbs. A verb is imported when called; bad input ends in one line.
 
 Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted.
 """
@@ -17,7 +17,9 @@ from chalot.errors import ChalotError, out_of_memory, told
 # benchmarks/threads.py: with twice as many threads as cores
 SHARED_CORES = "decoding was 2 to 6 times slower where that was measured; leave out --threads"
 PROSE = ("system", "stop")  # options that may be empty or blank, or say themselves why not
+PLACES = ("out", "output_dir")  # options that name what is written
 PLAIN = "\0"  # before a word that is no option, whatever it looks like; no command line holds it
+ABOUT = "Shrinks a language model, says what that costs, and runs it on this machine."
 NEXT = """\
 chalot shrinks a language model and runs it on this machine. What to do next:
 
@@ -158,7 +160,7 @@ def common(parser: argparse.ArgumentParser) -> None:
 
 def build_parser(verb: str | None = None) -> Parser:
     """The parser. Only the file of the verb that is called is read, for its options."""
-    parser = Parser(prog="chalot", description=__doc__.splitlines()[0])
+    parser = Parser(prog="chalot", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"chalot {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name, text in VERBS.items():
@@ -175,7 +177,15 @@ def build_parser(verb: str | None = None) -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command `chalot`. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as error:
+        kept = told(error)
+        sys.stderr.write(f"chalot: interrupted{printable(kept and f'; {kept}')}\n")
+        return 130
+
+
+def _main(argv: list[str]) -> int:
     parser = build_parser(next((a for a in argv if a in VERBS), None))
     arguments, unknown = parser.parse_known_args(with_values(argv))
     if unknown:
@@ -183,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.verb is None:
         sys.stdout.write(NEXT)
         return 0
+    for name in PLACES:
+        if given := getattr(arguments, name, None):  # no shell does that behind "="
+            setattr(arguments, name, os.path.expanduser(given))  # noqa: PTH111  a slash stays
     # numpy's BLAS, which only the oracle uses, else starts threads: 60 ms
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if not arguments.quiet:
@@ -192,10 +205,6 @@ def main(argv: list[str] | None = None) -> int:
     except ChalotError as error:
         sys.stderr.write(f"chalot: {printable(' '.join(told(error).split()))}\n")
         return 1
-    except KeyboardInterrupt as error:
-        kept = told(error)
-        sys.stderr.write(f"chalot: interrupted{printable(kept and f'; {kept}')}\n")
-        return 130
     except BrokenPipeError:  # who read stdout has gone: nothing to say, and nobody to say it to
         sys.stderr.close()
         return 1

@@ -56,7 +56,7 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
             *_numbers(file),
         ]
         return VerifyReport(
-            str(path), file.size, len(list(file.extents())), not found, tuple(found)
+            str(path), file.all_bytes, len(list(file.extents())), not found, tuple(found)
         )
     finally:
         file.close()

@@ -1,7 +1,7 @@
 """Verbs: a file each, with `arguments(parser)` and `main(arguments)`, its exit code."""
 
 VERBS = {  # in the order of `chalot --help`
-    "convert": "convert a checkpoint to one .myai file",
+    "convert": "convert a checkpoint to a .myai file, GGUF, NPZ or safetensors",
     "run": "generate text after a prompt",
     "chat": "talk to a model by its own chat template",
     "serve": "serve a model over HTTP, as OpenAI's API",

@@ -6,6 +6,7 @@ from argparse import Namespace as Arguments
 
 from chalot.commands.convert import tell
 from chalot.commands.output import as_json, progress, show
+from chalot.errors import SchemeError
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -29,9 +30,15 @@ def arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Arguments) -> int:
     """The exit code."""
-    from chalot.merge import Recipe, merge
+    from chalot.export import refuse_useless, target_of
+    from chalot.merge import MergeError, Recipe, merge
 
-    recipe = Recipe(arguments.method, arguments.weight)
+    try:
+        recipe = Recipe(arguments.method, arguments.weight)
+        to = target_of(arguments.to, arguments.out)
+        refuse_useless(to, lambda name: getattr(arguments, name, None) is not None)
+    except (MergeError, SchemeError) as error:
+        arguments.parser.error(str(error))
     with progress(arguments, f"merging {arguments.a} and {arguments.b}") as advance:
         report = merge(
             arguments.a,

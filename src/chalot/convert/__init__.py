@@ -32,6 +32,7 @@ from chalot.convert.storing import (
 )
 from chalot.errors import LimitError, OutputError, SchemeError, out_of_memory
 from chalot.formats.checkpoint import Checkpoint, open_checkpoint
+from chalot.formats.files import check_plain_name, quoted
 from chalot.formats.myai import MyaiFile
 from chalot.formats.myai.manifest import Source
 from chalot.formats.myai.writer import MyaiWriter
@@ -164,7 +165,8 @@ def write_myai(
             "head is its embedding; give both one scheme"
         )
     documents = sum(len(checkpoint.document(n) or b"") for n in DOCUMENTS)
-    check_space(out, planned_bytes(work.config, schemes, work.same) + documents)
+    if how.share is None:  # else nobody knows yet how much of it the other file has
+        check_space(out, planned_bytes(work.config, schemes, work.same) + documents)
     said = command if refine is None else f"{command}  # {refine}"
     with (
         sharing(how.share, out) as other,
@@ -205,6 +207,7 @@ def sharing(other: Path | None, out: Path) -> Iterator[MyaiFile | None]:
             f"--share {other}: expected another file in {here.parent}, where {out.name} will lie; "
             "the two stay together"
         )
+    check_plain_name(other.name, f"--share {quoted(str(other))}")
     file = MyaiFile(other)
     try:
         yield file

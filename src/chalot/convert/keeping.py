@@ -60,15 +60,19 @@ def kept(
 ) -> dict[str, Scheme]:
     """The scheme of each matrix of a source in codes, by chalot's name; none of one in numbers.
 
-    A file of `ours`, whose numbers were chosen, keeps them too.
+    A file of `ours`, whose numbers were chosen, keeps them too; routers stay numbers everywhere.
     """
     found: dict[str, Scheme] = {}
-    if not in_codes(tensors):
+    if not (ours or in_codes(tensors)):
         return found
     for spec in model_tensors(config):
         info = tensors.get(hugging_face(spec.name))
-        if info is not None and spec.kind != "vector":
-            found[spec.name] = Scheme.parse(info.scheme or (info.dtype if ours else BESIDE))
+        if info is None or spec.kind == "vector":
+            continue
+        if info.scheme or ours:
+            found[spec.name] = Scheme.parse(info.scheme or info.dtype)
+        elif spec.kind != "router":
+            found[spec.name] = Scheme.parse(BESIDE)
     if "embedding" in found:
         found.setdefault("head", found["embedding"])  # as without "keep"; a tied head has no other
     return found

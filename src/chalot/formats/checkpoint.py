@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from chalot.errors import FormatError
+from chalot.errors import FormatError, UnsupportedError
+from chalot.formats.files import quoted
 
 
 class TensorInfo(NamedTuple):
@@ -55,6 +56,7 @@ class Checkpoint(Protocol):
         """Give back file handles and mappings."""
 
 
+PICKLED = b"/data.pkl"  # the first member of such a zip file
 READERS = (  # how a file begins -> where its reader is
     (b"GGUF", "chalot.formats.gguf", "open_gguf"),
     (b"IAYM", "chalot.formats.myai.source", "open_myai"),  # both versions
@@ -63,17 +65,31 @@ READERS = (  # how a file begins -> where its reader is
 )
 
 
+def pickled(where: object, name: str) -> str:
+    """What is said of weights that are a pickle."""
+    return (
+        f"{where}: weights are pickled ({quoted(name)}), which can run code when loaded; "
+        "expected *.safetensors: take a revision that has them, or save the model again with "
+        "save_pretrained(..., safe_serialization=True)"
+    )
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint on disk. Raises FormatError when `path` holds none that is known."""
     if path.is_dir():
         from chalot.formats.folders import open_folder
 
-        return open_folder(path)
+        manifests = sorted(path.glob("*_manifest_*.json"))
+        if len(manifests) != 1 or any(path.glob("*.safetensors")):
+            return open_folder(path)
+        path = manifests[0]  # of an NPZ
     try:
         with path.open("rb") as file:
             begin = file.read(64).lstrip(b" \t\r\n")
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    if begin.startswith(b"PK") and PICKLED in begin:  # what torch.save writes
+        raise UnsupportedError(pickled(path, path.name))
     for magic, module, reader in READERS:
         if begin.startswith(magic):
             opened: Checkpoint = getattr(import_module(module), reader)(path)

@@ -212,14 +212,24 @@ class MyaiFile:
         if not wanted:
             raise FormatError(f"{self.path}: has nothing in {quoted(name)}; damaged file?")
         check_plain_name(name, self.path)
-        here = (self.path.parent, Path(os.path.realpath(self.path)).parent)  # it may be a link
-        place = next((folder for folder in here if (folder / name).exists()), here[0]) / name
+        real = Path(os.path.realpath(self.path))  # it may be a link
+        places = dict.fromkeys(folder / name for folder in (self.path.parent, real.parent))
+        errors: list[ChalotError] = []
+        for place in places:
+            try:
+                return self._other_at(place, wanted)
+            except ChalotError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _other_at(self, place: Path, wanted: dict[Extent, str]) -> "MyaiFile":
         try:
             other = MyaiFile(place, self.mapped, follow=False)
         except ChalotError as error:
             count = sum(e.bytes for e in wanted)
             raise type(error)(
-                f"{self.path}: has {count:,} bytes in {name}, which must lie beside it: {error}"
+                f"{self.path}: has {count:,} bytes in {place.name}, which must lie beside it: "
+                f"{error}"
             ) from None
         lost = [what for e, what in wanted.items() if (e.sha256, e.bytes) not in other.held]
         if lost:

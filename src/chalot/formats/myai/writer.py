@@ -101,9 +101,11 @@ class MyaiWriter(NewFile):
         return digest.hexdigest()
 
     def _is_elsewhere(self, extent: Extent) -> bool:
-        """Whether the other file has it."""
-        is_there = self.share is not None and (extent.sha256, extent.bytes) in self.share.held
-        return is_there and extent.bytes >= SHARED
+        """Whether the other file has it, undamaged."""
+        if self.share is None or extent.bytes < SHARED:
+            return False
+        at = self.share.held.get((extent.sha256, extent.bytes))
+        return at is not None and self.share.is_whole(Extent(at, extent.bytes, extent.sha256))
 
     def finished(self, finished: Finished) -> None:
         """Note that a tensor is whole."""

@@ -89,7 +89,7 @@ class NpzModel:
                 return real.parent / name
         expected = partners(real.name)[0]
         raise FormatError(
-            f"{self.path}: its {what} are not there; expected {quoted(expected)} beside it: "
+            f"{self.path}: found no {what}; expected {quoted(expected)} beside it: "
             "the two files belong together"
         )
 

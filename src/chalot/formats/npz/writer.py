@@ -40,6 +40,7 @@ class NpzWriter:
         self.npz_path, self.manifest_path = (folder / n for n in file_names(name, bits))
         self._was_there = self.npz_path.exists()
         self._finished = False
+        self._made = None if folder.exists() else folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,6 +66,10 @@ class NpzWriter:
                 with suppress(OSError):
                     self.npz_path.unlink()
             raise
+        finally:
+            if self._made is not None:
+                with suppress(OSError):  # only where nothing is in it
+                    self._made.rmdir()
 
     @contextmanager
     def _member(self, name: str, dtype: str, shape: tuple[int, ...]) -> Iterator[Any]:

@@ -8,7 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from chalot.errors import FormatError, UnsupportedError
-from chalot.formats.checkpoint import TensorInfo
+from chalot.formats.checkpoint import TensorInfo, pickled
 from chalot.formats.documents import parse_json
 from chalot.formats.files import check_plain_name, quoted
 
@@ -125,11 +125,7 @@ def weight_files(names: list[str], where: object) -> list[str]:
         raise UnsupportedError(f"{where}: holds a LoRA adapter only; merge it into its base model")
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if not found and pickles:
-        raise UnsupportedError(
-            f"{where}: weights are pickled ({quoted(pickles[0])}), which can run code when loaded; "
-            "expected *.safetensors: take a revision that has them, or save the model again with "
-            "save_pretrained(..., safe_serialization=True)"
-        )
+        raise UnsupportedError(pickled(where, pickles[0]))
     if not found:
         raise FormatError(f"{where}: holds no *.safetensors; expected a model's folder")
     return found

@@ -271,3 +271,14 @@ def test_a_disk_that_holds_what_is_new_suffices(
     chalot.convert(source, pair[1], MIXED, share=pair[0])
     with pytest.raises(LimitError, match="the disk has 0 free"):
         chalot.convert(source, pair[1], MIXED)
+
+
+def test_tensors_whose_scheme_stays_are_copied(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """But for those that calibration scales: here none of them."""
+    out = tmp_path / "nl4.myai"
+    report = chalot.convert(pair[1], out, "nl4")
+    with closing(MyaiFile(pair[1])) as before, closing(MyaiFile(out)) as after:
+        for name, entry in before.manifest.tensors.items():
+            same = entry.extent.sha256 == after.manifest.tensors[name].extent.sha256
+            assert same == (entry.scheme != "int8"), name
+    assert "quantising them again (int8 to nl4) adds" in report.notes[0]

@@ -83,10 +83,11 @@ def convert(
     BitNet's "absmean" of a matrix. `refine` finds better codes at the same bytes. `regions` names
     the layers ("shallow=0-5,deep=6-17,fact=18-23"). Of a mixture's `experts` so many of each layer
     stay, those that chalot's text takes most. What `share` holds already, another `.myai` file in
-    the folder of `out`, is not written again, but read there (docs/format.md). A `.myai` source
-    whose schemes stay is copied as it is. Peak memory is that of a layer and its largest tensor
-    (chalot.describe.fitting). The file appears whole or not at all; what an interrupted call
-    finished stays beside it, and the same call goes on from there (docs/reliability.md).
+    the folder of `out`, is not written again, but read there (docs/format.md). Tensors of a
+    `.myai` source whose scheme stays are copied as they are. Peak memory is that of a layer and its
+    largest tensor (chalot.describe.fitting). The file appears whole or not at all; what an
+    interrupted call finished stays beside it, and the same call goes on from there
+    (docs/reliability.md).
     Raises a ChalotError for anything wrong with source or target.
     """
     from chalot.sources import called, resolve

@@ -93,17 +93,19 @@ class Conversion:
         self.shared: set[str] = set()  # tensors that lie in another one's extent
         ours = {hugging_face(s.name): s.name for s in self.specs}
         same = getattr(checkpoint, "aliases", {})  # of a Checkpoint that knows such
-        self.copied = self._is_copied(how)
+        again = how.refine or how.balance or self.absmean
+        self.source = checkpoint if isinstance(checkpoint, MyaiSource) and not again else None
+        self.copied = all(self._stays(s) for s in self.specs)
         self.same = {ours[n]: ours[of] for n, of in same.items() if n in ours and of in ours}
         self.done = 0
         self.total = sum(int(np.prod(s.shape)) for s in self.specs)
 
-    def _is_copied(self, how: Storing) -> bool:
-        """Whether all stays in the form in which the source, a `.myai` file, has it."""
-        if not isinstance(self.checkpoint, MyaiSource) or how.refine or how.balance or self.absmean:
+    def _stays(self, spec: TensorSpec) -> bool:
+        """Whether a tensor goes into the file as the source, a `.myai` file, has it."""
+        if self.source is None or spec.name in (*self.plan.rows, *self.plan.columns):
             return False
-        entries = self.checkpoint.file.manifest.tensors
-        return all(entries[name].scheme == str(scheme) for name, scheme in self.schemes.items())
+        wanted = str(self.schemes.get(spec.name, "f32"))  # vectors are f32
+        return self.source.file.manifest.tensors[spec.name].scheme == wanted
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """Rows of a tensor as it is computed with. Raises WeightError for NaN or Inf."""
@@ -268,12 +270,12 @@ class Conversion:
 
     def _copy(self, writer: MyaiWriter, spec: TensorSpec) -> None:
         """A tensor as the source has it, byte for byte."""
-        assert isinstance(self.checkpoint, MyaiSource)
-        file = self.checkpoint.file
+        assert self.source is not None
+        file = self.source.file
         entry = file.manifest.tensors[spec.name]
         self._digest(spec)
-        pieces = file.pieces(entry.extent)
-        writer.tensor(spec.name, entry.scheme, entry.shape, pieces, entry.activation)
+        bits = entry.activation if self.copied else self.plan.planes.get(spec.name, 1) * 8
+        writer.tensor(spec.name, entry.scheme, entry.shape, file.pieces(entry.extent), bits)
         if spec.kind != "vector":
             writer.tensors[spec.name] = msgspec.structs.replace(
                 writer.tensors[spec.name], error=entry.error
@@ -284,7 +286,7 @@ class Conversion:
         self._advance(spec, int(np.prod(spec.shape)))
 
     def _make(self, writer: MyaiWriter, spec: TensorSpec) -> None:
-        if self.copied:
+        if self._stays(spec):
             self._copy(writer, spec)
             return
         self.digest.update(f"{spec.name} {spec.shape}".encode())

@@ -25,6 +25,7 @@ CASES = {  # name -> (the file, part of the message)
     "too long": (b" " * (DOCUMENTS[FILE] + 1), "found more than 4,000,000 bytes"),
     "twice": (b'{"model_type": "llama", "model_type": "qwen2"}', "is there twice"),
     "surrogate": (b'{"model_type": "\\udc00"}', "is not JSON"),
+    "2^24 layers": (as_json(BASES["qwen3"] | {"num_hidden_layers": 1 << 24}), "from 1 to 4,096"),
     "digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "is not JSON"),
 }
 

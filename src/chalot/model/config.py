@@ -223,6 +223,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
         return flag(config, source) if isinstance(source, str) else source
 
     try:
+        layers = whole(config, "num_hidden_layers", most=MOST_LAYERS)  # before all else
         heads, hidden = whole(config, "num_attention_heads"), whole(config, "hidden_size")
         if config.get("head_dim") is None and hidden % heads:
             raise wrong("hidden_size", hidden, f"a multiple of the {heads} heads, or a head_dim")
@@ -234,7 +235,7 @@ def from_hugging_face(config: Settings) -> ModelConfig:
         fields = {
             "family": family,
             "hidden": hidden,
-            "layers": whole(config, "num_hidden_layers", most=MOST_LAYERS),
+            "layers": layers,
             "heads": heads,
             "kv_heads": whole(config, "num_key_value_heads", heads),
             "head_dim": head,

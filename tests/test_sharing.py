@@ -145,11 +145,11 @@ def test_what_a_third_leaves_to_the_second_is_its_own(
     pair: tuple[Path, Path], source: Path
 ) -> None:
     third = pair[1].with_name("third.myai")
+    pair[0].rename(pair[0].with_name("away"))  # nobody asks for it
     chalot.convert(source, third, MIXED, share=pair[1])
     with closing(MyaiFile(third)) as file:
         elsewhere = {name for name, extent in file.extents() if extent.elsewhere}
         assert "layers.0.query" in elsewhere and "embedding" not in elsewhere
-    pair[0].unlink()
     assert logits(third).shape == (len(IDS), 130)
 
 

@@ -209,7 +209,7 @@ def sharing(other: Path | None, out: Path) -> Iterator[MyaiFile | None]:
             "the two stay together"
         )
     check_plain_name(other.name, f"--share {quoted(str(other))}")
-    file = MyaiFile(other)
+    file = MyaiFile(other, follow=False)
     try:
         yield file
     finally:

@@ -25,7 +25,7 @@ def method_of(config: bytes | None, where: object) -> tuple[str, packed.Settings
     found = parsed.get("quantization_config") if isinstance(parsed, dict) else None
     if not found:
         return "", {}
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = found.get("quant_method") if isinstance(found, dict) else found
     known = ("bitnet", *packed.METHODS)
     if method not in known:
         why = INSTEAD.get(method, "") if isinstance(method, str) else ""

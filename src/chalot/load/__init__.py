@@ -70,7 +70,7 @@ class Model(Opened):
         if self._tokenizer is None:
             if "tokenizer.json" not in self.file.manifest.documents:
                 raise TokenizerError(
-                    f"{self.file.path}: has no tokenizer; give token ids instead of text"
+                    f"{self.file.path}: has no tokenizer; from Python it takes token ids"
                 )
             from chalot.text.byte_pairs import TABLES
             from chalot.text.tokenizer import from_source

@@ -41,7 +41,7 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma3_text": gemma3(),
     "phi3": phi3(**longrope(8)),
     "olmo2": olmo2(),
-    "olmo3": olmo3(),
+    "olmo3": olmo3(layer_types=None),
     "smollm3": smollm3(
         **{"layer_types": None, "use_sliding_window": True, "sliding_window": 20},
         **{"num_attention_heads": 8, "num_key_value_heads": 4},

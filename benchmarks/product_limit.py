@@ -79,8 +79,9 @@ def main() -> None:
                 speeds[n].append(now[n])
                 shares[n].append(now[n] * needed[n] / limit)
     first, last = options.tokens[0], options.tokens[-1]
+    named = [Path(word).name if word == options.model else word for word in sys.argv[1:]]
     line = {
-        **provenance(sys.argv[1:], ()), "machine": describe_machine(), **work.result,
+        **provenance(named, ()), "machine": describe_machine(), **work.result,
         "model": Path(options.model).name, "kernels": model.backend.name,
         "instruction": instruction, "threads": options.threads, "products_a_token": needed,
         "limit_giga_products": spread(limits, 1), "kept": spread(kept),

@@ -13,10 +13,11 @@ import chalot
 from chalot.demo import FOLDER
 from chalot.errors import SchemeError, WeightError
 from chalot.export import export
-from chalot.export.safetensors import write_safetensors
+from chalot.export.safetensors import ARCHITECTURES, write_safetensors
 from chalot.formats import safetensors
 from chalot.formats.checkpoint import open_checkpoint
 from chalot.formats.safetensors import SafetensorsFolder
+from chalot.model.families import FAMILIES as MODELS
 from golden.cases import CASES, golden, write_folder
 from myai_files import checkpoint
 from test_parity import HELD
@@ -159,3 +160,7 @@ def test_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
         with pytest.raises(WeightError, match=rf"lm_head\.weight .*{message}"):
             export(source, tmp_path / "out", "safetensors", dtype)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_no_family_is_left_out() -> None:
+    assert ARCHITECTURES.keys() >= MODELS.keys()

@@ -102,10 +102,17 @@ class Conversion:
 
     def _stays(self, spec: TensorSpec) -> bool:
         """Whether a tensor goes into the file as the source, a `.myai` file, has it."""
-        if self.source is None or spec.name in (*self.plan.rows, *self.plan.columns):
+        scaled = any(spec.name in factors for factors in (self.plan.rows, self.plan.columns))
+        if self.source is None or scaled:
             return False
         wanted = str(self.schemes.get(spec.name, "f32"))  # vectors are f32
         return self.source.file.manifest.tensors[spec.name].scheme == wanted
+
+    def _bits(self, name: str) -> int:
+        """To how many bits the inputs of a matrix are quantised."""
+        if self.copied and self.source is not None:
+            return self.source.file.manifest.tensors[name].activation
+        return self.plan.planes.get(name, 1) * 8
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Floats:
         """Rows of a tensor as it is computed with. Raises WeightError for NaN or Inf."""
@@ -221,7 +228,7 @@ class Conversion:
     def _share(self, writer: MyaiWriter, spec: TensorSpec, of: str) -> None:
         """Give a tensor the extent of another one."""
         self.digest.update(f"{spec.name} {spec.shape} is {of}".encode())
-        writer.alias(spec.name, of, self.plan.planes.get(spec.name, 1) * 8)
+        writer.alias(spec.name, of, self._bits(spec.name))
         self.shared.add(spec.name)
         if of in self.errors:
             self.errors[spec.name] = self.errors[of]
@@ -274,8 +281,8 @@ class Conversion:
         file = self.source.file
         entry = file.manifest.tensors[spec.name]
         self._digest(spec)
-        bits = entry.activation if self.copied else self.plan.planes.get(spec.name, 1) * 8
-        writer.tensor(spec.name, entry.scheme, entry.shape, file.pieces(entry.extent), bits)
+        pieces = file.pieces(entry.extent)
+        writer.tensor(spec.name, entry.scheme, entry.shape, pieces, self._bits(spec.name))
         if spec.kind != "vector":
             writer.tensors[spec.name] = msgspec.structs.replace(
                 writer.tensors[spec.name], error=entry.error
@@ -297,9 +304,8 @@ class Conversion:
             writer.tensor(spec.name, "f32", spec.shape, [values.astype("<f4")])
             self._advance(spec, values.size)
             return
-        planes = self.plan.planes.get(spec.name, 1)
-        scheme = self.schemes[spec.name]
-        writer.tensor(spec.name, str(scheme), spec.shape, self._pieces(spec), planes * 8)
+        scheme, bits = self.schemes[spec.name], self._bits(spec.name)
+        writer.tensor(spec.name, str(scheme), spec.shape, self._pieces(spec), bits)
         lost, had = self.errors[spec.name]
         writer.note_error(spec.name, float(f"{lost / max(had, 1e-30):.3g}"))
 

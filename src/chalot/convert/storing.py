@@ -115,14 +115,14 @@ def schemes_for(
     Without a text, as is usual for such a source. `say` gets a line on matrices that a plan does
     not name. Raises SchemeError or FormatError.
     """
-    ours = isinstance(checkpoint, MyaiSource)
+    ours = checkpoint if isinstance(checkpoint, MyaiSource) else None
     # what is asked of a file beside a scheme: to be whole, or to have other regions
-    same = ours and (regions is not None or checkpoint.file.other is not None)  # type: ignore[attr-defined]
+    same = ours is not None and (regions is not None or ours.file.other is not None)
     text = text or (KEEP if same else usual_of(checkpoint.tensors, DEFAULT_SCHEME))
     schemes = parse_schemes(text)
     config = read_config(checkpoint)
     if text.strip().lower() == KEEP:
-        schemes |= kept(checkpoint.tensors, config, ours)
+        schemes |= kept(checkpoint.tensors, config, ours is not None)
     if plan is not None:
         config = with_regions(config, regions, checkpoint)
         planned = planned_schemes(read_plan(plan, config), checkpoint, config)

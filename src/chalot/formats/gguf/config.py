@@ -246,7 +246,10 @@ def _scaling(
     key = f"{name}.rope.scaling"
     kind = metadata.text(f"{key}.type", "none")
     factor = metadata.number(f"{key}.factor", metadata.number(f"{name}.rope.scale_linear", 1.0))
-    if not ROPE_FACTORS.keys() - {f for f, of in ROPE_FACTORS.items() if of in tensors}:
+    if any(of in tensors for of in ROPE_FACTORS.values()):
+        for of in ROPE_FACTORS.values():
+            if of not in tensors:
+                raise FormatError(f"{metadata.where}: tensor {of} is missing beside the other one")
         lists = {field: [float(d) for d in read(of)] for field, of in ROPE_FACTORS.items()}
         sharper = metadata.number(f"{key}.attn_factor", 1.0)
         return {"rope_type": "longrope", "attention_factor": sharper, **lists}

@@ -130,3 +130,21 @@ def test_describe_counts_what_is_stored(both: tuple[Path, Path]) -> None:
     assert own.parameters == own.stored_parameters == shared.parameters
     assert shared.stored_parameters == own.parameters - weights
     assert shared.bytes == own.bytes - saved
+
+
+def test_a_copy_keeps_what_an_alias_asks_of_its_inputs(tmp_path: Path, both: Any) -> None:
+    def wide(manifest: Any) -> None:
+        manifest["tensors"]["layers.1.query"]["activation"] = 16
+
+    file = tmp_path / "wide.myai"
+    file.write_bytes(edited(both[1].read_bytes(), wide))
+    chalot.convert(
+        file,
+        tmp_path / "copy.myai",
+        manifest_of(both[1].read_bytes())["tensors"]["embedding"]["scheme"],
+    )
+    copy, source = (manifest_of(p.read_bytes())["tensors"] for p in (tmp_path / "copy.myai", file))
+    assert {n: e["activation"] for n, e in copy.items()} == {
+        n: e["activation"] for n, e in source.items()
+    }
+    assert copy["layers.1.query"]["activation"] == 16

@@ -14,7 +14,9 @@ from chalot.cli import main
 from chalot.describe import describe
 from chalot.describe.description import render
 from chalot.errors import ChalotError, FormatError, LimitError, OutputError
+from chalot.formats import safetensors
 from chalot.formats.myai import MyaiFile
+from chalot.formats.safetensors import SafetensorsFolder
 from chalot.verify import verify
 from myai_files import checkpoint
 from test_resuming import names
@@ -282,3 +284,23 @@ def test_tensors_whose_scheme_stays_are_copied(pair: tuple[Path, Path], tmp_path
             same = entry.extent.sha256 == after.manifest.tensors[name].extent.sha256
             assert same == (entry.scheme != "int8"), name
     assert "quantising them again (int8 to nl4) adds" in report.notes[0]
+
+
+def test_equal_bytes_of_other_shapes_are_two_tensors(source: Path, tmp_path: Path) -> None:
+    """Zeros of gate and of down: the same bytes as float16, in other rows."""
+    with SafetensorsFolder(source) as opened:
+        tensors = {name: opened.float32(name) for name in opened.tensors}
+    for part in ("gate_proj", "down_proj"):
+        tensors[f"model.layers.0.mlp.{part}.weight"][:] = 0
+    safetensors.write(
+        source / "model.safetensors", [(n, "f32", t.shape, t) for n, t in tensors.items()]
+    )
+    chalot.convert(source, tmp_path / "base.myai", "f16")
+    chalot.convert(source, tmp_path / "part.myai", "f16", share=tmp_path / "base.myai")
+    with closing(MyaiFile(tmp_path / "part.myai")) as file:
+        entries = file.manifest.tensors
+        assert entries["layers.0.gate"].extent == entries["layers.0.down"].extent
+        assert not file.aliases
+    assert np.array_equal(logits(tmp_path / "part.myai"), logits(tmp_path / "base.myai"))
+    chalot.convert(tmp_path / "part.myai", tmp_path / "whole.myai")
+    assert np.array_equal(logits(tmp_path / "whole.myai"), logits(tmp_path / "base.myai"))

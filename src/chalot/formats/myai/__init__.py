@@ -243,8 +243,9 @@ class MyaiFile:
     @property
     def aliases(self) -> dict[str, str]:
         """The tensors that lie in another one's extent -> the first name of that extent."""
-        first: dict[Extent, str] = {}
-        found = {n: first.setdefault(e.extent, n) for n, e in self.manifest.tensors.items()}
+        first: dict[tuple[Extent, str, tuple[int, ...]], str] = {}
+        entries = self.manifest.tensors.items()
+        found = {n: first.setdefault((e.extent, e.scheme, e.shape), n) for n, e in entries}
         return {name: of for name, of in found.items() if name != of}
 
     @property
@@ -278,7 +279,8 @@ class MyaiFile:
         first: dict[Extent, tuple[str, TensorEntry]] = {}
         for name, entry in self.manifest.tensors.items():
             of, same = first.setdefault(entry.extent, (name, entry))
-            if (same.scheme, same.shape) != (entry.scheme, entry.shape):
+            alike = (same.scheme, same.shape) == (entry.scheme, entry.shape)
+            if not alike and not entry.extent.elsewhere:  # there equal bytes are one extent
                 raise FormatError(
                     f"{self.path}: tensor {quoted(name)} shares the extent of {quoted(of)}, which "
                     "has another scheme or shape; damaged file?"
